@@ -1,0 +1,142 @@
+"""The multi-scale residual quantizer: a latent image as S grids of tokens, coarse to fine.
+
+Shapes: B images · S scales · L tokens of all scales · l tokens of one scale · V codebook size ·
+D codebook width · h w the full latent grid
+
+Source: VAR (arXiv 2404.02905), algorithms 1 and 2; parameter names are those of the official checkpoints.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from nextscale.models.scales import ScaleSchedule
+
+NUM_PHI = 4  # convolutions shared over the scales in every official checkpoint
+PHI_RATIO = 0.5  # share of the convolution in phi(h) = (1 - r) h + r conv(h)
+
+
+class Phi(nn.Conv2d):
+    """The smoothing after an upsampled grid: (1 - r) h + r conv3x3(h)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width, kernel_size=3, padding=1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return (1 - PHI_RATIO) * input + PHI_RATIO * super().forward(input)
+
+
+class SharedPhi(nn.Module):
+    """Four phi for S scales; scale k takes the one whose tick is nearest to k / (S - 1)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qresi_ls = nn.ModuleList(Phi(width) for _ in range(NUM_PHI))
+
+    def index(self, k: int, num_scales: int) -> int:
+        # Ties at k = 2 and 7 of 10 scales are settled by float64 rounding, as in the official code: the
+        # arithmetic must stay numpy's.
+        ticks = np.linspace(1 / 3 / NUM_PHI, 1 - 1 / 3 / NUM_PHI, NUM_PHI)
+        return int(np.argmin(np.abs(ticks - k / max(num_scales - 1, 1))))
+
+    def forward(self, h_BDhw: Tensor, k: int, num_scales: int) -> Tensor:
+        return self.qresi_ls[self.index(k, num_scales)](h_BDhw)
+
+
+class MultiScaleQuantizer(nn.Module):
+    """Codebook and smoothing convolutions, and the arithmetic between tokens and latents.
+
+    Args:
+        codebook_size: V.
+        width: D, channels of the latent.
+        schedule: the grids, coarse to fine; the last is the latent's own.
+    """
+
+    ema_vocab_hit_SV: Tensor
+
+    def __init__(self, codebook_size: int, width: int, schedule: ScaleSchedule) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.quant_resi = SharedPhi(width)
+        # Usage statistics of the official training: kept so that checkpoints load and save key for key.
+        self.register_buffer("ema_vocab_hit_SV", torch.zeros(schedule.num_scales, codebook_size))
+        self.embedding = nn.Embedding(codebook_size, width)
+
+    def empty_latent(self, num_images: int) -> Tensor:
+        """(B, D, h, w) zeros: the latent before the first scale."""
+        size = self.schedule.sizes[-1]
+        weight = self.embedding.weight
+        return weight.new_zeros(num_images, weight.shape[1], size, size)
+
+    def add_scale(self, f_hat_BDhw: Tensor, tokens_Bl: Tensor, k: int) -> Tensor:
+        """The accumulated latent after scale k: f_hat + phi(upsample(embed(tokens)))."""
+        return f_hat_BDhw + self._spread(tokens_Bl, k)
+
+    def next_inputs(self, f_hat_BDhw: Tensor, k: int) -> Tensor:
+        """(B, l, D): what the transformer sees at scale k of the latent accumulated so far."""
+        size = self.schedule.sizes[k]
+        return rearrange(F.interpolate(f_hat_BDhw, (size, size), mode="area"), "B D h w -> B (h w) D")
+
+    def tokens_to_latent(self, tokens_BL: Tensor) -> Tensor:
+        """(B, L) tokens to the (B, D, h, w) latent that the decoder takes."""
+        f_hat_BDhw = self.empty_latent(len(tokens_BL))
+        for k, part in enumerate(self.schedule.slices):
+            f_hat_BDhw = self.add_scale(f_hat_BDhw, tokens_BL[:, part], k)
+        return f_hat_BDhw
+
+    def tokens_to_inputs(self, tokens_BL: Tensor) -> Tensor:
+        """(B, L) tokens to the (B, L - 1, D) teacher-forcing inputs of scales 2 to S."""
+        f_hat_BDhw, inputs = self.empty_latent(len(tokens_BL)), []
+        for k, part in enumerate(self.schedule.slices[:-1]):
+            f_hat_BDhw = self.add_scale(f_hat_BDhw, tokens_BL[:, part], k)
+            inputs.append(self.next_inputs(f_hat_BDhw, k + 1))
+        if not inputs:
+            return self.embedding.weight.new_zeros(len(tokens_BL), 0, self.embedding.embedding_dim)
+        return torch.cat(inputs, dim=1)
+
+    @torch.no_grad()
+    def encode(self, f_BDhw: Tensor) -> Tensor:
+        """(B, D, h, w) latent to (B, L) tokens, each scale the nearest code to what is still missing."""
+        rest_BDhw, tokens = f_BDhw, []
+        for k in range(self.schedule.num_scales):
+            tokens_Bl = self._nearest(rest_BDhw, k)
+            rest_BDhw = rest_BDhw - self._spread(tokens_Bl, k)
+            tokens.append(tokens_Bl)
+        return torch.cat(tokens, dim=1)
+
+    def forward(self, f_BDhw: Tensor, commitment: float = 0.25) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantize with a straight-through gradient, to train a tokenizer.
+
+        Returns:
+            the quantized latent (B, D, h, w); the tokens (B, L); the codebook and commitment loss, a mean
+            over scales and elements.
+        """
+        f_hat_BDhw, tokens, loss = torch.zeros_like(f_BDhw), [], f_BDhw.new_zeros(())
+        for k in range(self.schedule.num_scales):
+            tokens_Bl = self._nearest((f_BDhw - f_hat_BDhw).detach(), k)
+            f_hat_BDhw = self.add_scale(f_hat_BDhw, tokens_Bl, k)
+            loss = loss + F.mse_loss(f_hat_BDhw, f_BDhw.detach())
+            loss = loss + commitment * F.mse_loss(f_hat_BDhw.detach(), f_BDhw)
+            tokens.append(tokens_Bl)
+        straight_through = f_BDhw + (f_hat_BDhw - f_BDhw).detach()
+        return straight_through, torch.cat(tokens, dim=1), loss / self.schedule.num_scales
+
+    def _nearest(self, rest_BDhw: Tensor, k: int) -> Tensor:
+        size = self.schedule.sizes[k]
+        if k != self.schedule.num_scales - 1:
+            rest_BDhw = F.interpolate(rest_BDhw, (size, size), mode="area")
+        z_ND = rearrange(rest_BDhw, "B D h w -> (B h w) D")
+        e_VD = self.embedding.weight.detach()
+        distance_NV = z_ND.square().sum(1, keepdim=True) + e_VD.square().sum(1)
+        distance_NV = torch.addmm(distance_NV, z_ND, e_VD.T, alpha=-2)
+        return rearrange(distance_NV.argmin(1), "(B l) -> B l", l=size * size)
+
+    def _spread(self, tokens_Bl: Tensor, k: int) -> Tensor:
+        """A scale's tokens as its (B, D, h, w) contribution to the latent."""
+        size, full = self.schedule.sizes[k], self.schedule.sizes[-1]
+        h_BDhw = rearrange(self.embedding(tokens_Bl), "B (h w) D -> B D h w", h=size)
+        if k != self.schedule.num_scales - 1:
+            h_BDhw = F.interpolate(h_BDhw, (full, full), mode="bicubic")
+        return self.quant_resi(h_BDhw, k, self.schedule.num_scales)

@@ -1,0 +1,63 @@
+"""The schedule of scales: which tokens belong to which scale, and who may see whom.
+
+Shapes: S scales · L tokens of all scales
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+
+@dataclass(frozen=True)
+class ScaleSchedule:
+    """The side lengths of the token grids, coarse to fine, e.g. (1, 2, 3, 4, 5, 6, 8, 10, 13, 16).
+
+    Raises:
+        ValueError: when a size is not positive or the sizes do not grow.
+    """
+
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", tuple(int(size) for size in self.sizes))
+        growing = all(a < b for a, b in zip(self.sizes, self.sizes[1:], strict=False))
+        if not self.sizes or self.sizes[0] < 1 or not growing:
+            raise ValueError(f"scale sizes must be positive and growing, got {self.sizes}")
+
+    @property
+    def num_scales(self) -> int:
+        return len(self.sizes)
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Number of tokens of each scale."""
+        return tuple(size * size for size in self.sizes)
+
+    @property
+    def num_tokens(self) -> int:
+        """L, the tokens of all scales."""
+        return sum(self.lengths)
+
+    @cached_property
+    def slices(self) -> tuple[slice, ...]:
+        """Where each scale's tokens stand among the L."""
+        ends = [sum(self.lengths[: k + 1]) for k in range(self.num_scales)]
+        return tuple(slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True))
+
+    def scale_of_token(self) -> torch.Tensor:
+        """(L,) int64: the index of the scale each token belongs to."""
+        return torch.cat([torch.full((length,), k) for k, length in enumerate(self.lengths)])
+
+    def guidance_ramp(self) -> torch.Tensor:
+        """(L,) float32: k / (S - 1) for the tokens of scale k; the share of the guidance a token gets.
+
+        Source: official VAR, `t = cfg * ratio` with `ratio = si / num_stages_minus_1`.
+        """
+        return self.scale_of_token() / max(self.num_scales - 1, 1)
+
+    def attention_bias(self) -> torch.Tensor:
+        """(L, L) float32: 0 where a token sees another (its own scale and all coarser ones), else -inf."""
+        scale_L = self.scale_of_token()
+        hidden_LL = scale_L[:, None] < scale_L[None, :]
+        return torch.zeros(hidden_LL.shape).masked_fill(hidden_LL, float("-inf"))

@@ -1,0 +1,250 @@
+"""The VAR transformer: the distribution of each scale's tokens given all coarser scales and a class.
+
+Shapes: B images · S scales · L tokens of all scales · l tokens of the scales at hand · V codebook size ·
+C width · D codebook width · H heads · d width of a head
+
+Source: VAR (arXiv 2404.02905), section 3.2; parameter names are those of the official checkpoints.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from pydantic import Field
+from torch import Tensor, nn
+
+from nextscale.models.scales import ScaleSchedule
+from nextscale.records import Record
+
+MAX_LOG_ATTENTION_SCALE = math.log(100)
+
+
+class VARConfig(Record):
+    """Sizes of a VAR transformer. The defaults are those of the official d16."""
+
+    depth: int = Field(16, gt=0)
+    """Number of blocks."""
+    width: int = Field(1024, gt=0)
+    """C."""
+    num_heads: int = Field(16, gt=0)
+    """H; must divide the width."""
+    mlp_ratio: float = Field(4.0, gt=0)
+    """Hidden width of the feed-forward part, in widths."""
+    num_classes: int = Field(1000, gt=0)
+    """Classes, without the null class, which is label `num_classes`."""
+    codebook_size: int = Field(4096, gt=0)
+    """V."""
+    codebook_width: int = Field(32, gt=0)
+    """D."""
+    scale_sizes: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    """Side lengths of the token grids, coarse to fine."""
+    shared_adaln: bool = False
+    """One AdaLN projection for all blocks, as in d36 at 512 px."""
+
+
+class KVCache:
+    """Keys and values of the scales already run. The caller makes one for each batch it samples."""
+
+    def __init__(self) -> None:
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens held, of all scales run so far."""
+        return self._layers[0][0].shape[2] if self._layers else 0
+
+    def extend(self, layer: int, k_BHld: Tensor, v_BHld: Tensor) -> tuple[Tensor, Tensor]:
+        """Append one scale's keys and values to a layer's, and return all of them."""
+        if layer in self._layers:
+            k_held, v_held = self._layers[layer]
+            k_BHld, v_BHld = torch.cat([k_held, k_BHld], 2), torch.cat([v_held, v_BHld], 2)
+        self._layers[layer] = k_BHld, v_BHld
+        return k_BHld, v_BHld
+
+
+class Attention(nn.Module):
+    """Multi-head attention with unit queries and keys and a learned scale for each head."""
+
+    zero_k_bias: Tensor
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4.0)))
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("zero_k_bias", torch.zeros(width))
+        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BlC: Tensor, bias_ll: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        qkv = F.linear(x_BlC, self.mat_qkv.weight, torch.cat([self.q_bias, self.zero_k_bias, self.v_bias]))
+        q_BHld, k_BHld, v_BHld = rearrange(qkv, "B l (n H d) -> n B H l d", n=3, H=self.num_heads)
+        scale_1H11 = self.scale_mul_1H11.clamp_max(MAX_LOG_ATTENTION_SCALE).exp()
+        q_BHld = (F.normalize(q_BHld, dim=-1) * scale_1H11).to(v_BHld.dtype)
+        k_BHld = F.normalize(k_BHld, dim=-1).to(v_BHld.dtype)
+        if cache is not None:
+            k_BHld, v_BHld = cache.extend(layer, k_BHld, v_BHld)
+        bias_ll = None if bias_ll is None else bias_ll.to(q_BHld.dtype)
+        out = F.scaled_dot_product_attention(q_BHld, k_BHld, v_BHld, attn_mask=bias_ll, scale=1.0)
+        return self.proj(rearrange(out, "B H l d -> B l (H d)"))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each shifted, scaled and gated by the condition (AdaLN)."""
+
+    def __init__(self, config: VARConfig) -> None:
+        super().__init__()
+        width = config.width
+        if config.shared_adaln:
+            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / width**0.5)
+        self.attn = Attention(width, config.num_heads)
+        self.ffn = FeedForward(width, round(width * config.mlp_ratio))
+        if not config.shared_adaln:
+            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def modulation(self, condition_BC: Tensor, shared_B16C: Tensor | None) -> tuple[Tensor, ...]:
+        if shared_B16C is not None:
+            six_B16C = shared_B16C + self.ada_gss
+        else:
+            six_B16C = rearrange(self.ada_lin(condition_BC), "B (n C) -> B 1 n C", n=6)
+        return six_B16C.float().unbind(2)
+
+    def forward(
+        self,
+        x_BlC: Tensor,
+        modulation: tuple[Tensor, ...],
+        bias_ll: Tensor | None,
+        cache: KVCache | None,
+        layer: int,
+    ) -> Tensor:
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
+        # The residual stream stays float32: in bf16 the cached and the teacher-forced pass drift apart.
+        attended = self.attn(_modulate(x_BlC, scale1, shift1, self.attn.proj.weight), bias_ll, cache, layer)
+        x_BlC = x_BlC + attended.float() * gamma1
+        fed = self.ffn(_modulate(x_BlC, scale2, shift2, self.ffn.fc1.weight))
+        return x_BlC + fed.float() * gamma2
+
+
+def _modulate(x_BlC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor, weight: Tensor) -> Tensor:
+    """LayerNorm without affine, scaled and shifted by the condition, in the dtype of the next weight."""
+    normed = F.layer_norm(x_BlC, x_BlC.shape[-1:], eps=1e-6)
+    return (normed * (scale_B1C + 1) + shift_B1C).to(weight.dtype)
+
+
+class AdaLNBeforeHead(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x_BlC: Tensor, condition_BC: Tensor) -> Tensor:
+        two = rearrange(self.ada_lin(condition_BC), "B (n C) -> n B 1 C", n=2).float()
+        return F.layer_norm(x_BlC, x_BlC.shape[-1:], eps=1e-6) * (two[0] + 1) + two[1]
+
+
+class VAR(nn.Module):
+    """The next-scale transformer.
+
+    Raises:
+        ValueError: when the number of heads does not divide the width.
+    """
+
+    lvl_1L: Tensor
+    attn_bias_for_masking: Tensor
+
+    def __init__(self, config: VARConfig) -> None:
+        super().__init__()
+        if config.width % config.num_heads:
+            raise ValueError(f"num_heads ({config.num_heads}) must divide width ({config.width})")
+        self.config = config
+        self.schedule = ScaleSchedule(config.scale_sizes)
+        width, num_tokens = config.width, self.schedule.num_tokens
+        self.pos_start = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_1LC = nn.Parameter(torch.empty(1, num_tokens, width))
+        self.register_buffer("lvl_1L", self.schedule.scale_of_token()[None])
+        self.register_buffer("attn_bias_for_masking", self.schedule.attention_bias()[None, None])
+        self.word_embed = nn.Linear(config.codebook_width, width)
+        self.class_emb = nn.Embedding(config.num_classes + 1, width)
+        self.lvl_embed = nn.Embedding(self.schedule.num_scales, width)
+        if config.shared_adaln:
+            self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.head_nm = AdaLNBeforeHead(width)
+        self.head = nn.Linear(width, config.codebook_size)
+        self.init_weights()
+
+    def forward(self, labels_B: Tensor, inputs_BlD: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits of the next tokens.
+
+        Without a cache, all scales at once under the block-causal mask (teacher forcing): inputs are the
+        (B, L - 1, D) of `tokens_to_inputs`, logits (B, L, V). With a cache, the next scale only: inputs are
+        that scale's (B, l, D), or (B, 0, D) for the first scale, logits (B, l, V); the cache grows by it.
+
+        Args:
+            labels_B: class indices in [0, num_classes]; num_classes is the null class.
+            inputs_BlD: downsampled latents accumulated over the coarser scales.
+            cache: keys and values of the scales already run, owned by the caller.
+
+        Returns:
+            float32 logits.
+        """
+        start = 0 if cache is None else cache.num_tokens
+        condition_BC = self.class_emb(labels_B)
+        x_BlC = self._embed(condition_BC, inputs_BlD, start)
+        bias_ll = self.attn_bias_for_masking if cache is None else None
+        shared_B16C = None
+        if self.config.shared_adaln:
+            shared_B16C = rearrange(self.shared_ada_lin(condition_BC), "B (n C) -> B 1 n C", n=6)
+        for layer, block in enumerate(self.blocks):
+            x_BlC = block(x_BlC, block.modulation(condition_BC, shared_B16C), bias_ll, cache, layer)
+        return self._logits(x_BlC, condition_BC)
+
+    def _embed(self, condition_BC: Tensor, inputs_BlD: Tensor, start: int) -> Tensor:
+        x_BlC = self.word_embed(inputs_BlD.to(self.word_embed.weight.dtype)).float()
+        if start == 0:
+            first_B1C = (condition_BC[:, None] + self.pos_start).float()
+            x_BlC = torch.cat([first_B1C, x_BlC], dim=1)
+        at = slice(start, start + x_BlC.shape[1])
+        return x_BlC + self.lvl_embed(self.lvl_1L[:, at]).float() + self.pos_1LC[:, at].float()
+
+    def _logits(self, x_BlC: Tensor, condition_BC: Tensor) -> Tensor:
+        normed_BlC = self.head_nm(x_BlC, condition_BC)
+        with torch.autocast(x_BlC.device.type, enabled=False):  # log-probabilities need all 24 bits
+            return F.linear(normed_BlC.float(), self.head.weight.float(), self.head.bias.float())
+
+    def init_weights(self, adaln_std: float = 0.5, adaln_gamma_std: float = 1e-5) -> None:
+        """Random weights in the official proportions, so that training starts near the identity."""
+        std = math.sqrt(1 / self.config.width / 3)
+        for parameter in (self.pos_start, self.pos_1LC):
+            nn.init.trunc_normal_(parameter, std=std)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=std)
+        with torch.no_grad():
+            self.head.weight.mul_(0.02)
+            self.head_nm.ada_lin[-1].weight.mul_(adaln_std)
+            for block in self.blocks:
+                block.attn.proj.weight.div_(math.sqrt(2 * self.config.depth))
+                block.ffn.fc2.weight.div_(math.sqrt(2 * self.config.depth))
+                if not self.config.shared_adaln:
+                    linear, gamma = block.ada_lin[-1], 2 * self.config.width
+                    linear.weight[gamma:].mul_(adaln_std)
+                    linear.weight[:gamma].mul_(adaln_gamma_std)
+                else:
+                    block.ada_gss[:, :, 2:].mul_(adaln_std)
+                    block.ada_gss[:, :, :2].mul_(adaln_gamma_std)

@@ -1,0 +1,84 @@
+"""Plain records: the base of every configuration record, and what an image is asked to show."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pydantic
+from typing_extensions import Self
+
+from nextscale.errors import ConfigError
+
+
+class Record(pydantic.BaseModel):
+    """A frozen, keyword-only, validated record that rejects unknown keys and names the nearest valid one.
+
+    Raises:
+        ConfigError: when a key is unknown or a value is of the wrong type or out of its range.
+    """
+
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+    )
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except pydantic.ValidationError as error:
+            raise ConfigError(describe_validation_error(type(self), error)) from None
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """The record with these values, nested mappings becoming nested records."""
+        try:
+            return cls.model_validate(dict(values))
+        except pydantic.ValidationError as error:
+            raise ConfigError(describe_validation_error(cls, error)) from None
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated like a new one."""
+        return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
+
+
+def describe_validation_error(record: type[pydantic.BaseModel], error: pydantic.ValidationError) -> str:
+    """One sentence about the first thing wrong."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    key = ".".join(path) or record.__name__
+    if first["type"] == "extra_forbidden":
+        valid = list(_record_at(record, path[:-1]).model_fields)
+        return f"unknown key '{key}'{suggest(path[-1], valid)}"
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"{key} = {first['input']!r} cannot be used: {reason[0].lower()}{reason[1:]}"
+
+
+def suggest(name: str, valid: list[str]) -> str:
+    """The tail of an error sentence that names the valid choice nearest to `name`, or all of them."""
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f"; valid are {', '.join(valid)}" if valid else ""
+
+
+def _record_at(record: type[pydantic.BaseModel], path: list[str]) -> type[pydantic.BaseModel]:
+    for name in path:
+        field = record.model_fields.get(name)
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, pydantic.BaseModel)):
+            break
+        record = inner
+    return record
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What one image was asked to show.
+
+    Attributes:
+        label: class index, or None for a text-conditioned model.
+        text: the class name ("golden retriever") or the prompt.
+    """
+
+    label: int | None
+    text: str
