@@ -1,0 +1,65 @@
+"""From rewards to advantages: how much better an image is than its group.
+
+Shapes: N groups · G images of one group · K rewards
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ScaleRewards = Literal["group", "batch", "none"]
+Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
+
+
+def group_advantages(rewards_NG: Tensor, scale_rewards: ScaleRewards = "group", epsilon: float = 1e-4) -> Tensor:
+    """(N, G) advantages: the reward less the group's mean, over the standard deviation.
+
+    An image with a NaN reward (not scored) gets advantage 0 and does not count; so does every image of a
+    group with fewer than two scores.
+
+    Args:
+        rewards_NG: one reward for each image.
+        scale_rewards: divide by the group's own deviation, by the batch's, or not at all (Dr. GRPO).
+        epsilon: added to the deviation.
+
+    Source: GRPO (arXiv 2402.03300), equation 3; Dr. GRPO (arXiv 2503.20783) for "none".
+    """
+    scored_NG = ~rewards_NG.isnan()
+    scored_NG &= scored_NG.sum(1, keepdim=True) >= 2
+    centred_NG = _centre(rewards_NG, scored_NG)
+    if scale_rewards == "group":
+        return centred_NG / (_deviation(centred_NG, scored_NG, dim=1) + epsilon)
+    if scale_rewards == "batch":
+        values = torch.where(scored_NG, rewards_NG, 0.0).flatten()[None]
+        centred = _centre(values, scored_NG.flatten()[None])
+        return centred_NG / (_deviation(centred, scored_NG.flatten()[None], dim=1) + epsilon)
+    return centred_NG
+
+
+def combined_advantages(
+    rewards_KNG: Tensor,
+    weights_K: Tensor,
+    scale_rewards: ScaleRewards = "group",
+    aggregation: Aggregation = "sum_then_normalize",
+) -> Tensor:
+    """(N, G) advantages of several weighted rewards.
+
+    `sum_then_normalize` adds the weighted rewards first, so a reward counts by its spread;
+    `normalize_then_sum` normalises each within its groups first, so a reward counts by its weight alone.
+    """
+    weights_K11 = weights_K.to(rewards_KNG)[:, None, None]
+    if aggregation == "sum_then_normalize":
+        return group_advantages((weights_K11 * rewards_KNG).sum(0), scale_rewards)
+    each_KNG = torch.stack([group_advantages(rewards_NG, scale_rewards) for rewards_NG in rewards_KNG])
+    return (weights_K11 * each_KNG).sum(0)
+
+
+def _centre(values: Tensor, scored: Tensor) -> Tensor:
+    mean = torch.where(scored, values, 0.0).sum(1, keepdim=True) / scored.sum(1, keepdim=True).clamp_min(1)
+    return torch.where(scored, values - mean, 0.0)
+
+
+def _deviation(centred: Tensor, scored: Tensor, dim: int) -> Tensor:
+    """Sample standard deviation (n - 1) of the scored values, as torch.std has it."""
+    return (centred.square().sum(dim, keepdim=True) / (scored.sum(dim, keepdim=True) - 1).clamp_min(1)).sqrt()

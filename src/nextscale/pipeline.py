@@ -1,0 +1,216 @@
+"""A VAR model with its tokenizer: load, sample, save.
+
+Shapes: B images · L tokens of all scales · H W pixels
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nextscale.errors import CheckpointError, ConfigError, NextscaleError
+from nextscale.models import official, zoo
+from nextscale.models.var import VAR, VARConfig
+from nextscale.models.vqvae import VQVAE, VQVAEConfig
+from nextscale.policy import SamplingConfig
+from nextscale.records import Condition
+from nextscale.sampling import Samples, sample
+from nextscale.seeding import group_uniforms
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class VAROutput:
+    """What a pipeline returns.
+
+    Attributes:
+        images: (B, 3, H, W) float32 in [0, 1].
+        tokens: (B, L) int64.
+        log_probs: (B, L) float32, each token's under the sampling policy.
+    """
+
+    images: Tensor
+    tokens: Tensor
+    log_probs: Tensor
+
+    def pil(self) -> list[Image.Image]:
+        """The images as PIL images."""
+        return to_pil(self.images)
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [0, 1] to a list of PIL images."""
+    pixels = images.detach().clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(each) for each in pixels]
+
+
+class VARPipeline:
+    """A VAR transformer and the tokenizer it was trained on.
+
+    Attributes:
+        transformer: the VAR; the part that is fine-tuned.
+        tokenizer: the VQVAE; always frozen.
+        class_names: the name of each class, or None where they are unknown.
+    """
+
+    def __init__(
+        self, transformer: VAR, tokenizer: VQVAE, class_names: Sequence[str] | None = None
+    ) -> None:
+        self.transformer = transformer.eval()
+        self.tokenizer = tokenizer.eval().requires_grad_(False)
+        self.class_names = None if class_names is None else tuple(class_names)
+        num_classes = transformer.config.num_classes
+        if self.class_names is not None and len(self.class_names) != num_classes:
+            raise ConfigError(f"the model has {num_classes} classes, got {len(self.class_names)} class names")
+
+    @property
+    def num_classes(self) -> int:
+        return self.transformer.config.num_classes
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.pos_start.device
+
+    def to(self, device: torch.device | str) -> "VARPipeline":
+        """Move both networks to a device; returns self."""
+        self.transformer.to(device)
+        self.tokenizer.to(device)
+        return self
+
+    @classmethod
+    def from_official(
+        cls, var: str | Path, vae: str | Path, dtype: torch.dtype = torch.float32
+    ) -> "VARPipeline":
+        """Load official checkpoints (`var_d16.pth`, `vae_ch160v4096z32.pth`); sizes are read from the tensors.
+
+        Args:
+            dtype: of the transformer; the tokenizer stays float32.
+
+        Raises:
+            CheckpointError: names the file and the first thing wrong with it.
+        """
+        return cls(*official.load_official(var, vae, dtype))
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, dtype: torch.dtype = torch.float32) -> "VARPipeline":
+        """Load a model by name ("toy") or from a folder that `save_pretrained` wrote.
+
+        Raises:
+            CheckpointError: no such name or folder, or a file of it that cannot be used.
+        """
+        folder = zoo.folder_of(name)
+        path = folder / "config.json"
+        try:
+            config = json.loads(path.read_text())
+            records = VARConfig.from_mapping(config["transformer"]), VQVAEConfig.from_mapping(config["tokenizer"])
+        except OSError:
+            raise CheckpointError(f"'{folder}' is not a model folder: it has no readable config.json") from None
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, NextscaleError) as error:
+            raise CheckpointError(f"'{path}' is not the configuration of a model: {error}") from None
+        if config.get("format_version") != FORMAT_VERSION:
+            found = config.get("format_version")
+            raise CheckpointError(f"'{path}' has format_version {found}, expected {FORMAT_VERSION}")
+        transformer_path, tokenizer_path = folder / "transformer.safetensors", folder / "tokenizer.safetensors"
+        transformer = official.build_strictly(
+            lambda: VAR(records[0]), official.read_state_dict(transformer_path), transformer_path, dtype
+        )
+        tokenizer = official.build_strictly(
+            lambda: VQVAE(records[1]), official.read_state_dict(tokenizer_path), tokenizer_path
+        )
+        return cls(transformer, tokenizer, config.get("class_names"))
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+        """Write `transformer.safetensors`, `tokenizer.safetensors` and `config.json`; returns the folder.
+
+        Args:
+            dtype: of the stored floating-point tensors; by default each tensor's own.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, model in (("transformer", self.transformer), ("tokenizer", self.tokenizer)):
+            state = {}
+            for key, value in model.state_dict().items():
+                value = value.detach().cpu()
+                state[key] = value.to(dtype) if dtype and value.is_floating_point() else value
+            save_file({key: value.contiguous() for key, value in state.items()}, folder / f"{name}.safetensors")
+        config = {
+            "format_version": FORMAT_VERSION,
+            "transformer": self.transformer.config.model_dump(),
+            "tokenizer": self.tokenizer.config.model_dump(),
+            "class_names": self.class_names,
+        }
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        return folder
+
+    def save_official(self, folder: str | Path) -> tuple[Path, Path]:
+        """Write `var.pth` and `vae.pth` for the official code; returns their paths."""
+        return official.save_official(self.transformer, self.tokenizer, folder)
+
+    def conditions(self, labels: Sequence[int]) -> list[Condition]:
+        """The conditions of these class labels.
+
+        Raises:
+            ConfigError: the list is empty, or a label is not a class of the model.
+        """
+        if not len(labels):
+            raise ConfigError(f"no class labels given: give at least one of 0 to {self.num_classes - 1}")
+        for label in labels:
+            if not 0 <= label < self.num_classes:
+                raise ConfigError(f"class {label} is out of range: the model has classes 0 to {self.num_classes - 1}")
+        names = self.class_names
+        return [Condition(int(label), names[label] if names else f"class {label}") for label in labels]
+
+    def draw(self, labels: Sequence[int], uniforms: Tensor, sampling: SamplingConfig) -> Samples:
+        """Tokens of one image for each label, decided by `uniforms` (B, L); no pixels yet."""
+        labels_B = torch.tensor(labels, device=self.device)
+        return sample(self.transformer, self.tokenizer, labels_B, uniforms.to(self.device), sampling)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Sequence[int],
+        num_images_per_label: int = 1,
+        *,
+        guidance_scale: float = 1.5,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ) -> VAROutput:
+        """Draw images. The images of the i-th label depend on (seed, i) alone.
+
+        Args:
+            class_labels: classes to draw; a label may come more than once.
+            num_images_per_label: images for each; those of one label stand together.
+            guidance_scale: classifier-free guidance at the last scale; 0 switches it off.
+            top_k: keep the k likeliest tokens; 0 keeps all.
+            top_p: keep the likeliest tokens that hold this share; 1 keeps all.
+            temperature: divides the logits.
+            seed: of the images.
+
+        Raises:
+            ConfigError: an empty list, a label or a setting out of range.
+        """
+        if num_images_per_label < 1:
+            raise ConfigError(f"num_images_per_label must be at least 1, got {num_images_per_label}")
+        self.conditions(class_labels)
+        sampling = SamplingConfig(
+            guidance_scale=guidance_scale, top_k=top_k, top_p=top_p, temperature=temperature
+        )
+        num_tokens = self.transformer.schedule.num_tokens
+        uniforms = torch.cat(
+            [
+                group_uniforms(num_images_per_label, num_tokens, "sample", seed, i)
+                for i in range(len(class_labels))
+            ]
+        )
+        labels = [int(label) for label in class_labels for _ in range(num_images_per_label)]
+        samples = self.draw(labels, uniforms, sampling)
+        images = self.tokenizer.latent_to_images(samples.latent)
+        return VAROutput(images, samples.tokens, samples.log_probs)

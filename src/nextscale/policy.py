@@ -1,0 +1,121 @@
+"""The policy: the distribution a token is drawn from, defined once for the sampler and for the trainer.
+
+    logits  = (1 + t) cond - t uncond,   t = guidance_scale * k / (S - 1)      classifier-free guidance
+    logits  = logits / temperature
+    logits  = top-k, then top-p of the logits                                  the rest gets probability 0
+    policy  = softmax(logits)
+
+docs/policy.md says what is trained where filtering removes tokens, and why.
+
+Shapes: B images · l tokens (of one scale or of all) · V codebook size
+"""
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from nextscale.records import Record
+
+
+class SamplingConfig(Record):
+    """How tokens are drawn. The defaults draw from the model's own conditional distribution."""
+
+    guidance_scale: float = Field(0.0, ge=0)
+    """Classifier-free guidance at the last scale; it grows linearly from 0 at the first. 0 switches it off."""
+    temperature: float = Field(1.0, gt=0)
+    """Divides the guided logits."""
+    top_k: int = Field(0, ge=0)
+    """Keep the k likeliest tokens (ties stay). 0 keeps all."""
+    top_p: float = Field(1.0, ge=0, le=1)
+    """Keep the smallest set of likeliest tokens that holds more than this share. 0 and 1 keep all."""
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the null class has to be run as well."""
+        return self.guidance_scale > 0
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether some tokens may get probability 0."""
+        return self.top_k > 0 or 0 < self.top_p < 1
+
+
+def policy_logits(cond_BlV: Tensor, uncond_BlV: Tensor | None, ramp_l: Tensor, config: SamplingConfig) -> Tensor:
+    """Guided, tempered logits, before any filtering.
+
+    Args:
+        cond_BlV: logits under the class.
+        uncond_BlV: logits under the null class; None when the guidance is off.
+        ramp_l: `ScaleSchedule.guidance_ramp()` of these tokens, 0 at the first scale, 1 at the last.
+
+    Source: official VAR, `autoregressive_infer_cfg`.
+    """
+    logits_BlV = cond_BlV
+    if config.is_guided:
+        assert uncond_BlV is not None, "guidance needs the logits of the null class"
+        strength_l1 = (config.guidance_scale * ramp_l)[:, None].to(cond_BlV)
+        logits_BlV = (1 + strength_l1) * cond_BlV - strength_l1 * uncond_BlV
+    return logits_BlV if config.temperature == 1 else logits_BlV / config.temperature
+
+
+@torch.no_grad()
+def kept_tokens(logits_BlV: Tensor, config: SamplingConfig) -> Tensor:
+    """(B, l, V) bool: the tokens that top-k, then top-p, leave a probability.
+
+    Source: official VAR, `sample_with_top_k_top_p_`: ties with the k-th value stay; of what top-k left, in
+    ascending order, those whose cumulative probability is at most 1 - top_p are removed, never the largest.
+    """
+    kept_BlV = torch.ones_like(logits_BlV, dtype=torch.bool)
+    if config.top_k > 0:
+        k = min(config.top_k, logits_BlV.shape[-1])
+        threshold = logits_BlV.topk(k, dim=-1).values[..., -1:]
+        kept_BlV = logits_BlV >= threshold
+    if 0 < config.top_p < 1:
+        ascending, order = logits_BlV.masked_fill(~kept_BlV, float("-inf")).sort(dim=-1, stable=False)
+        removed = ascending.softmax(-1).cumsum(-1) <= 1 - config.top_p
+        removed[..., -1] = False
+        kept_BlV = kept_BlV & ~removed.scatter(-1, order, removed)
+    return kept_BlV
+
+
+def policy_log_probs(
+    logits_BlV: Tensor, config: SamplingConfig, drawn_Bl: Tensor | None = None
+) -> Tensor:
+    """(B, l, V) log-probabilities of the policy; removed tokens get -inf.
+
+    Args:
+        logits_BlV: from `policy_logits`.
+        drawn_Bl: tokens that were drawn, and so are in the support whatever these logits say.
+    """
+    if config.is_filtered:
+        kept_BlV = kept_tokens(logits_BlV, config)
+        if drawn_Bl is not None:
+            kept_BlV = kept_BlV.scatter(-1, drawn_Bl[..., None], True)
+        logits_BlV = logits_BlV.masked_fill(~kept_BlV, float("-inf"))
+    return logits_BlV.log_softmax(-1)
+
+
+def draw_tokens(log_probs_BlV: Tensor, uniforms_Bl: Tensor) -> Tensor:
+    """(B, l) tokens by inversion: the first whose cumulative probability exceeds the uniform number.
+
+    One number decides one token, so the same numbers give the same image in any batch, on any device. In
+    float64, so that a removed token (probability 0) can never be reached by rounding.
+    """
+    cumulative_BlV = log_probs_BlV.double().exp().cumsum(-1)
+    threshold_Bl1 = uniforms_Bl.double()[..., None] * cumulative_BlV[..., -1:]
+    return torch.searchsorted(cumulative_BlV, threshold_Bl1, right=True).squeeze(-1)
+
+
+def token_log_probs(log_probs_BlV: Tensor, tokens_Bl: Tensor) -> Tensor:
+    """(B, l) log-probabilities of these tokens."""
+    return log_probs_BlV.gather(-1, tokens_Bl[..., None]).squeeze(-1)
+
+
+def exact_entropy(log_probs_BlV: Tensor) -> Tensor:
+    """(B, l) entropy in nats, summed over the codebook; tokens of probability 0 add nothing."""
+    return torch.special.entr(log_probs_BlV.exp()).sum(-1)
+
+
+def exact_kl(log_probs_BlV: Tensor, reference_log_probs_BlV: Tensor) -> Tensor:
+    """(B, l) KL(policy || reference) in nats, summed over the codebook. Both must be unfiltered."""
+    return (log_probs_BlV.exp() * (log_probs_BlV - reference_log_probs_BlV)).sum(-1)
