@@ -56,8 +56,10 @@ def combined_advantages(
 
 
 def _centre(values: Tensor, scored: Tensor) -> Tensor:
-    mean = torch.where(scored, values, 0.0).sum(1, keepdim=True) / scored.sum(1, keepdim=True).clamp_min(1)
-    return torch.where(scored, values - mean, 0.0)
+    # From the row's best, not from 0: a mean of equal values rounds, and 3 x 0.3 would not centre to exactly 0.
+    shifted = values - values.masked_fill(~scored, float("-inf")).amax(1, keepdim=True)
+    mean = torch.where(scored, shifted, 0.0).sum(1, keepdim=True) / scored.sum(1, keepdim=True).clamp_min(1)
+    return torch.where(scored, shifted - mean, 0.0)
 
 
 def _deviation(centred: Tensor, scored: Tensor, dim: int) -> Tensor:

@@ -20,9 +20,9 @@ from nextscale.records import Record
 class SamplingConfig(Record):
     """How tokens are drawn. The defaults draw from the model's own conditional distribution."""
 
-    guidance_scale: float = Field(0.0, ge=0)
+    guidance_scale: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Classifier-free guidance at the last scale; it grows linearly from 0 at the first. 0 switches it off."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Divides the guided logits."""
     top_k: int = Field(0, ge=0)
     """Keep the k likeliest tokens (ties stay). 0 keeps all."""
@@ -113,7 +113,9 @@ def token_log_probs(log_probs_BlV: Tensor, tokens_Bl: Tensor) -> Tensor:
 
 def exact_entropy(log_probs_BlV: Tensor) -> Tensor:
     """(B, l) entropy in nats, summed over the codebook; tokens of probability 0 add nothing."""
-    return torch.special.entr(log_probs_BlV.exp()).sum(-1)
+    # Not `special.entr`: its slope is infinite at 0, and 0 times that makes the gradient NaN.
+    finite_BlV = log_probs_BlV.masked_fill(log_probs_BlV == float("-inf"), 0.0)
+    return -(log_probs_BlV.exp() * finite_BlV).sum(-1)
 
 
 def exact_kl(log_probs_BlV: Tensor, reference_log_probs_BlV: Tensor) -> Tensor:

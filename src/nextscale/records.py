@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import pydantic
 from typing_extensions import Self
@@ -28,9 +28,14 @@ class Record(pydantic.BaseModel):
         except pydantic.ValidationError as error:
             raise ConfigError(describe_validation_error(type(self), error)) from None
 
+    # Nested records are then validated by pydantic itself, so that an error carries the whole path to its key.
+    __init__.__pydantic_base_init__ = True  # pyright: ignore[reportFunctionMemberAccess]
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
         """The record with these values, nested mappings becoming nested records."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{cls.__name__} needs keys with values, got {values!r}")
         try:
             return cls.model_validate(dict(values))
         except pydantic.ValidationError as error:
@@ -64,10 +69,12 @@ def suggest(name: str, valid: list[str]) -> str:
 def _record_at(record: type[pydantic.BaseModel], path: list[str]) -> type[pydantic.BaseModel]:
     for name in path:
         field = record.model_fields.get(name)
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, pydantic.BaseModel)):
+        annotation = field.annotation if field else None
+        choices = get_args(annotation) or (annotation,)  # `Inner | None` holds an Inner
+        inner = [each for each in choices if isinstance(each, type) and issubclass(each, pydantic.BaseModel)]
+        if len(inner) != 1:
             break
-        record = inner
+        record = inner[0]
     return record
 
 

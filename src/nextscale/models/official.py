@@ -7,13 +7,11 @@ Source: github.com/FoundationVision/VAR; its trainer's checkpoints nest the two 
 import math
 import pickle
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -46,8 +44,8 @@ def read_state_dict(path: str | Path, nested_key: str | None = None) -> StateDic
         refused = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it wants to run {refused[1]}" if refused else "it is not a checkpoint of tensors"
         raise CheckpointError(f"'{path}' was not loaded: {what}; only tensors are read from a file") from None
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+    except Exception as error:  # on a file that is no pickle the reader fails with whatever its bytes lead to
+        reason = re.split(r"\.\s|\n", str(error))[0][:120] or type(error).__name__
         raise CheckpointError(f"'{path}' cannot be read ({reason}): it is truncated or no checkpoint") from None
     for key in ("trainer", nested_key):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -118,8 +116,11 @@ def build_strictly(
     Raises:
         CheckpointError: names the file and the first key that is missing, unknown or of another shape.
     """
-    with torch.device("meta"):
-        model = make()
+    try:
+        with torch.device("meta"):
+            model = make()
+    except ValueError as error:
+        raise CheckpointError(f"'{path}' has sizes that no model can have: {error}") from None
     expected = model.state_dict()
     for key, value in expected.items():
         if key not in state:
@@ -129,6 +130,8 @@ def build_strictly(
         if state[key].shape != value.shape:
             found, wanted = tuple(state[key].shape), tuple(value.shape)
             raise CheckpointError(f"'{path}': '{key}' has shape {found}, expected {wanted}")
+        if state[key].is_floating_point() != value.is_floating_point():
+            raise CheckpointError(f"'{path}': '{key}' is {state[key].dtype}, expected {value.dtype}")
     for key in state:
         if key not in expected:
             raise CheckpointError(f"'{path}' holds '{key}', which the model does not know")

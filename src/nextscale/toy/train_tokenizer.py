@@ -1,9 +1,8 @@
-"""Train the miniature world's tokenizer: a multi-scale VQVAE that has seen every style.
+"""Train the miniature world's tokenizer: a multi-scale VQVAE that sees every style.
 
-Shapes: B images · L tokens of all scales · V codebook size · D codebook width
+Shapes: B images · L tokens of all scales · V codebook size · D codebook width · M vectors
 """
 
-import math
 import time
 from collections.abc import Callable
 
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
 from nextscale.seeding import generator_for
-from nextscale.toy.world import render, sample_scenes
+from nextscale.toy.optimizer import Optimizer
+from nextscale.toy.world import Scenes, render, sample_scenes
 
 TOKENIZER = VQVAEConfig(
     codebook_size=256,
@@ -24,60 +24,55 @@ TOKENIZER = VQVAEConfig(
     num_res_blocks=1,
     scale_sizes=(1, 2, 3, 4, 6, 8),
 )
+PLAIN_SHARE = 0.15  # of the steps, at first, without quantization: a codebook needs latents worth coding
 
 
-def cosine_schedule(step: int, num_steps: int, warmup: int, floor: float = 0.02) -> float:
-    """Share of the peak learning rate: linear warm-up, then half a cosine down to `floor`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, num_steps - warmup)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def render_pool(num_images: int, generator: torch.Generator, styles: Tensor | None = None):
-    """`num_images` scenes and their images as (N, 3, H, W) uint8, rendered in slices to bound memory."""
+def render_pool(
+    num_images: int, generator: torch.Generator, styles: Tensor | None = None
+) -> tuple[Scenes, Tensor]:
+    """Scenes and their images as (N, 3, H, W) uint8, rendered in slices to bound memory."""
     scenes = sample_scenes(num_images, generator, styles=styles)
-    parts = [
-        render(scenes[i : i + 500]).mul(255).round().to(torch.uint8) for i in range(0, num_images, 500)
-    ]
+    starts = range(0, num_images, 500)
+    parts = [render(scenes[i : i + 500]).mul(255).round().to(torch.uint8) for i in starts]
     return scenes, torch.cat(parts)
 
 
 def train_tokenizer(
-    seed: int, num_steps: int = 5000, batch_size: int = 16, log: Callable[[str], None] = print
+    seed: int,
+    num_steps: int = 3600,
+    batch_size: int = 16,
+    pool_size: int = 10000,
+    log: Callable[[str], None] = print,
 ) -> VQVAE:
     """A VQVAE trained on all classes and styles, a pure function of the seed and the thread count."""
     torch.manual_seed(seed)
     generator = generator_for("toy", "tokenizer", seed)
-    _, pool = render_pool(8000, generator)
+    _, pool = render_pool(pool_size, generator)
     model = VQVAE(TOKENIZER)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=8e-4, betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: cosine_schedule(i, num_steps, 50))
-    num_plain = 80  # unquantised steps: a codebook that starts from useful latents does not collapse
+    num_plain = int(PLAIN_SHARE * num_steps)
+    optimizer = Optimizer(model, matrix_rate=0.02, other_rate=2e-3, num_steps=num_steps, warmup=20)
     used_V = torch.zeros(TOKENIZER.codebook_size)
     begin = time.time()
     for step in range(num_steps):
+        if step == num_plain:
+            chosen = torch.randint(len(pool), (256,), generator=generator)
+            start_codebook(model, pool[chosen].float() / 255, generator)
         chosen = torch.randint(len(pool), (batch_size,), generator=generator)
         images = pool[chosen].float() / 255
-        if step == num_plain:
-            _revive_codes(model, images, torch.zeros(TOKENIZER.codebook_size, dtype=torch.bool), generator)
         with torch.autocast("cpu", torch.bfloat16):
             latent = model.images_to_latent(images).float()
-            vq_loss, f_hat = latent.new_zeros(()), latent
+            vq_loss, quantized = latent.new_zeros(()), latent
             if step >= num_plain:
                 with torch.autocast("cpu", enabled=False):
-                    f_hat, tokens, vq_loss = model.quantize(latent)
+                    quantized, tokens, vq_loss = model.quantize(latent)
                 used_V = 0.98 * used_V + torch.bincount(tokens.flatten(), minlength=len(used_V))
-            output = model.decoder(model.post_quant_conv(f_hat)).float()
-        pixel_loss, edge_loss = reconstruction_losses((output + 1) / 2, images)
-        loss = pixel_loss + edge_loss + 0.25 * vq_loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if num_plain < step < 0.7 * num_steps and step % 50 == 0:
-            _revive_codes(model, images, used_V > 0.5, generator)
+            output = (model.decoder(model.post_quant_conv(quantized)).float() + 1) / 2
+        # Outlines would be punished before they can be right: the edge term comes once colours are there.
+        edge_weight = min(1.0, step / num_plain)
+        pixel_loss, edge_loss = reconstruction_losses(output, images)
+        optimizer.step(pixel_loss + edge_weight * edge_loss + 0.25 * vq_loss)
+        if num_plain + 50 < step < 0.7 * num_steps and step % 50 == 0:
+            revive_codes(model, latent.detach(), used_V < 0.5, generator)
         if step % 50 == 0 or step == num_steps - 1:
             log(
                 f"tokenizer {step}/{num_steps} pixel {pixel_loss:.4f} edge {edge_loss:.4f} "
@@ -87,35 +82,61 @@ def train_tokenizer(
 
 
 def reconstruction_losses(output: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean absolute error of the pixels, and of their horizontal and vertical differences.
+    """Error of the pixels (absolute and squared), and absolute error of their differences to neighbours.
 
     The second keeps outlines and strokes crisp, which the first alone would blur.
     """
     error = output - images
-    edges = (error[..., 1:, :] - error[..., :-1, :]).abs().mean() + error.diff(dim=-1).abs().mean()
-    return error.abs().mean(), edges
+    pixel = error.abs().mean() + 5 * error.square().mean()
+    return pixel, error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
 
 
 @torch.no_grad()
-def _revive_codes(model: VQVAE, images: Tensor, is_used_V: Tensor, generator: torch.Generator) -> None:
-    """Give every unused code the place of a residual that the used ones left, drawn from all scales."""
-    quantizer, latent = model.quantize, model.images_to_latent(images)
-    f_hat, residuals = torch.zeros_like(latent), []
-    for k, (size, part) in enumerate(zip(TOKENIZER.scale_sizes, quantizer.schedule.slices, strict=True)):
-        rest = F.interpolate(latent - f_hat, (size, size), mode="area")
-        residuals.append(rearrange(rest, "B D h w -> (B h w) D"))
-        if is_used_V.any():
-            tokens_Bl = quantizer.encode(latent)[:, part]
-            f_hat = quantizer.add_scale(f_hat, tokens_Bl, k)
-    candidates = torch.cat(residuals)
-    dead = (~is_used_V).nonzero().flatten()
-    chosen = torch.randint(len(candidates), (len(dead),), generator=generator)
-    quantizer.embedding.weight[dead] = candidates[chosen]
-    # A revived code's Adam moments are stale, but small: the code was unused, so its gradient was zero.
+def start_codebook(model: VQVAE, images: Tensor, generator: torch.Generator) -> None:
+    """Fill the codebook scale by scale with k-means of what the coarser scales leave to be coded."""
+    quantizer = model.quantize
+    latent, lengths = model.images_to_latent(images), quantizer.schedule.lengths
+    shares = torch.tensor([length**0.5 for length in lengths])
+    counts = (shares / shares.sum() * TOKENIZER.codebook_size).long()
+    counts[-1] += TOKENIZER.codebook_size - counts.sum()
+    quantizer.embedding.weight.fill_(1e4)  # never the nearest, until filled
+    filled, f_hat = 0, torch.zeros_like(latent)
+    for k, count in enumerate(counts.tolist()):
+        vectors_MD = residual_vectors(latent - f_hat, k)
+        quantizer.embedding.weight[filled : filled + count] = k_means(vectors_MD, count, generator)
+        filled += count
+        part = quantizer.schedule.slices[k]
+        f_hat = quantizer.add_scale(f_hat, quantizer.encode(latent)[:, part], k)
 
 
-if __name__ == "__main__":
-    import sys
+def residual_vectors(rest_BDhw: Tensor, k: int) -> Tensor:
+    """(M, D): what is left to be coded, as scale k sees it."""
+    size = TOKENIZER.scale_sizes[k]
+    return rearrange(F.interpolate(rest_BDhw, (size, size), mode="area"), "B D h w -> (B h w) D")
 
-    trained = train_tokenizer(0, int(sys.argv[2]))
-    torch.save(trained.state_dict(), sys.argv[1])
+
+def k_means(vectors_MD: Tensor, num_means: int, generator: torch.Generator, num_rounds: int = 10) -> Tensor:
+    """(num_means, D) by Lloyd's algorithm from random vectors; an empty cluster keeps its mean."""
+    means = vectors_MD[torch.randperm(len(vectors_MD), generator=generator)[:num_means]].clone()
+    for _ in range(num_rounds):
+        nearest_M = torch.cdist(vectors_MD, means).argmin(1)
+        sums = torch.zeros_like(means).index_add_(0, nearest_M, vectors_MD)
+        sizes = torch.bincount(nearest_M, minlength=num_means)[:, None]
+        means = torch.where(sizes > 0, sums / sizes.clamp_min(1), means)
+    return means
+
+
+@torch.no_grad()
+def revive_codes(model: VQVAE, latent: Tensor, is_dead_V: Tensor, generator: torch.Generator) -> None:
+    """Move every unused code to a residual that the others left, drawn from all scales alike.
+
+    Its Adam moments need no reset: an unused code has had no gradient.
+    """
+    quantizer, dead = model.quantize, is_dead_V.nonzero().flatten()
+    tokens_BL, f_hat, candidates = quantizer.encode(latent), torch.zeros_like(latent), []
+    for k, part in enumerate(quantizer.schedule.slices):
+        vectors_MD = residual_vectors(latent - f_hat, k)
+        candidates.append(vectors_MD[torch.randint(len(vectors_MD), (64,), generator=generator)])
+        f_hat = quantizer.add_scale(f_hat, tokens_BL[:, part], k)
+    pool_MD = torch.cat(candidates)
+    quantizer.embedding.weight[dead] = pool_MD[torch.randint(len(pool_MD), (len(dead),), generator=generator)]

@@ -1,0 +1,62 @@
+# `make demo` and `make test` do all set-up themselves; the first call takes minutes, later ones none.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+# The oldest Python that has all versions of constraints.txt; pyproject.toml states what the code needs.
+PYTHON_NEEDED := 3.11
+
+INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test lint format toy clean
+
+help:
+	@echo "make demo    fine-tune the miniature model and write a report"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff and pyright"
+	@echo "make format  let ruff format and sort"
+	@echo "make toy     rebuild the miniature world's models in build/toy"
+	@echo "make clean   remove build products and caches (not runs/, not $(VENV)/)"
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/nextscale train src/nextscale/recipes/toy-painting.yaml --run.output_dir runs/demo
+	$(VENV)/bin/nextscale report runs/demo
+
+# Two workers with one thread each: two threads each would only fight over a small machine's cores.
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/pyright
+
+format: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check --select I --fix
+	$(VENV)/bin/ruff format
+
+toy: $(VENV)/.installed
+	$(VENV)/bin/nextscale toy train --output build/toy
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: set-up runs again only when what it depends on has changed.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(RUN)
+	@echo "Installing nextscale into $(VENV) ..."
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(RUN)
+	@echo "Installing nextscale and its development tools into $(VENV) ..."
+	$(INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+$(RUN):
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "nextscale needs Python $(PYTHON_NEEDED) or newer, but '$(PYTHON)' was not found: name one with 'make PYTHON=/path/to/python3'." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(PYTHON_NEEDED)".split("."))))' || { \
+	  echo "nextscale needs Python $(PYTHON_NEEDED) or newer, but '$(PYTHON)' is $$($(PYTHON) -V 2>&1): name a newer one with 'make PYTHON=/path/to/python3'." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

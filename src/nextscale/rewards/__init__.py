@@ -1,0 +1,8 @@
+"""Rewards: any callable `(images (B, 3, H, W) in [0, 1], conditions) -> (B,) floats`; NaN means not scored."""
+
+from nextscale.rewards.aesthetic import Aesthetic
+from nextscale.rewards.base import Reward, WeightedSum, score
+from nextscale.rewards.clip_score import ClipScore
+from nextscale.rewards.user import load_function
+
+__all__ = ["Aesthetic", "ClipScore", "Reward", "WeightedSum", "load_function", "score"]

@@ -1,0 +1,110 @@
+"""Aesthetic predictors: a small head on a CLIP's image embedding.
+
+Shapes: N embeddings · E width of the embedding
+
+Source: github.com/LAION-AI/aesthetic-predictor (v1, one linear layer) and
+github.com/christophschuhmann/improved-aesthetic-predictor (v2, five layers with or without ReLU).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nextscale.errors import CheckpointError
+from nextscale.models import zoo
+from nextscale.models.official import read_state_dict
+from nextscale.records import Condition
+from nextscale.rewards.clip import load_clip
+
+DEFAULT_CLIP = "openai/clip-vit-large-patch14"
+LINEAR_LAYERS = (0, 2, 4, 6, 7)  # with dropout between: in eval mode one affine map
+RELU_LAYERS = (0, 3, 6, 9, 11)  # with ReLU and dropout between
+
+
+class AestheticHead(nn.Module):
+    """(N, E) image embeddings, normalised here, to (N,) scores.
+
+    Args:
+        weights: of each linear layer, (out, in), the last with out = 1.
+        biases: of each linear layer, (out,).
+        has_relu: whether a ReLU stands between the layers.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor], *, has_relu: bool) -> None:
+        super().__init__()
+        self.has_relu = has_relu
+        self.weights = nn.ParameterList(nn.Parameter(each.float(), requires_grad=False) for each in weights)
+        self.biases = nn.ParameterList(nn.Parameter(each.float(), requires_grad=False) for each in biases)
+
+    @property
+    def width(self) -> int:
+        """E, the width of the embeddings it takes."""
+        return self.weights[0].shape[1]
+
+    def forward(self, embeddings_NE: Tensor) -> Tensor:
+        x = F.normalize(embeddings_NE.float(), dim=-1)
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = F.linear(x, weight, bias)
+            if self.has_relu and i + 1 < len(self.weights):
+                x = x.relu()
+        return x.squeeze(-1)
+
+
+def load_head(path: str | Path) -> AestheticHead:
+    """The head of an aesthetic predictor alone; its kind is told by its keys.
+
+    Args:
+        path: "toy", or a `.pth` or `.safetensors` file with the keys of LAION's v1, v2 or v2 with ReLU.
+
+    Raises:
+        CheckpointError: the file is missing, broken, or of none of these kinds.
+    """
+    path = zoo.AESTHETIC_HEADS.get(str(path), Path(path))
+    state = read_state_dict(path)
+    kinds = (
+        (["weight"], False),
+        ([f"layers.{i}.weight" for i in LINEAR_LAYERS], False),
+        ([f"layers.{i}.weight" for i in RELU_LAYERS], True),
+    )
+    for names, has_relu in kinds:
+        bias_names = [name.replace("weight", "bias") for name in names]
+        if set(state) == {*names, *bias_names}:
+            weights, biases = [state[name] for name in names], [state[name] for name in bias_names]
+            _check_chain(path, names, weights, biases)
+            return AestheticHead(weights, biases, has_relu=has_relu)
+    raise CheckpointError(f"'{path}' is no aesthetic head: its keys {sorted(state)[:4]} fit none of LAION's kinds")
+
+
+def _check_chain(path: Path, names: list[str], weights: list[Tensor], biases: list[Tensor]) -> None:
+    wanted_out = [each.shape[-1] for each in weights[1:]] + [1]
+    for name, weight, bias, out in zip(names, weights, biases, wanted_out, strict=True):
+        if weight.ndim != 2 or weight.shape[0] != out or tuple(bias.shape) != (out,):
+            found = tuple(weight.shape), tuple(bias.shape)
+            raise CheckpointError(f"'{path}': '{name}' and its bias have shapes {found}, expected {out} outputs")
+
+
+class Aesthetic:
+    """Predicted human rating of an image, about 1 to 10.
+
+    Args:
+        head: a file that `load_head` takes, or "toy".
+        clip: the CLIP it was trained on.
+
+    Raises:
+        CheckpointError: either cannot be had, or their widths differ.
+    """
+
+    def __init__(self, head: str | Path, clip: str | Path = DEFAULT_CLIP) -> None:
+        self.clip = load_clip(clip)
+        self.head = load_head(head)
+        width = self.clip.model.config.projection_dim
+        if self.head.width != width:
+            raise CheckpointError(f"head '{head}' takes embeddings of width {self.head.width}, CLIP '{clip}' gives {width}")
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        embeddings = self.clip.embed_images(images)
+        return self.head.to(embeddings.device)(embeddings)

@@ -1,0 +1,35 @@
+"""A user's own reward: a Python function in a file."""
+
+import importlib.util
+from pathlib import Path
+
+from nextscale.errors import ConfigError
+from nextscale.records import suggest
+from nextscale.rewards.base import Reward
+
+
+def load_function(reference: str) -> Reward:
+    """The function that `path/to/file.py:function` names. The file is the user's own and is run.
+
+    Raises:
+        ConfigError: there is no such file or function, or the file raises.
+    """
+    path_text, _, name = reference.rpartition(":")
+    path = Path(path_text)
+    if not path_text or not name.isidentifier():
+        raise ConfigError(f"python reward '{reference}' must be of the form path/to/file.py:function")
+    if not path.is_file():
+        raise ConfigError(f"python reward '{reference}': no file '{path}'")
+    spec = importlib.util.spec_from_file_location(f"nextscale_user_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"python reward '{reference}': '{path}' is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"python reward '{reference}': the file raised {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ConfigError(f"python reward '{reference}': no function '{name}' in it{suggest(name, functions)}")
+    return function

@@ -1,0 +1,66 @@
+"""The judges: two classifiers, of class and of style, that no training ever sees.
+
+They are convolutional networks with batch normalisation, made with seeds of their own on images of their own,
+so that an image that pleases a reward (a vision transformer) without being what it should is found out.
+
+Shapes: B images · K kinds
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nextscale.models.official import build_strictly, read_state_dict
+from nextscale.models.zoo import TOY_ASSETS
+from nextscale.toy.world import CLASSES, STYLES
+
+KINDS = {"class": CLASSES, "style": STYLES}
+
+
+class Judge(nn.Sequential):
+    """A plain convolutional classifier of 64x64 images: (B, 3, 64, 64) in [0, 1] to (B, K) logits."""
+
+    def __init__(self, num_kinds: int, width: int = 24) -> None:
+        layers: list[nn.Module] = [nn.BatchNorm2d(3)]
+        widths = (3, width, width, 2 * width, 3 * width)
+        for channels_in, channels_out in zip(widths, widths[1:], strict=False):
+            layers += [
+                nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
+                nn.BatchNorm2d(channels_out),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+            ]
+        layers += [nn.Flatten(), nn.Dropout(0.3), nn.Linear(widths[-1] * 16, num_kinds)]
+        super().__init__(*layers)
+
+
+def load_judge(kind: str, folder: Path = TOY_ASSETS / "judges") -> Judge:
+    """The shipped judge of "class" or "style".
+
+    Raises:
+        CheckpointError: its file is missing or broken.
+    """
+    path = folder / f"{kind}.safetensors"
+    return build_strictly(lambda: Judge(len(KINDS[kind])), read_state_dict(path), path).requires_grad_(False)
+
+
+@torch.no_grad()
+def judge(model: Judge, images: Tensor) -> Tensor:
+    """(B,) index of the kind that the judge sees in each image."""
+    return model(images).argmax(-1)
+
+
+def judge_metrics(images: Tensor, labels: Tensor) -> dict[str, float]:
+    """What the shipped judges say of images that were asked to show `labels`.
+
+    Returns:
+        `judge/class_accuracy`, the share of images in which the class judge sees the class asked for, and
+        `judge/style/{style}`, the share of images that the style judge calls so.
+    """
+    seen = judge(load_judge("class").to(images.device), images).cpu()
+    styles = judge(load_judge("style").to(images.device), images).cpu()
+    metrics = {"judge/class_accuracy": (seen == labels.cpu()).float().mean().item()}
+    for index, style in enumerate(STYLES):
+        metrics[f"judge/style/{style}"] = (styles == index).float().mean().item()
+    return metrics

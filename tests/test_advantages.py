@@ -1,0 +1,197 @@
+import math
+
+import pytest
+import torch
+
+from nextscale.advantages import combined_advantages, group_advantages
+
+NAN = math.nan
+
+
+def by_hand(group, epsilon=1e-4):
+    """The advantages of one group of plain numbers, in float64."""
+    mean = sum(group) / len(group)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in group) / (len(group) - 1))
+    return [(value - mean) / (deviation + epsilon) for value in group]
+
+
+def rewards_of(*groups):
+    return torch.tensor(groups)
+
+
+def random_rewards(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# One reward
+
+
+def test_the_group_advantage_by_hand():
+    torch.testing.assert_close(
+        group_advantages(rewards_of([1.0, 2.0, 3.0]), epsilon=0.0), torch.tensor([[-1.0, 0.0, 1.0]])
+    )
+    groups = [[0.3, 0.9, -1.0, 2.0], [10.0, 10.5, 9.0, 11.0]]
+    expected = torch.tensor([by_hand(group) for group in groups])
+    torch.testing.assert_close(group_advantages(rewards_of(*groups)), expected)
+
+
+def test_without_scaling_it_is_the_distance_to_the_groups_mean():
+    advantages = group_advantages(rewards_of([1.0, 2.0, 6.0], [0.0, 0.0, 3.0]), "none")
+    torch.testing.assert_close(advantages, torch.tensor([[-2.0, -1.0, 3.0], [-1.0, -1.0, 2.0]]))
+
+
+def test_the_batchs_deviation_is_that_of_all_rewards():
+    rewards = rewards_of([1.0, 2.0, 6.0], [0.0, 0.0, 3.0])
+    deviation = torch.tensor([1.0, 2.0, 6.0, 0.0, 0.0, 3.0]).std()
+    expected = torch.tensor([[-2.0, -1.0, 3.0], [-1.0, -1.0, 2.0]]) / (deviation + 1e-4)
+    torch.testing.assert_close(group_advantages(rewards, "batch"), expected)
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+def test_equal_rewards_give_exactly_zero(scale_rewards):
+    for size in range(2, 17):
+        for value in (0.0, 0.1, 1 / 3, 0.3, 5.7, -2.3, 1000.1, 1e-3, 21.37):
+            rewards = torch.full((3, size), value)
+            assert torch.equal(group_advantages(rewards, scale_rewards), torch.zeros(3, size)), (size, value)
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+def test_equal_rewards_of_one_group_among_others_give_exactly_zero(scale_rewards):
+    rewards = rewards_of([0.3] * 6, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [NAN, 1.1, 1.1, 1.1, NAN, 1.1])
+    advantages = group_advantages(rewards, scale_rewards)
+    assert torch.equal(advantages[[0, 2]], torch.zeros(2, 6))
+    assert (advantages[1] != 0).all()
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+def test_the_advantages_of_a_group_sum_to_zero(scale_rewards):
+    advantages = group_advantages(random_rewards(5, 8), scale_rewards)
+    torch.testing.assert_close(advantages.sum(1), torch.zeros(5), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "none"])
+def test_a_shift_of_a_groups_rewards_changes_nothing(scale_rewards):
+    rewards = random_rewards(4, 6)
+    shifts = torch.tensor([[3.0], [-7.0], [0.5], [100.0]])
+    shifted, plain = (group_advantages(each, scale_rewards) for each in (rewards + shifts, rewards))
+    torch.testing.assert_close(shifted, plain, rtol=0, atol=1e-4)
+
+
+def test_a_shift_of_all_rewards_changes_nothing_when_the_batch_scales():
+    rewards = random_rewards(4, 6)
+    torch.testing.assert_close(
+        group_advantages(rewards + 5.0, "batch"), group_advantages(rewards, "batch"), rtol=0, atol=1e-5
+    )
+
+
+def test_a_scale_of_a_groups_rewards_changes_nothing():
+    rewards, scales = random_rewards(3, 6), torch.tensor([[10.0], [1.0], [0.1]])
+    scaled = group_advantages(rewards * scales, epsilon=0.0)
+    torch.testing.assert_close(scaled, group_advantages(rewards, epsilon=0.0))
+    torch.testing.assert_close(group_advantages(rewards * scales), group_advantages(rewards), rtol=0, atol=5e-3)
+    assert not torch.allclose(group_advantages(rewards * scales, "none"), group_advantages(rewards, "none"))
+
+
+def test_small_differences_of_large_rewards_survive():
+    rewards = torch.tensor([[1000.0, 1000.25, 1000.5, 1000.75]])
+    expected = torch.tensor([by_hand([0.0, 0.25, 0.5, 0.75])])
+    torch.testing.assert_close(group_advantages(rewards), expected)
+
+
+# Images that were not scored
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "none"])
+def test_an_unscored_image_gets_zero_and_does_not_count(scale_rewards):
+    advantages = group_advantages(rewards_of([1.0, NAN, 2.0, 6.0], [0.0, 1.0, 2.0, 3.0]), scale_rewards)
+    without = group_advantages(rewards_of([1.0, 2.0, 6.0]), scale_rewards)
+    assert advantages[0, 1] == 0
+    torch.testing.assert_close(advantages[0, [0, 2, 3]], without[0])
+    torch.testing.assert_close(advantages[1:], group_advantages(rewards_of([0.0, 1.0, 2.0, 3.0]), scale_rewards))
+
+
+def test_an_unscored_image_does_not_count_in_the_batchs_deviation():
+    advantages = group_advantages(rewards_of([1.0, NAN, 2.0], [0.0, 1.0, 5.0]), "batch")
+    deviation = torch.tensor([1.0, 2.0, 0.0, 1.0, 5.0]).std() + 1e-4
+    torch.testing.assert_close(advantages, torch.tensor([[-0.5, 0.0, 0.5], [-2.0, -1.0, 3.0]]) / deviation)
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+def test_a_group_with_fewer_than_two_scores_gets_zero(scale_rewards):
+    rewards = rewards_of([NAN, 5.0, NAN], [NAN, NAN, NAN], [1.0, 2.0, 3.0])
+    advantages = group_advantages(rewards, scale_rewards)
+    assert torch.equal(advantages[:2], torch.zeros(2, 3))
+    torch.testing.assert_close(advantages[2:], group_advantages(rewards[2:], scale_rewards))
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+def test_no_score_at_all_gives_zero(scale_rewards):
+    assert torch.equal(group_advantages(torch.full((2, 3), NAN), scale_rewards), torch.zeros(2, 3))
+    assert torch.equal(group_advantages(torch.ones(2, 1), scale_rewards), torch.zeros(2, 1))
+
+
+def test_the_rewards_are_left_as_they_were():
+    rewards = rewards_of([1.0, NAN, 3.0])
+    group_advantages(rewards, "batch")
+    assert rewards[0, 0] == 1.0 and rewards[0, 1].isnan() and rewards[0, 2] == 3.0
+
+
+# Several rewards
+
+TWO = torch.tensor([[[0.0, 2.0, 4.0]], [[30.0, 10.0, 20.0]]])  # one group; deviations 2 and 10
+
+
+def test_sum_then_normalize_by_hand():
+    advantages = combined_advantages(TWO, torch.tensor([1.0, 0.5]))
+    torch.testing.assert_close(advantages, torch.tensor([by_hand([15.0, 7.0, 14.0])]))
+
+
+def test_normalize_then_sum_by_hand():
+    advantages = combined_advantages(TWO, torch.tensor([1.0, 0.5]), aggregation="normalize_then_sum")
+    # (-1, 0, 1) and half of (1, -1, 0)
+    torch.testing.assert_close(advantages, torch.tensor([[-0.5, -0.5, 1.0]]), rtol=0, atol=1e-4)
+
+
+def test_a_rewards_unit_counts_only_when_summed_first():
+    weights, rescaled = torch.tensor([1.0, 1.0]), TWO * torch.tensor([1.0, 100.0])[:, None, None]
+    separately = [combined_advantages(each, weights, aggregation="normalize_then_sum") for each in (TWO, rescaled)]
+    torch.testing.assert_close(*separately, rtol=0, atol=1e-4)
+    summed = [combined_advantages(each, weights) for each in (TWO, rescaled)]
+    assert not torch.allclose(*summed, atol=0.05)
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
+def test_one_reward_of_weight_1_is_the_group_advantage(scale_rewards):
+    rewards, one = random_rewards(3, 5), torch.ones(1)
+    for aggregation in ("sum_then_normalize", "normalize_then_sum"):
+        combined = combined_advantages(rewards[None], one, scale_rewards, aggregation)
+        torch.testing.assert_close(combined, group_advantages(rewards, scale_rewards))
+
+
+def test_the_scaling_reaches_both_aggregations():
+    weights = torch.tensor([1.0, 0.5])
+    torch.testing.assert_close(
+        combined_advantages(TWO, weights, "none", "normalize_then_sum"),
+        torch.tensor([[-2.0, 0.0, 2.0]]) + 0.5 * torch.tensor([[10.0, -10.0, 0.0]]),
+    )
+    torch.testing.assert_close(
+        combined_advantages(TWO, weights, "none"), torch.tensor([[3.0, -5.0, 2.0]])
+    )
+
+
+def test_an_image_that_one_reward_did_not_score():
+    rewards = torch.tensor([[[1.0, NAN, 3.0]], [[0.0, 5.0, 4.0]]])
+    summed = combined_advantages(rewards, torch.ones(2))  # the sum is not known: not scored
+    assert summed[0, 1] == 0
+    torch.testing.assert_close(summed[0, [0, 2]], group_advantages(rewards_of([1.0, 7.0]))[0])
+    separate = combined_advantages(rewards, torch.ones(2), aggregation="normalize_then_sum")
+    second = by_hand([0.0, 5.0, 4.0])
+    first = by_hand([1.0, 3.0])
+    expected = torch.tensor([[first[0] + second[0], second[1], first[1] + second[2]]])
+    torch.testing.assert_close(separate, expected)
+
+
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_equal_rewards_of_several_kinds_give_exactly_zero(aggregation):
+    rewards = torch.tensor([0.3, 5.7, -1.1])[:, None, None].expand(3, 2, 6)
+    assert torch.equal(combined_advantages(rewards, torch.tensor([0.7, 0.2, 1.0]), aggregation=aggregation), torch.zeros(2, 6))

@@ -1,0 +1,131 @@
+import pytest
+import torch
+
+from nextscale.log_probs import log_probs
+from nextscale.models.var import KVCache
+from nextscale.policy import SamplingConfig
+from nextscale.sampling import guided_forward, sample, with_null
+from nextscale.seeding import group_uniforms
+
+GUIDED = SamplingConfig(guidance_scale=1.5, top_k=30, top_p=0.95)
+
+
+def draw(pipe, labels, uniforms, config=GUIDED):
+    return sample(pipe.transformer, pipe.tokenizer, torch.tensor(labels), uniforms, config)
+
+
+def uniforms_of(*groups, num_images=3):
+    return torch.cat([group_uniforms(num_images, 30, "test", group) for group in groups])
+
+
+def test_shapes_and_types(tiny_pipeline):
+    samples = draw(tiny_pipeline, [0, 0, 0, 2, 2, 2], uniforms_of(0, 1))
+    assert samples.tokens.shape == samples.log_probs.shape == (6, 30)
+    assert samples.tokens.dtype == torch.int64 and samples.log_probs.dtype == torch.float32
+    assert samples.tokens.min() >= 0 and samples.tokens.max() < 48
+    assert (samples.log_probs <= 0).all() and samples.log_probs.isfinite().all()
+    assert samples.latent.shape == (6, 8, 4, 4)
+    assert not samples.log_probs.requires_grad
+
+
+def test_the_latent_is_that_of_the_tokens(tiny_pipeline):
+    samples = draw(tiny_pipeline, [0, 1, 3], uniforms_of(0))
+    torch.testing.assert_close(samples.latent, tiny_pipeline.tokenizer.quantize.tokens_to_latent(samples.tokens))
+
+
+@pytest.mark.parametrize("config", [GUIDED, SamplingConfig()], ids=["guided", "plain"])
+def test_two_batch_sizes_give_the_same_tokens(tiny_pipeline, config):
+    labels, uniforms = [0, 1, 2, 3, 0, 1], uniforms_of(0, 1)
+    whole = draw(tiny_pipeline, labels, uniforms, config)
+    for size in (1, 2, 4):
+        parts = [
+            draw(tiny_pipeline, labels[i : i + size], uniforms[i : i + size], config) for i in range(0, 6, size)
+        ]
+        assert torch.equal(torch.cat([part.tokens for part in parts]), whole.tokens)
+        torch.testing.assert_close(
+            torch.cat([part.log_probs for part in parts]), whole.log_probs, rtol=0, atol=1e-4
+        )
+
+
+def test_a_groups_images_do_not_depend_on_other_groups(tiny_pipeline):
+    both = draw(tiny_pipeline, [1, 1, 1, 3, 3, 3], uniforms_of(7, 8))
+    swapped = draw(tiny_pipeline, [3, 3, 3, 1, 1, 1], uniforms_of(8, 7))
+    alone = draw(tiny_pipeline, [3, 3, 3], uniforms_of(8))
+    others = draw(tiny_pipeline, [0, 0, 0, 3, 3, 3], uniforms_of(5, 8))
+    assert torch.equal(both.tokens[3:], alone.tokens)
+    assert torch.equal(swapped.tokens[:3], alone.tokens)
+    assert torch.equal(others.tokens[3:], alone.tokens)
+    assert not torch.equal(both.tokens[:3], others.tokens[:3])
+
+
+def test_other_numbers_and_other_labels_give_other_images(tiny_pipeline):
+    first, second = draw(tiny_pipeline, [1] * 3, uniforms_of(0)), draw(tiny_pipeline, [1] * 3, uniforms_of(1))
+    other_label = draw(tiny_pipeline, [2] * 3, uniforms_of(0))
+    assert (first.tokens != second.tokens).float().mean() > 0.5
+    assert (first.tokens != other_label.tokens).float().mean() > 0.3
+    assert torch.equal(first.tokens, draw(tiny_pipeline, [1] * 3, uniforms_of(0)).tokens)
+
+
+def test_the_sampler_by_hand(tiny_pipeline, schedule):
+    """Without a cache: the teacher-forced logits of what was drawn so far, guided, then inverted."""
+    config, labels = SamplingConfig(guidance_scale=2.0, temperature=0.8), torch.tensor([0, 3, 1])
+    uniforms, transformer = uniforms_of(2), tiny_pipeline.transformer
+    tokens = torch.zeros(3, 30, dtype=torch.int64)
+    with torch.no_grad():
+        for k, part in enumerate(schedule.slices):
+            inputs = tiny_pipeline.tokenizer.tokens_to_inputs(tokens)
+            cond, uncond = transformer(labels, inputs), transformer(torch.full((3,), 4), inputs)
+            t = 2.0 * k / 3
+            p = (((1 + t) * cond - t * uncond)[:, part] / 0.8).double().softmax(-1)
+            tokens[:, part] = (p.cumsum(-1) <= uniforms[:, part, None]).sum(-1)
+    samples = draw(tiny_pipeline, labels.tolist(), uniforms, config)
+    assert torch.equal(samples.tokens, tokens)
+
+
+def test_the_first_scale_is_unguided(tiny_pipeline):
+    plain = draw(tiny_pipeline, [0, 1, 2], uniforms_of(0), SamplingConfig())
+    guided = draw(tiny_pipeline, [0, 1, 2], uniforms_of(0), SamplingConfig(guidance_scale=5.0))
+    assert torch.equal(plain.tokens[:, :1], guided.tokens[:, :1])
+    torch.testing.assert_close(plain.log_probs[:, :1], guided.log_probs[:, :1], rtol=0, atol=1e-5)
+    assert not torch.equal(plain.tokens, guided.tokens)
+
+
+def test_a_top_k_of_1_is_greedy_whatever_the_numbers(tiny_pipeline):
+    config = SamplingConfig(guidance_scale=1.5, top_k=1)
+    first, second = (draw(tiny_pipeline, [0, 1, 2], uniforms_of(g), config) for g in (0, 1))
+    assert torch.equal(first.tokens, second.tokens)
+    assert torch.equal(first.log_probs, torch.zeros(3, 30))
+
+
+def test_removed_tokens_are_never_drawn(tiny_pipeline):
+    config = SamplingConfig(guidance_scale=1.5, top_k=3)
+    samples = draw(tiny_pipeline, [i % 4 for i in range(48)], uniforms_of(*range(16)), config)
+    unfiltered = SamplingConfig(guidance_scale=1.5)
+    labels = torch.tensor([i % 4 for i in range(48)])
+    with torch.no_grad():
+        from nextscale.log_probs import teacher_forced_logits
+
+        inputs = tiny_pipeline.tokenizer.tokens_to_inputs(samples.tokens)
+        logits = teacher_forced_logits(tiny_pipeline.transformer, labels, inputs, unfiltered)
+    drawn = logits.gather(-1, samples.tokens[..., None])
+    assert ((logits > drawn + 1e-4).sum(-1) < 3).all()
+    recomputed = log_probs(tiny_pipeline, labels, samples.tokens, config).detach()
+    torch.testing.assert_close(recomputed, samples.log_probs, rtol=0, atol=1e-4)
+
+
+def test_the_null_class_is_run_only_where_guidance_is_on(tiny_pipeline):
+    labels, transformer = torch.tensor([0, 3]), tiny_pipeline.transformer
+    assert with_null(labels, transformer, SamplingConfig()).tolist() == [0, 3]
+    assert with_null(labels, transformer, GUIDED).tolist() == [0, 3, 4, 4]
+
+
+@torch.no_grad()
+def test_guided_forward_is_the_same_with_and_without_a_cache(tiny_pipeline, schedule):
+    inputs = tiny_pipeline.tokenizer.tokens_to_inputs(draw(tiny_pipeline, [0, 1, 2], uniforms_of(0)).tokens)
+    labels = with_null(torch.tensor([0, 1, 2]), tiny_pipeline.transformer, GUIDED)
+    ramp, cache = schedule.guidance_ramp(), KVCache()
+    whole = guided_forward(tiny_pipeline.transformer, labels, inputs, ramp, GUIDED, None)
+    for part in schedule.slices:
+        of_scale = inputs[:, max(part.start - 1, 0) : part.stop - 1]
+        logits = guided_forward(tiny_pipeline.transformer, labels, of_scale, ramp[part], GUIDED, cache)
+        torch.testing.assert_close(logits, whole[:, part], rtol=0, atol=1e-4)
