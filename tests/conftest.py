@@ -82,7 +82,12 @@ def random_pipeline(
     the class and on the coarser scales."""
     shared = dict(codebook_size=codebook_size, codebook_width=codebook_width, scale_sizes=scale_sizes)
     var_config = VARConfig(
-        depth=depth, width=width, num_heads=num_heads, num_classes=num_classes, shared_adaln=shared_adaln, **shared
+        depth=depth,
+        width=width,
+        num_heads=num_heads,
+        num_classes=num_classes,
+        shared_adaln=shared_adaln,
+        **shared,
     )
     vqvae_config = VQVAEConfig(base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1, **shared)
     with torch.random.fork_rng(devices=[]):
@@ -95,7 +100,7 @@ def random_pipeline(
 
 @torch.no_grad()
 def _randomise(model: nn.Module) -> None:
-    """Linear and convolution weights of variance 1 / fan-in, embeddings of 1 or 0.25, all else of about 0.1."""
+    """Linear and convolution weights of variance 1 / fan-in, embeddings of 1 or 1/4, all else about 0.1."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if name == "scale_mul_1H11":

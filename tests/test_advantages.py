@@ -88,7 +88,9 @@ def test_a_scale_of_a_groups_rewards_changes_nothing():
     rewards, scales = random_rewards(3, 6), torch.tensor([[10.0], [1.0], [0.1]])
     scaled = group_advantages(rewards * scales, epsilon=0.0)
     torch.testing.assert_close(scaled, group_advantages(rewards, epsilon=0.0))
-    torch.testing.assert_close(group_advantages(rewards * scales), group_advantages(rewards), rtol=0, atol=5e-3)
+    torch.testing.assert_close(
+        group_advantages(rewards * scales), group_advantages(rewards), rtol=0, atol=5e-3
+    )
     assert not torch.allclose(group_advantages(rewards * scales, "none"), group_advantages(rewards, "none"))
 
 
@@ -107,7 +109,9 @@ def test_an_unscored_image_gets_zero_and_does_not_count(scale_rewards):
     without = group_advantages(rewards_of([1.0, 2.0, 6.0]), scale_rewards)
     assert advantages[0, 1] == 0
     torch.testing.assert_close(advantages[0, [0, 2, 3]], without[0])
-    torch.testing.assert_close(advantages[1:], group_advantages(rewards_of([0.0, 1.0, 2.0, 3.0]), scale_rewards))
+    torch.testing.assert_close(
+        advantages[1:], group_advantages(rewards_of([0.0, 1.0, 2.0, 3.0]), scale_rewards)
+    )
 
 
 def test_an_unscored_image_does_not_count_in_the_batchs_deviation():
@@ -154,7 +158,9 @@ def test_normalize_then_sum_by_hand():
 
 def test_a_rewards_unit_counts_only_when_summed_first():
     weights, rescaled = torch.tensor([1.0, 1.0]), TWO * torch.tensor([1.0, 100.0])[:, None, None]
-    separately = [combined_advantages(each, weights, aggregation="normalize_then_sum") for each in (TWO, rescaled)]
+    separately = [
+        combined_advantages(each, weights, aggregation="normalize_then_sum") for each in (TWO, rescaled)
+    ]
     torch.testing.assert_close(*separately, rtol=0, atol=1e-4)
     summed = [combined_advantages(each, weights) for each in (TWO, rescaled)]
     assert not torch.allclose(*summed, atol=0.05)
@@ -174,9 +180,7 @@ def test_the_scaling_reaches_both_aggregations():
         combined_advantages(TWO, weights, "none", "normalize_then_sum"),
         torch.tensor([[-2.0, 0.0, 2.0]]) + 0.5 * torch.tensor([[10.0, -10.0, 0.0]]),
     )
-    torch.testing.assert_close(
-        combined_advantages(TWO, weights, "none"), torch.tensor([[3.0, -5.0, 2.0]])
-    )
+    torch.testing.assert_close(combined_advantages(TWO, weights, "none"), torch.tensor([[3.0, -5.0, 2.0]]))
 
 
 def test_an_image_that_one_reward_did_not_score():
@@ -193,5 +197,8 @@ def test_an_image_that_one_reward_did_not_score():
 
 @pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
 def test_equal_rewards_of_several_kinds_give_exactly_zero(aggregation):
-    rewards = torch.tensor([0.3, 5.7, -1.1])[:, None, None].expand(3, 2, 6)
-    assert torch.equal(combined_advantages(rewards, torch.tensor([0.7, 0.2, 1.0]), aggregation=aggregation), torch.zeros(2, 6))
+    rewards, weights = (
+        torch.tensor([0.3, 5.7, -1.1])[:, None, None].expand(3, 2, 6),
+        torch.tensor([0.7, 0.2, 1.0]),
+    )
+    assert torch.equal(combined_advantages(rewards, weights, aggregation=aggregation), torch.zeros(2, 6))

@@ -43,7 +43,10 @@ def test_guidance_and_its_ramp_by_hand(schedule):
 
 def test_one_guided_number_by_hand():
     guided = policy_logits(
-        torch.tensor([[[2.0]]]), torch.tensor([[[5.0]]]), torch.tensor([0.5]), SamplingConfig(guidance_scale=4.0)
+        torch.tensor([[[2.0]]]),
+        torch.tensor([[[5.0]]]),
+        torch.tensor([0.5]),
+        SamplingConfig(guidance_scale=4.0),
     )
     assert guided.item() == (1 + 2) * 2.0 - 2 * 5.0
 
@@ -221,7 +224,9 @@ def test_kl_is_positive_and_0_between_equals():
 
 def test_the_gradient_of_kl_is_0_between_equals():
     logits = random_logits(1, 2, 7).requires_grad_()
-    (gradient,) = torch.autograd.grad(exact_kl(logits.log_softmax(-1), logits.detach().log_softmax(-1)).sum(), logits)
+    (gradient,) = torch.autograd.grad(
+        exact_kl(logits.log_softmax(-1), logits.detach().log_softmax(-1)).sum(), logits
+    )
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-6)
 
 

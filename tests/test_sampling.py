@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nextscale.log_probs import log_probs
+from nextscale.log_probs import log_probs, teacher_forced_logits
 from nextscale.models.var import KVCache
 from nextscale.policy import SamplingConfig
 from nextscale.sampling import guided_forward, sample, with_null
@@ -30,7 +30,9 @@ def test_shapes_and_types(tiny_pipeline):
 
 def test_the_latent_is_that_of_the_tokens(tiny_pipeline):
     samples = draw(tiny_pipeline, [0, 1, 3], uniforms_of(0))
-    torch.testing.assert_close(samples.latent, tiny_pipeline.tokenizer.quantize.tokens_to_latent(samples.tokens))
+    torch.testing.assert_close(
+        samples.latent, tiny_pipeline.tokenizer.quantize.tokens_to_latent(samples.tokens)
+    )
 
 
 @pytest.mark.parametrize("config", [GUIDED, SamplingConfig()], ids=["guided", "plain"])
@@ -39,7 +41,8 @@ def test_two_batch_sizes_give_the_same_tokens(tiny_pipeline, config):
     whole = draw(tiny_pipeline, labels, uniforms, config)
     for size in (1, 2, 4):
         parts = [
-            draw(tiny_pipeline, labels[i : i + size], uniforms[i : i + size], config) for i in range(0, 6, size)
+            draw(tiny_pipeline, labels[i : i + size], uniforms[i : i + size], config)
+            for i in range(0, 6, size)
         ]
         assert torch.equal(torch.cat([part.tokens for part in parts]), whole.tokens)
         torch.testing.assert_close(
@@ -103,8 +106,6 @@ def test_removed_tokens_are_never_drawn(tiny_pipeline):
     unfiltered = SamplingConfig(guidance_scale=1.5)
     labels = torch.tensor([i % 4 for i in range(48)])
     with torch.no_grad():
-        from nextscale.log_probs import teacher_forced_logits
-
         inputs = tiny_pipeline.tokenizer.tokens_to_inputs(samples.tokens)
         logits = teacher_forced_logits(tiny_pipeline.transformer, labels, inputs, unfiltered)
     drawn = logits.gather(-1, samples.tokens[..., None])

@@ -1,3 +1,4 @@
+import hashlib
 import subprocess
 import sys
 
@@ -7,15 +8,18 @@ from nextscale.seeding import derive_seed, generator_for, group_uniforms
 
 
 def test_a_seed_is_the_blake2b_of_its_path():
-    import hashlib
-
     digest = hashlib.blake2b(b"rollout/0/12/3", digest_size=8).digest()
     expected = sum(byte << 8 * i for i, byte in enumerate(digest)) // 2
     assert derive_seed("rollout", 0, 12, 3) == expected
 
 
 def test_seeds_fit_63_bits_and_differ():
-    seeds = {derive_seed("rollout", seed, step, group) for seed in range(5) for step in range(20) for group in range(10)}
+    seeds = {
+        derive_seed("rollout", seed, step, group)
+        for seed in range(5)
+        for step in range(20)
+        for group in range(10)
+    }
     assert len(seeds) == 1000
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert derive_seed("rollout", 1, 2) != derive_seed("rollout", 2, 1) != derive_seed("sample", 2, 1)
@@ -49,4 +53,7 @@ def test_the_first_images_of_a_group_do_not_depend_on_its_size():
     for num_tokens in (1, 5, 30, 680):
         largest = group_uniforms(64, num_tokens, "rollout", 0)
         for size in (1, 2, 3, 5, 8, 16, 17, 33):
-            assert torch.equal(group_uniforms(size, num_tokens, "rollout", 0), largest[:size]), (size, num_tokens)
+            assert torch.equal(group_uniforms(size, num_tokens, "rollout", 0), largest[:size]), (
+                size,
+                num_tokens,
+            )

@@ -56,7 +56,7 @@ def combined_advantages(
 
 
 def _centre(values: Tensor, scored: Tensor) -> Tensor:
-    # From the row's best, not from 0: a mean of equal values rounds, and 3 x 0.3 would not centre to exactly 0.
+    # From the row's best, not from 0: a mean rounds, and equal rewards would not centre to exactly 0.
     shifted = values - values.masked_fill(~scored, float("-inf")).amax(1, keepdim=True)
     mean = torch.where(scored, shifted, 0.0).sum(1, keepdim=True) / scored.sum(1, keepdim=True).clamp_min(1)
     return torch.where(scored, shifted - mean, 0.0)

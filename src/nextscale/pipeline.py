@@ -68,6 +68,10 @@ class VARPipeline:
         num_classes = transformer.config.num_classes
         if self.class_names is not None and len(self.class_names) != num_classes:
             raise ConfigError(f"the model has {num_classes} classes, got {len(self.class_names)} class names")
+        for name in ("codebook_size", "codebook_width", "scale_sizes"):
+            ours, theirs = getattr(transformer.config, name), getattr(tokenizer.config, name)
+            if ours != theirs:
+                raise ConfigError(f"the transformer has {name} {ours}, but the tokenizer has {theirs}")
 
     @property
     def num_classes(self) -> int:
@@ -123,7 +127,10 @@ class VARPipeline:
         tokenizer = official.build_strictly(
             lambda: VQVAE(records[1]), official.read_state_dict(tokenizer_path), tokenizer_path
         )
-        return cls(transformer, tokenizer, config.get("class_names"))
+        try:
+            return cls(transformer, tokenizer, config.get("class_names"))
+        except (ConfigError, TypeError) as error:
+            raise CheckpointError(f"'{path}' is not the configuration of a model: {error}") from None
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write `transformer.safetensors`, `tokenizer.safetensors` and `config.json`; returns the folder.

@@ -28,7 +28,7 @@ class Record(pydantic.BaseModel):
         except pydantic.ValidationError as error:
             raise ConfigError(describe_validation_error(type(self), error)) from None
 
-    # Nested records are then validated by pydantic itself, so that an error carries the whole path to its key.
+    # Nested records are then validated by pydantic itself, so an error carries the whole path to its key.
     __init__.__pydantic_base_init__ = True  # pyright: ignore[reportFunctionMemberAccess]
 
     @classmethod

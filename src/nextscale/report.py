@@ -38,12 +38,10 @@ VARIABLES = dict(
 STYLE: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     **dict.fromkeys(("axes.edgecolor", "grid.color"), GRID),
-    **dict.fromkeys(
-        ("axes.spines.top", "axes.spines.right", "axes.spines.left", "axes.formatter.useoffset"), False
-    ),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.spines.left"), False),
     **dict.fromkeys(("xtick.major.size", "ytick.major.size", "ytick.minor.size"), 0),
-    **{"svg.fonttype": "none", "svg.hashsalt": "nextscale", "font.size": 8.5, "axes.axisbelow": True},
-    **{"axes.grid": True, "lines.linewidth": 1.6, "lines.markersize": 4},
+    **{"svg.fonttype": "none", "svg.hashsalt": "nextscale", "font.size": 9.5, "axes.axisbelow": True},
+    **{"axes.grid": True, "axes.formatter.useoffset": False, "lines.linewidth": 1.6, "lines.markersize": 4},
 }
 
 
@@ -258,9 +256,9 @@ def _reward_change(run: Run) -> tuple[float, float, float] | None:
 
 def _is_hacking(run: Run) -> bool:
     change, accuracy = _reward_change(run), run.ends("eval_judge/class_accuracy")
-    return bool(
-        change and accuracy and change[1] - change[0] > change[2] and accuracy[1] < 0.85 * accuracy[0]
-    )
+    if change is None or accuracy is None:
+        return False
+    return change[1] - change[0] > change[2] and accuracy[1] < 0.85 * accuracy[0]
 
 
 def _moved_styles(run: Run) -> list[tuple[str, float, float]]:
@@ -282,7 +280,7 @@ def _verdict(run: Run) -> str:
     elif math.isnan(size):
         says = f"the reward {verb} from {_pair(before, after, ' to ')}"
     else:
-        says = f"the reward {verb} by {_number(size)} standard deviations of the model before training"
+        says = f"the reward {verb} by {size:.1f} times its standard deviation at the start"
     if accuracy:
         kept = accuracy[1] / accuracy[0] if accuracy[0] else math.nan
         held = "held" if kept >= 0.95 else "fell a little" if kept >= 0.85 else "fell"
@@ -320,14 +318,12 @@ def _facts(run: Run) -> list[Fact]:
         facts.append(Fact(sentence, "Object recognised", f"{before} → {after}", "of the images"))
     if ends := run.ends("eval_diversity"):
         before, after = _pair(*ends).split(" → ")
-        facts.append(
-            Fact(f"Diversity is {after} ({before} before).", "Diversity", _pair(*ends), "evaluation")
-        )
+        sentence = f"Diversity is {after} ({before} before)."
+        facts.append(Fact(sentence, "Diversity", _pair(*ends), "evaluation"))
     if kl := run.values("kl_per_image"):
         value = _number(kl[-1])
-        facts.append(
-            Fact(f"KL to the base model: {value} nats an image.", "KL to base", value, "nats an image")
-        )
+        sentence = f"KL to the base model: {value} nats an image."
+        facts.append(Fact(sentence, "KL to base", value, "nats an image"))
     if spent:
         facts.append(Fact("", "Training time", _duration(spent), f"{steps}{place}"))
     if spent and images:
@@ -349,8 +345,9 @@ def _samples(run: Run) -> Html | str:
     grids = {int(path.stem[5:]): path for path in paths if path.stem[5:].isdigit()}
     if not grids:
         return ""
-    steps, classes = sorted(grids), _read_object(run.folder / "samples" / "index.json").get("classes") or []
-    rows = _join(_fill("row", name=name) for name in classes) if len(classes) <= 16 else Html()
+    steps, classes = sorted(grids), _read_object(run.folder / "samples" / "index.json").get("classes")
+    shown = classes if isinstance(classes, list) and len(classes) <= 16 else []  # more would not be readable
+    rows = _join(_fill("row", name=name) for name in shown)
     pair = []
     for step in dict.fromkeys((steps[0], steps[-1])):
         title = f"After {_count(step, 'step')}" if step else "Before training"
@@ -378,9 +375,8 @@ def _image(path: Path, alt: str, max_bytes: int) -> Html:
                 data, kind, scale = buffer.getvalue(), "jpeg", scale * 0.8
     except OSError:
         raise ConfigError(f"{path} is no readable image; restore or delete it") from None
-    look = (
-        "pixel" if width <= 640 else "smooth"
-    )  # the nearest pixel is for enlarging: it breaks a larger grid
+    # The nearest pixel is for enlarging a small grid; it would break one that is shown smaller than it is.
+    look = "pixel" if width <= 640 else "smooth"
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return _fill("image", look=look, source=source, width=width, height=height, alt=alt)
 
@@ -392,9 +388,8 @@ def _charts(run: Run) -> list[Chart]:
     for i, name in enumerate(run.names("eval_judge/style/(.+)")):
         judged.append(Line(f"eval_judge/style/{name}", name, c[i % 8], measured=True))
     seen = Line("eval_reward", "evaluation, fixed seeds", c[1], measured=True)
-    charts = [
-        Chart("Reward", "Mean and spread (1 sd).", [Line("reward", "training", c[0], "reward_std"), seen])
-    ]
+    reward = [Line("reward", "training", c[0], "reward_std"), seen]
+    charts = [Chart("Reward", "Mean and spread (1 sd).", reward)]
     names = dict.fromkeys(run.names("(?:eval_)?rewards/(.+)/mean"))
     for name in names if len(names) > 1 else ():
         lines = [Line(f"rewards/{name}/mean", "training", c[0], f"rewards/{name}/std")]
@@ -402,27 +397,18 @@ def _charts(run: Run) -> list[Chart]:
         charts.append(Chart(f"Reward: {name}", "Mean and spread (1 sd), before weighting.", [*lines, seen]))
     entropy = [Line("entropy", "training", c[0]), Line("eval_entropy", "evaluation", c[1], measured=True)]
     clipped = [Line(f"clip_ratio/{k}_mean", k, c[i]) for i, k in enumerate(("region", "low", "high"))]
-    differences = [
-        Line(f"sampling/sampling_logp_difference/{k}", k, c[i]) for i, k in enumerate(("mean", "max"))
-    ]
+    gap = "sampling/sampling_logp_difference"
+    gaps = [Line(f"{gap}/{k}", k, c[i]) for i, k in enumerate(("mean", "max"))]
+    diversity = [Line("eval_diversity", "diversity", measured=True)]
     times = [Line(f"time/{part}", part, c[i]) for i, part in enumerate(PARTS)]
     charts += [
         Chart("Judges", "Share of images. No training ever saw these judges.", judged, "percent"),
         Chart("KL to the base model", "Nats an image.", [Line("kl_per_image", "KL")]),
         Chart("Entropy", "Nats a token. A fall to zero is collapse.", entropy),
-        Chart(
-            "Diversity",
-            "How much images of one evaluation differ.",
-            [Line("eval_diversity", "diversity", measured=True)],
-        ),
+        Chart("Diversity", "How much images of one evaluation differ.", diversity),
         Chart("Gradient norm", "Before clipping.", [Line("grad_norm", "norm")]),
         Chart("Clip ratio", "Share of tokens whose ratio was clipped.", clipped, "percent"),
-        Chart(
-            "Sampled against recomputed",
-            "Difference of log-probabilities. It should be tiny.",
-            differences,
-            "log",
-        ),
+        Chart("Sampled against recomputed", "Gap of log-probabilities. It should be tiny.", gaps, "log"),
         Chart("Time of a step", "Seconds.", times, "stacked"),
     ]
     for chart in charts:
@@ -446,7 +432,7 @@ def _chart(run: Run, chart: Chart) -> Html:
 def _draw(run: Run, chart: Chart) -> Html:
     """The curves of a chart as the inside of an svg element."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.3, 2.3), layout="constrained")
+        figure = Figure(figsize=(3.6, 2.1), layout="constrained")
         axes = figure.add_subplot(xlabel="step")
         floor: Any = 0.0
         common = np.array([])  # the steps that the layers of a stack share
@@ -464,11 +450,11 @@ def _draw(run: Run, chart: Chart) -> Html:
             if not line.measured:
                 axes.fill_between(steps, low, high, color=line.colour, alpha=0.16, linewidth=0)
             axes.plot(steps, values, "-o" if line.measured or len(values) == 1 else "-", color=line.colour)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         if chart.kind == "log" and all(min(run.values(line.key)) > 0 for line in chart.lines):
             axes.set_yscale("log")
         elif chart.kind == "percent":
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         axes.margins(x=0.02)
         figure.savefig(buffer := io.StringIO(), format="svg", transparent=True)
     return _inner_svg(buffer.getvalue())

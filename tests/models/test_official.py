@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from nextscale.errors import CheckpointError
 from nextscale.models.official import read_state_dict, read_var_config, read_vqvae_config
@@ -108,7 +109,8 @@ def test_a_dtype_is_the_transformers_alone(files):
 def test_the_sizes_of_the_official_models_are_read_from_their_tensors(official_shapes, name):
     sizes = official_shapes[name]["config"]
     state = {
-        key: torch.empty(shape, device="meta") for key, (shape, _) in official_shapes[name]["state_dict"].items()
+        key: torch.empty(shape, device="meta")
+        for key, (shape, _) in official_shapes[name]["state_dict"].items()
     }
     counts = [torch.full((size * size,), k) for k, size in enumerate(sizes["patch_nums"])]
     state["lvl_1L"] = torch.cat(counts)[None]
@@ -202,7 +204,8 @@ def test_a_pickle_that_would_run_code_does_not(files, write, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "found"), [([], "list"), ({}, "dict"), (torch.zeros(3), "Tensor"), (7, "int"), ("text", "str")]
+    ("content", "found"),
+    [([], "list"), ({}, "dict"), (torch.zeros(3), "Tensor"), (7, "int"), ("text", "str")],
 )
 def test_a_file_that_holds_no_state_dict(files, write, content, found):
     assert f"holds {found}, expected a state dict" in refusal(write(content), files[1])
@@ -214,8 +217,6 @@ def test_an_entry_that_is_no_tensor(files, write):
 
 
 def test_safetensors_are_read_and_broken_ones_refused(files, tmp_path):
-    from safetensors.torch import save_file
-
     good = tmp_path / "var.safetensors"
     save_file(state_of(files[0]), good)
     pipe = VARPipeline.from_official(good, files[1])
@@ -322,6 +323,8 @@ def test_a_tokenizer_of_other_scales(files, make_pipeline, tmp_path):
 
 def test_swapped_files(files):
     var, vae = files
-    assert refusal(vae, var) == f"'{vae}' lacks 'word_embed.weight': is it the checkpoint of a VAR transformer?"
+    assert (
+        refusal(vae, var) == f"'{vae}' lacks 'word_embed.weight': is it the checkpoint of a VAR transformer?"
+    )
     message = refusal(var, var)
     assert message == f"'{var}' lacks 'encoder.conv_in.weight': is it the checkpoint of a VQVAE?"

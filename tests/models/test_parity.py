@@ -28,7 +28,9 @@ def test_the_logits_under_a_class_and_under_the_null_class(parity_pipeline, gold
     transformer, labels = parity_pipeline.transformer, golden["labels"]
     inputs = golden["x_BLCv_wo_first_l"]
     torch.testing.assert_close(transformer(labels, inputs), golden["logits"], **LOGITS)
-    torch.testing.assert_close(transformer(torch.full_like(labels, 10), inputs), golden["logits_null"], **LOGITS)
+    torch.testing.assert_close(
+        transformer(torch.full_like(labels, 10), inputs), golden["logits_null"], **LOGITS
+    )
     torch.testing.assert_close(
         transformer(labels, golden["enc.x_BLCv_wo_first_l"]), golden["enc.logits"], **LOGITS
     )

@@ -22,7 +22,7 @@ def spread_by_hand(quantizer, tokens, k):
     sizes = quantizer.schedule.sizes
     h = quantizer.embedding.weight[tokens].reshape(len(tokens), sizes[k], sizes[k], D).permute(0, 3, 1, 2)
     if sizes[k] != sizes[-1]:
-        h = F.interpolate(h, size=(sizes[-1], sizes[-1]), mode="bicubic", align_corners=False, antialias=False)
+        h = F.interpolate(h, size=(sizes[-1], sizes[-1]), mode="bicubic", align_corners=False)
     phi = quantizer.quant_resi.qresi_ls[[0, 1, 2, 3][k]]
     return 0.5 * h + 0.5 * F.conv2d(h, phi.weight, phi.bias, padding=1)
 
@@ -129,4 +129,5 @@ def test_the_loss_is_a_mean_over_scales():
 
 
 def test_one_scale_has_no_inputs():
-    assert make_quantizer(sizes=(2,)).tokens_to_inputs(torch.zeros(3, 4, dtype=torch.int64)).shape == (3, 0, D)
+    inputs = make_quantizer(sizes=(2,)).tokens_to_inputs(torch.zeros(3, 4, dtype=torch.int64))
+    assert inputs.shape == (3, 0, D)

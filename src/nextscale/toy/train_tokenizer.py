@@ -40,7 +40,7 @@ def render_pool(
 def train_tokenizer(
     seed: int,
     num_steps: int = 3600,
-    batch_size: int = 16,
+    batch_size: int = 8,
     pool_size: int = 10000,
     log: Callable[[str], None] = print,
 ) -> VQVAE:

@@ -1,0 +1,207 @@
+"""Train the miniature world's CLIP on captions, and an aesthetic head on simulated human ratings.
+
+Both see original images and what the tokenizer makes of them, since a reward will be shown reconstructions.
+
+Shapes: B images · N texts · E width of the embedding
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from nextscale.models.vqvae import VQVAE
+from nextscale.rewards.aesthetic import RELU_LAYERS
+from nextscale.rewards.clip import MEAN, STD, preprocess
+from nextscale.seeding import generator_for
+from nextscale.toy.optimizer import Optimizer
+from nextscale.toy.train_tokenizer import render_pool
+from nextscale.toy.world import IMAGE_SIZE, VOCABULARY, Scenes, captions, ratings
+
+EMBEDDING = 64
+MAX_TEXT = 16
+END = "<|endoftext|>"
+
+
+def text_tokenizer(folder: Path) -> CLIPTokenizer:
+    """CLIP's own byte-pair tokenizer with a vocabulary in which every word of the world is one token.
+
+    Written to `folder` in the hub's layout (vocab.json, merges.txt and the tokenizer's files).
+    """
+    merges, pieces = [], set()
+    for word in VOCABULARY:
+        letters = [*word[:-1], word[-1] + "</w>"]
+        pieces.update(letters)
+        while len(letters) > 1:
+            merge = " ".join(letters[:2])
+            if merge not in merges:
+                merges.append(merge)
+            letters = ["".join(letters[:2]), *letters[2:]]
+            pieces.add(letters[0])
+    alphabet = {letter + end for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")}
+    vocabulary = [*sorted(alphabet | pieces), "<|startoftext|>", END]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TEXT)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
+    """A CLIP of 0.6 M parameters for 64x64 images."""
+    return CLIPConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=MAX_TEXT,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        vision_config=dict(
+            hidden_size=96,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=3,
+            image_size=IMAGE_SIZE,
+            patch_size=8,
+        ),
+        projection_dim=EMBEDDING,
+    )
+
+
+def pool_with_reconstructions(
+    tokenizer: VQVAE, num_images: int, generator: torch.Generator
+) -> tuple[Scenes, Tensor]:
+    """Scenes of all styles and images (N, 3, H, W) uint8, every second one passed through the tokenizer."""
+    scenes, images = render_pool(num_images, generator)
+    for start in range(0, num_images, 250):
+        part = images[start : start + 250 : 2]
+        decoded = tokenizer.decode(tokenizer.encode(part.float() / 255))
+        images[start : start + 250 : 2] = decoded.mul(255).round().to(torch.uint8)
+    return scenes, images
+
+
+def contrastive_loss(image_BE: Tensor, text_BE: Tensor, texts: list[str], logit_scale: Tensor) -> Tensor:
+    """CLIP's symmetric loss; images whose captions are the same words are positives of each other.
+
+    Source: Radford et al., "Learning transferable visual models from natural language supervision", 2021.
+    """
+    index = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    ids_B = torch.tensor([index[text] for text in texts])
+    same_BB = (ids_B[:, None] == ids_B[None, :]).float()
+    targets_BB = same_BB / same_BB.sum(1, keepdim=True)
+    logits_BB = logit_scale.clamp_max(4.6).exp() * image_BE @ text_BE.T
+    return (F.cross_entropy(logits_BB, targets_BB) + F.cross_entropy(logits_BB.T, targets_BB)) / 2
+
+
+def train_clip(
+    tokenizer: VQVAE,
+    folder: Path,
+    seed: int,
+    num_steps: int = 2500,
+    batch_size: int = 160,
+    pool_size: int = 24000,
+    log: Callable[[str], None] = print,
+) -> CLIPModel:
+    """A CLIP in the hub's layout in `folder`: weights in float16, configuration and text tokenizer."""
+    torch.manual_seed(seed)
+    generator = generator_for("toy", "clip", seed)
+    words = text_tokenizer(folder)
+    scenes, images = pool_with_reconstructions(tokenizer, pool_size, generator)
+    model = CLIPModel(clip_config(words))
+    optimizer = Optimizer(model, matrix_rate=0.01, other_rate=1e-3, num_steps=num_steps, warmup=50)
+    begin = time.time()
+    for step in range(num_steps):
+        chosen = torch.randint(pool_size, (batch_size,), generator=generator)
+        texts = captions(scenes[chosen], generator)
+        tokens = words(texts, padding=True, return_tensors="pt")
+        with torch.autocast("cpu", torch.bfloat16):
+            pooled = model.vision_model(preprocess(images[chosen].float() / 255, IMAGE_SIZE)).pooler_output
+            image_BE = F.normalize(model.visual_projection(pooled).float(), dim=-1)
+            pooled = model.text_model(**tokens).pooler_output
+            text_BE = F.normalize(model.text_projection(pooled).float(), dim=-1)
+        loss = contrastive_loss(image_BE, text_BE, texts, model.logit_scale)
+        optimizer.step(loss)
+        if step % 100 == 0 or step == num_steps - 1:
+            log(f"clip {step}/{num_steps} loss {loss:.4f} {time.time() - begin:.0f}s")
+    model.eval().half().save_pretrained(folder)
+    write_preprocessor(folder)
+    return model.float()
+
+
+def write_preprocessor(folder: Path) -> None:
+    """The preprocessing in the hub's words, for who loads this CLIP by transformers alone."""
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    content = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": IMAGE_SIZE},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": size,
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": MEAN,
+        "image_std": STD,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def train_aesthetic_head(
+    tokenizer: VQVAE,
+    clip: CLIPModel,
+    seed: int,
+    num_images: int = 12000,
+    num_steps: int = 3000,
+    log: Callable[[str], None] = print,
+) -> dict[str, Tensor]:
+    """A head of LAION's v2 kind with ReLU, trained on noisy ratings; a state dict for `load_head`."""
+    torch.manual_seed(seed)
+    generator = generator_for("toy", "aesthetic", seed)
+    scenes, images = pool_with_reconstructions(tokenizer, num_images, generator)
+    target_N = ratings(scenes, generator)
+    with torch.no_grad():
+        embeddings_NE = torch.cat(
+            [
+                F.normalize(
+                    clip.visual_projection(
+                        clip.vision_model(preprocess(part.float() / 255, IMAGE_SIZE)).pooler_output
+                    ),
+                    dim=-1,
+                )
+                for part in images.split(250)
+            ]
+        )
+    widths = (EMBEDDING, 96, 48, 32, 16, 1)
+    layers = [nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)]
+    dropouts = (0.1, 0.1, 0.0)
+    model = nn.Sequential()
+    for i, layer in enumerate(layers):
+        model.append(layer)
+        if i < len(layers) - 1:
+            model.append(nn.ReLU())
+        if i < len(dropouts):
+            model.append(nn.Dropout(dropouts[i]))
+    nn.init.constant_(layers[-1].bias, 5.0)
+    optimizer = Optimizer(model, matrix_rate=0.005, other_rate=1e-3, num_steps=num_steps, warmup=50)
+    num_train = int(0.9 * num_images)
+    for _ in range(num_steps):
+        chosen = torch.randint(num_train, (512,), generator=generator)
+        optimizer.step(F.mse_loss(model(embeddings_NE[chosen]).squeeze(-1), target_N[chosen]))
+    model.eval()
+    with torch.no_grad():
+        predicted = model(embeddings_NE[num_train:]).squeeze(-1)
+    correlation = torch.corrcoef(torch.stack([predicted, target_N[num_train:]]))[0, 1]
+    log(f"aesthetic head: correlation with held-out ratings {correlation:.3f}")
+    assert [i for i, each in enumerate(model) if isinstance(each, nn.Linear)] == list(RELU_LAYERS)
+    return {f"layers.{key}": value.clone() for key, value in model.state_dict().items()}
