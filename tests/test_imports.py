@@ -14,7 +14,7 @@ FLOORS = (
     ("errors", "records", "seeding", "metrics"),
     ("policy", "objective", "advantages", *(f"models.{name}" for name in MODELS)),
     ("sampling", "log_probs", "pipeline", "rewards.*"),
-    ("checkpoint", "rollout", "toy.*"),
+    ("run_folder", "checkpoint", "rollout", "toy.*"),
     ("evaluation", "report", "trainer", "ui"),
     ("config", "build", "recipes.*"),
     ("__init__",),

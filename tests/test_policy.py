@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
@@ -94,7 +95,8 @@ def test_top_p_by_hand():
 
 
 def test_top_p_never_removes_the_likeliest():
-    assert kept_sets([[0.0, 0.1, 0.2]], top_p=1e-6) == [{2}]
+    for top_p in (1e-3, 1e-6, 1e-9):  # in float32, 1 - 1e-9 is 1: all would go
+        assert kept_sets([[0.0, 0.1, 0.2]], top_p=top_p) == [{2}]
 
 
 @pytest.mark.parametrize("top_p", [0.0, 1.0])
@@ -179,6 +181,16 @@ def test_the_ends_of_the_unit_interval_stay_in_the_support(seed):
         assert tokens.dtype == torch.int64
         assert tokens.min() >= 0 and tokens.max() < 400
         assert token_log_probs(log_probs, tokens).isfinite().all()
+
+
+def test_a_full_codebook_is_inverted_in_float64():
+    log_probs = random_logits(4096).log_softmax(0)
+    cumulative = np.cumsum(np.exp(log_probs.numpy().astype(np.float64)))
+    for side in (-(2**-23), 2**-23):  # just below and just above the end of each token's piece
+        uniforms = torch.from_numpy(cumulative[:-1] / cumulative[-1] + side).float().clamp(0, JUST_BELOW_1)
+        expected = np.searchsorted(cumulative, uniforms.double().numpy() * cumulative[-1], side="right")
+        tokens = draw_tokens(log_probs.expand(1, 4095, -1), uniforms[None])
+        assert np.array_equal(tokens[0].numpy(), expected)
 
 
 def test_frequencies_are_the_probabilities():
