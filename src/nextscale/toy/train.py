@@ -1,0 +1,63 @@
+"""Rebuild the miniature world's models from nothing: tokenizer, transformer, CLIP, aesthetic head, judges."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from nextscale.pipeline import VARPipeline
+from nextscale.toy.judges import KINDS
+from nextscale.toy.train_clip import train_aesthetic_head, train_clip
+from nextscale.toy.train_judges import train_judge
+from nextscale.toy.train_tokenizer import train_tokenizer
+from nextscale.toy.train_transformer import train_transformer
+from nextscale.toy.world import CLASSES
+
+STEPS = {"tokenizer": 4000, "transformer": 4000, "clip": 2500, "aesthetic": 3000, "judge": 1500}
+JUDGE_SEED = 7919  # apart from every other seed: a judge shares neither start nor images with what it judges
+
+
+def train_all(
+    output: Path, seed: int = 0, steps_factor: float = 1.0, log: Callable[[str], None] = print
+) -> Path:
+    """Train everything and write it in the layout of the shipped assets; returns the folder.
+
+    On one thread: two fight over a shared machine's cores, and the result depends on how many there are.
+
+    Args:
+        output: a folder, made if need be.
+        seed: of everything but the judges, which add their own.
+        steps_factor: share of the steps that the shipped models had.
+    """
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    begin = time.time()
+    steps = {name: max(2, round(count * steps_factor)) for name, count in STEPS.items()}
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(seed, steps["tokenizer"], log=log)
+    # What is shipped is float16; everything after is trained on exactly that.
+    tokenizer = tokenizer.half().float()
+    transformer = train_transformer(tokenizer, seed, steps["transformer"], log=log)
+    pipe = VARPipeline(transformer, tokenizer, CLASSES)
+    pipe.save_pretrained(output / "pipeline", torch.float16)
+    clip = train_clip(tokenizer, output / "clip", seed, steps["clip"], log=log)
+    head = train_aesthetic_head(tokenizer, clip, seed, num_steps=steps["aesthetic"], log=log)
+    save_file(head, output / "aesthetic_head.safetensors")
+    (output / "judges").mkdir(exist_ok=True)
+    for kind in KINDS:
+        judge = train_judge(kind, tokenizer, seed + JUDGE_SEED, steps["judge"], log=log)
+        save_file(judge.half().state_dict(), output / "judges" / f"{kind}.safetensors")
+    write_hashes(output)
+    log(f"all trained in {(time.time() - begin) / 60:.0f} min, written to {output}")
+    return output
+
+
+def write_hashes(folder: Path) -> None:
+    """`hashes.json`: the sha256 of every weight file, so that a changed one is noticed."""
+    files = sorted(folder.rglob("*.safetensors"))
+    hashes = {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    (folder / "hashes.json").write_text(json.dumps(hashes, indent=2) + "\n")

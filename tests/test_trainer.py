@@ -1,0 +1,214 @@
+"""GRPO as a whole: it learns, it is invariant to how the work is cut, and it resumes to the same bits."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nextscale.errors import ConfigError, RewardError
+from nextscale.pipeline import VARPipeline
+from nextscale.policy import SamplingConfig
+from nextscale.trainer import GRPOConfig, GRPOTrainer, OptimizerConfig, RunConfig
+
+MakePipeline = Callable[..., VARPipeline]
+GUIDED = SamplingConfig(guidance_scale=1.5)
+
+
+def redness(images: Tensor, conditions: list) -> Tensor:
+    return images[:, 0].mean((1, 2)) - images[:, 1].mean((1, 2))
+
+
+def make_trainer(pipe: VARPipeline, folder: Path, reward: Any = redness, **options: Any) -> GRPOTrainer:
+    """A quiet trainer; options go to the record that has them."""
+    records = {}
+    for record in (GRPOConfig, OptimizerConfig, RunConfig):
+        own = {name: value for name, value in options.items() if name in record.model_fields}
+        records[record] = own
+    assert sum(map(len, records.values())) == len(options)
+    quiet = {"disable_tqdm": True, "eval_steps": 0, "save_steps": 0, "report_to": "none", "max_steps": 2}
+    return GRPOTrainer(
+        pipe,
+        reward,
+        GRPOConfig(**{"num_groups": 4, "num_generations": 4} | records[GRPOConfig]),
+        sampling=GUIDED,
+        optimizer=OptimizerConfig(**{"learning_rate": 1e-3} | records[OptimizerConfig]),
+        run=RunConfig(**quiet | {"output_dir": str(folder)} | records[RunConfig]),
+    )
+
+
+def gradient(trainer: GRPOTrainer) -> dict[str, Tensor]:
+    """The gradient of the first step, taken where the optimizer would use it."""
+    taken: dict[str, Tensor] = {}
+
+    def take(*_: Any, **__: Any) -> None:
+        for name, parameter in trainer.pipe.transformer.named_parameters():
+            assert parameter.grad is not None
+            taken[name] = parameter.grad.clone()
+
+    trainer.optimizer.step = take  # type: ignore[method-assign]
+    trainer.step(1)
+    return taken
+
+
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_bandit_is_solved(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    """Two arms: the first scale's one token decides the reward, and must come to be drawn nearly always."""
+    pipe = make_pipeline(codebook_size=2, scale_sizes=(1, 2), num_classes=2)
+
+    def arm(images: Tensor, conditions: list) -> Tensor:
+        return seen[-1]
+
+    seen: list[Tensor] = []
+    original = pipe.draw
+
+    def draw(*args: Any) -> Any:
+        samples = original(*args)
+        seen.append((samples.tokens[:, 0] == 1).float())
+        return samples
+
+    pipe.draw = draw  # type: ignore[method-assign]
+    trainer = make_trainer(
+        pipe, tmp_path / "run", arm, max_steps=60, beta=0.0, learning_rate=3e-3, num_generations=8
+    )
+    trainer.train()
+    first, last = metrics_of(tmp_path / "run")[0], metrics_of(tmp_path / "run")[-1]
+    assert first["reward"] < 0.9
+    assert last["reward"] > 0.97
+
+
+def test_equal_rewards_give_zero_advantage_and_zero_gradient(tiny_pipeline: VARPipeline, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_pipeline, tmp_path / "run", lambda images, conditions: torch.ones(len(images)))
+    taken = gradient(trainer)
+    assert all(each.abs().max() == 0 for each in taken.values())
+    assert trainer.advantages(trainer.rollout(1)).abs().max() == 0
+
+
+def test_on_policy_ratios_are_one_and_kl_is_zero(tiny_pipeline: VARPipeline, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_pipeline, tmp_path / "run", max_steps=1)
+    trainer.train()
+    metrics = metrics_of(tmp_path / "run")[0]
+    assert metrics["sampling/sampling_logp_difference/max"] < 1e-4
+    assert metrics["sampling/importance_sampling_ratio/min"] == pytest.approx(1, abs=1e-4)
+    assert metrics["kl"] == pytest.approx(0, abs=1e-6)
+    assert metrics["clip_ratio/region_mean"] == 0
+
+
+def test_accumulation_does_not_change_the_gradient(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    """16 images at once, in 8 parts of 2, and in uneven parts of 5 (5 + 5 + 5 + 1)."""
+    whole, eighths, uneven = (
+        gradient(make_trainer(make_pipeline(), tmp_path / str(size), per_device_train_batch_size=size))
+        for size in (16, 2, 5)
+    )
+    for other in (eighths, uneven):
+        for name, expected in whole.items():
+            largest = expected.abs().max().clamp_min(1e-8)
+            assert (other[name] - expected).abs().max() / largest < 1e-4, name
+
+
+def test_a_group_does_not_depend_on_who_draws_it(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    """A step's images are the same in batches of 16 and of 3, and drawn by one process or shared by two."""
+    whole = make_trainer(make_pipeline(), tmp_path / "a").rollout(3)
+    parts = make_trainer(make_pipeline(), tmp_path / "b", per_device_eval_batch_size=3).rollout(3)
+    assert torch.equal(whole.tokens, parts.tokens)
+    assert torch.allclose(whole.images, parts.images, atol=1e-5)
+
+
+def test_resumed_is_straight_bit_for_bit(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    options = {"save_steps": 2, "lr_scheduler_type": "cosine", "warmup_steps": 1, "num_iterations": 2}
+    make_trainer(make_pipeline(), tmp_path / "straight", max_steps=4, **options).train()
+    interrupted = make_trainer(make_pipeline(), tmp_path / "parts", max_steps=4, **options)
+    for step in (1, 2):
+        interrupted.log(step, interrupted.step(step))
+        interrupted.step_done = step
+    interrupted.save()
+    interrupted.log(3, interrupted.step(3))  # lost with the interruption: done after the checkpoint
+    make_trainer(make_pipeline(), tmp_path / "parts", max_steps=4, resume="auto", **options).train()
+    straight, parts = (
+        load_file(tmp_path / name / "final" / "transformer.safetensors") for name in ("straight", "parts")
+    )
+    assert all(torch.equal(value, parts[key]) for key, value in straight.items())
+    times = ("step_time", "images_per_second", "time/")
+    for ours, theirs in zip(metrics_of(tmp_path / "straight"), metrics_of(tmp_path / "parts"), strict=True):
+        assert [each for each in ours.items() if not each[0].startswith(times)] == [
+            each for each in theirs.items() if not each[0].startswith(times)
+        ]
+
+
+def test_every_grpo_option_changes_something(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    """A setting that nothing reads would leave the second step's gradient as it was."""
+    changes: dict[str, Any] = {
+        "num_generations": 6,
+        "num_groups": 2,
+        "class_labels": (1, 2),
+        "num_iterations": 2,
+        "beta": 0.5,
+        "epsilon": 0.001,
+        "epsilon_high": 0.001,
+        "entropy_coef": 0.1,
+        "scale_rewards": "none",
+        "scale_weighting": "token",
+    }
+
+    def weights(name: str, **options: Any) -> Tensor:
+        pipe = make_pipeline()
+        base = {"num_iterations": 3} if name.startswith("epsilon") or name == "clip" else {}
+        make_trainer(pipe, tmp_path / name, **base | options).train()
+        return torch.cat([each.detach().flatten() for each in pipe.transformer.parameters()])
+
+    plain, thrice = weights("plain"), weights("clip")
+    for name, value in changes.items():
+        reference = thrice if name.startswith("epsilon") else plain
+        assert not torch.equal(weights(name, **{name: value}), reference), name
+    # measure_kl shows in the log, not in the weights; the aggregation needs two rewards.
+    unmeasured = make_trainer(make_pipeline(), tmp_path / "unmeasured", beta=0.0, measure_kl=False)
+    assert unmeasured.reference is None
+    pair = {"red": redness, "bright": lambda images, conditions: 10 * images.mean((1, 2, 3))}
+    first, second = (
+        make_trainer(make_pipeline(), tmp_path / way, pair, multi_objective_aggregation=way)
+        for way in ("sum_then_normalize", "normalize_then_sum")
+    )
+    assert not torch.allclose(first.advantages(first.rollout(1)), second.advantages(second.rollout(1)))
+
+
+@pytest.mark.parametrize(
+    ("reward", "sentence"),
+    [
+        (lambda images, conditions: 1 / 0, "raised ZeroDivisionError"),
+        (lambda images, conditions: torch.zeros(3), r"returned shape \(3,\), expected \(16,\)"),
+        (lambda images, conditions: torch.full((len(images),), float("nan")), "NaN for all 16"),
+        (lambda images, conditions: "good", "returned str"),
+    ],
+)
+def test_a_bad_reward_stops_the_run_after_a_checkpoint(
+    tiny_pipeline: VARPipeline, tmp_path: Path, reward: Any, sentence: str
+) -> None:
+    def bad(images: Tensor, conditions: list) -> Any:
+        return reward(images, conditions)
+
+    with pytest.raises(RewardError, match=f"reward 'bad' {sentence}"):
+        make_trainer(tiny_pipeline, tmp_path / "run", bad).train()
+    assert (tmp_path / "run" / "checkpoints" / "step-000000").is_dir()
+
+
+def test_a_run_is_never_overwritten_unasked(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    make_trainer(make_pipeline(), tmp_path / "run", max_steps=1).train()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        make_trainer(make_pipeline(), tmp_path / "run")
+    make_trainer(make_pipeline(), tmp_path / "run", overwrite=True, max_steps=1).train()
+    assert len(metrics_of(tmp_path / "run")) == 1
+
+
+def test_one_score_in_a_group_gives_no_gradient(tiny_pipeline: VARPipeline, tmp_path: Path) -> None:
+    def first_of_each_group(images: Tensor, conditions: list) -> Tensor:
+        return torch.where(torch.arange(len(images)) % 4 == 0, redness(images, conditions), torch.nan)
+
+    taken = gradient(make_trainer(tiny_pipeline, tmp_path / "run", first_of_each_group))
+    assert all(each.abs().max() == 0 for each in taken.values())
