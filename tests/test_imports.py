@@ -18,7 +18,7 @@ FLOORS = (
     ("evaluation", "report", "trainer", "ui"),
     ("config", "build", "recipes.*"),
     ("__init__",),
-    ("cli", "__main__"),
+    ("options", "cli", "__main__"),
 )
 # The public names are gathered here, from wherever they are.
 FREE = "__init__"

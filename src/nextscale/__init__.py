@@ -4,13 +4,19 @@ Source: Gallici & Sáez de Ocáriz Borde, "Fine-Tuning Next-Scale Visual Autoreg
 Relative Policy Optimization", arXiv 2505.23331.
 """
 
-from nextscale import rewards
-from nextscale.errors import CheckpointError, ConfigError, NextscaleError, RewardError
-from nextscale.log_probs import log_probs
-from nextscale.pipeline import VAROutput, VARPipeline
-from nextscale.policy import SamplingConfig
-from nextscale.records import Condition
-from nextscale.trainer import GRPOConfig, GRPOTrainer, OptimizerConfig, RunConfig
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nextscale import rewards
+    from nextscale.errors import CheckpointError, ConfigError, NextscaleError, RewardError
+    from nextscale.log_probs import log_probs
+    from nextscale.pipeline import VAROutput, VARPipeline
+    from nextscale.policy import SamplingConfig
+    from nextscale.records import Condition
+    from nextscale.trainer import GRPOConfig, GRPOTrainer, OptimizerConfig, RunConfig
 
 __version__ = "0.1.0"
 
@@ -30,3 +36,38 @@ __all__ = [
     "log_probs",
     "rewards",
 ]
+
+# Public names are imported when they are first asked for: torch takes seconds, `nextscale --help` should not.
+_HOMES = {
+    **dict.fromkeys(("CheckpointError", "ConfigError", "NextscaleError", "RewardError"), "errors"),
+    "log_probs": "log_probs",
+    **dict.fromkeys(("VAROutput", "VARPipeline"), "pipeline"),
+    "SamplingConfig": "policy",
+    "Condition": "records",
+    **dict.fromkeys(("GRPOConfig", "GRPOTrainer", "OptimizerConfig", "RunConfig"), "trainer"),
+}
+
+
+def __getattr__(name: str) -> object:
+    if name == "rewards":
+        return import_module("nextscale.rewards")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'nextscale' has no attribute '{name}'")
+    value = getattr(import_module(f"nextscale.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """The import system binds every imported submodule to its package: `log_probs` stays the function."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -49,11 +49,14 @@ class Record(pydantic.BaseModel):
 def describe_validation_error(record: type[pydantic.BaseModel], error: pydantic.ValidationError) -> str:
     """One sentence about the first thing wrong."""
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
+    # pydantic adds which member of a union it tried, as in literal['token','scale']: no part of the key
+    path = [str(part) for part in first["loc"] if "[" not in str(part)]
     key = ".".join(path) or record.__name__
     if first["type"] == "extra_forbidden":
         valid = list(_record_at(record, path[:-1]).model_fields)
         return f"unknown key '{key}'{suggest(path[-1], valid)}"
+    if first["type"] == "missing":
+        return f"'{key}' is missing"
     reason = first["msg"].removeprefix("Value error, ")
     return f"{key} = {first['input']!r} cannot be used: {reason[0].lower()}{reason[1:]}"
 

@@ -26,17 +26,23 @@ class RunFolder:
         self.final = path / "final"
         self.metrics = path / "metrics.jsonl"
 
-    def open(self, config_yaml: str, *, resume: bool, overwrite: bool) -> None:
-        """Make the folder and write `config.yaml`; an earlier run is never mixed with a new one.
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """An earlier run is never mixed with a new one.
 
         Raises:
-            ConfigError: the folder holds a run, and neither `resume` nor `overwrite` is set.
+            ConfigError: the folder is a file, or holds a run and neither `resume` nor `overwrite` is set.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"'{self.path}' is not a folder: choose another --run.output_dir")
         if self.metrics.exists() and not resume and not overwrite:
             raise ConfigError(
                 f"'{self.path}' already holds a run: continue it with --run.resume auto, replace it with "
                 "--run.overwrite true, or choose another --run.output_dir"
             )
+
+    def open(self, config_yaml: str, *, resume: bool, overwrite: bool) -> None:
+        """Make the folder and write `config.yaml`; raises as `check` does."""
+        self.check(resume=resume, overwrite=overwrite)
         if not self.is_main:
             return
         if overwrite and not resume and self.metrics.exists():

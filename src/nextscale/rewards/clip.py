@@ -35,6 +35,7 @@ class Clip:
         source = str(zoo.CLIPS.get(str(model), model))
         level = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
         try:
             self.model = CLIPModel.from_pretrained(source, dtype=torch.float32).eval().requires_grad_(False)
             self.tokenizer = AutoTokenizer.from_pretrained(source)
@@ -43,6 +44,7 @@ class Clip:
             raise CheckpointError(f"CLIP '{model}' cannot be loaded: {reason}") from None
         finally:
             transformers_logging.set_verbosity(level)
+            transformers_logging.enable_progress_bar()
         self.image_size: int = self.model.config.vision_config.image_size
         self._texts: dict[str, Tensor] = {}
 

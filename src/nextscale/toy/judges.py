@@ -21,7 +21,7 @@ KINDS = {"class": CLASSES, "style": STYLES}
 class Judge(nn.Sequential):
     """A plain convolutional classifier of 64x64 images: (B, 3, 64, 64) in [0, 1] to (B, K) logits."""
 
-    def __init__(self, num_kinds: int, width: int = 24) -> None:
+    def __init__(self, num_kinds: int, width: int = 16) -> None:
         layers: list[nn.Module] = [nn.BatchNorm2d(3)]
         widths = (3, width, width, 2 * width, 3 * width)
         for channels_in, channels_out in zip(widths, widths[1:], strict=False):

@@ -7,7 +7,9 @@ Shapes: B images · N texts · E width of the embedding
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -33,24 +35,31 @@ def text_tokenizer(folder: Path) -> CLIPTokenizer:
 
     Written to `folder` in the hub's layout (vocab.json, merges.txt and the tokenizer's files).
     """
-    merges, pieces = [], set()
-    for word in VOCABULARY:
-        letters = [*word[:-1], word[-1] + "</w>"]
-        pieces.update(letters)
-        while len(letters) > 1:
-            merge = " ".join(letters[:2])
-            if merge not in merges:
-                merges.append(merge)
-            letters = ["".join(letters[:2]), *letters[2:]]
-            pieces.add(letters[0])
+    words = {word: [*word[:-1], word[-1] + "</w>"] for word in VOCABULARY}
+    merges: list[tuple[str, str]] = []
+    pieces = {piece for split in words.values() for piece in split}
+    while pairs := Counter(pair for split in words.values() for pair in pairwise(split)):
+        merge = max(sorted(pairs), key=pairs.__getitem__)
+        merges.append(merge)
+        pieces.add("".join(merge))
+        words = {word: _merged(split, merge) for word, split in words.items()}
     alphabet = {letter + end for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")}
     vocabulary = [*sorted(alphabet | pieces), "<|startoftext|>", END]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(vocabulary)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TEXT)
+    vocab = {piece: i for i, piece in enumerate(vocabulary)}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TEXT)
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def _merged(split: list[str], merge: tuple[str, str]) -> list[str]:
+    joined: list[str] = []
+    for piece in split:
+        if joined and (joined[-1], piece) == merge:
+            joined[-1] += piece
+        else:
+            joined.append(piece)
+    return joined
 
 
 def clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
@@ -108,8 +117,8 @@ def train_clip(
     tokenizer: VQVAE,
     folder: Path,
     seed: int,
-    num_steps: int = 2500,
-    batch_size: int = 160,
+    num_steps: int = 1500,
+    batch_size: int = 128,
     pool_size: int = 24000,
     log: Callable[[str], None] = print,
 ) -> CLIPModel:

@@ -21,7 +21,7 @@ def train_judge(
     kind: str,
     tokenizer: VQVAE,
     seed: int,
-    num_steps: int = 1500,
+    num_steps: int = 800,
     batch_size: int = 96,
     pool_size: int = 16000,
     log: Callable[[str], None] = print,

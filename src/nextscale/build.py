@@ -1,0 +1,177 @@
+"""Recipes in, objects out: the only place where the parts are put together."""
+
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from nextscale.checkpoint import find_checkpoint
+from nextscale.config import REWARD_KINDS, Recipe, RewardConfig, flatten, load_recipe, to_yaml
+from nextscale.errors import CheckpointError, ConfigError, NextscaleError
+from nextscale.evaluation import Embedder, Judges
+from nextscale.models.zoo import TOY_ASSETS
+from nextscale.objective import token_weights
+from nextscale.pipeline import VARPipeline
+from nextscale.rewards import Reward, WeightedSum
+from nextscale.rewards.clip import load_clip
+from nextscale.run_folder import RunFolder
+from nextscale.toy.judges import judge_metrics
+from nextscale.toy.world import CLASSES, IMAGE_SIZE
+from nextscale.trainer import GRPOTrainer
+
+# What may differ between the two halves of a resumed run: how long it is, and what it writes when.
+FREE_ON_RESUME = {
+    "description",
+    *(f"run.{name}" for name in ("output_dir", "max_steps", "resume", "overwrite", "disable_tqdm")),
+    *(f"run.{name}" for name in ("eval_steps", "save_steps", "save_total_limit", "report_to")),
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a trainer is made of."""
+
+    pipe: VARPipeline
+    rewards: WeightedSum
+    judges: Judges | None
+    embed: Embedder | None
+
+
+def build_pipeline(recipe: Recipe) -> VARPipeline:
+    """The model that the recipe fine-tunes."""
+    return load_pipeline(recipe.model)
+
+
+def load_pipeline(name: str) -> VARPipeline:
+    """A model by name or folder; the error knows of run folders."""
+    try:
+        return VARPipeline.from_pretrained(name)
+    except CheckpointError as error:
+        if (Path(name) / "final" / "config.json").is_file():
+            raise CheckpointError(
+                f"'{name}' is a run folder; its model is '{Path(name) / 'final'}'"
+            ) from None
+        raise error from None
+
+
+def build_rewards(recipe: Recipe) -> WeightedSum:
+    """The recipe's rewards with their weights."""
+    return make_rewards(recipe.rewards)
+
+
+def make_rewards(configs: dict[str, RewardConfig]) -> WeightedSum:
+    """Named rewards with their weights."""
+    weights = {name: config.weight for name, config in configs.items()}
+    return WeightedSum({name: _make_reward(name, config) for name, config in configs.items()}, weights)
+
+
+def _make_reward(name: str, config: RewardConfig) -> Reward:
+    try:
+        return REWARD_KINDS[config.kind].make(getattr(config, config.kind), **config.options())
+    except NextscaleError as error:
+        raise type(error)(f"reward '{name}': {error}") from error
+
+
+def is_miniature(pipe: VARPipeline) -> bool:
+    """Whether a model draws the miniature world, and that world's judges and CLIP are at hand."""
+    draws_it = pipe.class_names == CLASSES and pipe.tokenizer.config.image_size == IMAGE_SIZE
+    return draws_it and TOY_ASSETS.is_dir()
+
+
+def judges_for(pipe: VARPipeline) -> Judges | None:
+    """The miniature world's judges, for models of that world."""
+    return judge_metrics if is_miniature(pipe) else None
+
+
+def embedder(clip: str | None) -> Embedder | None:
+    """The image embeddings of a CLIP, for measuring diversity."""
+    return load_clip(clip).embed_images if clip else None
+
+
+def build_parts(recipe: Recipe) -> Parts:
+    """Load all that a run needs, and check all that can be checked before it starts; writes nothing.
+
+    Raises:
+        NextscaleError: something cannot be loaded, or does not fit together.
+    """
+    run = recipe.run
+    if run.resume and run.overwrite:
+        raise ConfigError(
+            "run.resume and run.overwrite exclude each other: keep the earlier run, or replace it"
+        )
+    folder = RunFolder(Path(run.output_dir))
+    folder.check(resume=bool(run.resume), overwrite=run.overwrite)
+    if run.resume:
+        find_checkpoint(run.resume, folder.checkpoints)
+    if run.resume and folder.metrics.exists():
+        check_resumable(recipe, folder.path / "config.yaml")
+    pipe = build_pipeline(recipe)
+    pipe.conditions(recipe.grpo.class_labels or range(pipe.num_classes))
+    token_weights(pipe.transformer.schedule.lengths, recipe.grpo.scale_weighting)
+    return Parts(pipe, build_rewards(recipe), judges_for(pipe), embedder(run.diversity_clip))
+
+
+def build_trainer(recipe: Recipe, command: Sequence[str] = ()) -> GRPOTrainer:
+    """The trainer of a recipe; opens the run's folder.
+
+    Args:
+        command: the words the run was started with, for its environment.json.
+    """
+    parts = build_parts(recipe)
+    # How it was started is no property of the run: config.yaml is a recipe that can be run again.
+    lasting = recipe.replace(run=recipe.run.replace(resume=None, overwrite=False))
+    trainer = GRPOTrainer(
+        parts.pipe,
+        parts.rewards,
+        recipe.grpo,
+        sampling=recipe.sampling,
+        optimizer=recipe.optimizer,
+        run=recipe.run,
+        judges=parts.judges,
+        embed=parts.embed,
+        config_yaml=to_yaml(lasting),
+    )
+    trainer.folder.write_environment(environment(trainer.accelerator.device, command))
+    return trainer
+
+
+def check_resumable(recipe: Recipe, path: Path) -> None:
+    """Compare a recipe with the `config.yaml` of the run that it continues.
+
+    Raises:
+        ConfigError: names the first key that would make it another run, and both values.
+    """
+    earlier, present = flatten(load_recipe(path)), flatten(recipe)
+    free = FREE_ON_RESUME.copy()
+    if recipe.optimizer.lr_scheduler_type != "constant_with_warmup":
+        free.remove("run.max_steps")  # it shapes the schedule
+    for key in [*present, *(key for key in earlier if key not in present)]:
+        was, now = earlier.get(key), present.get(key)
+        if was != now and key not in free:
+            raise ConfigError(
+                f"{key} is {now!r}, but the run in '{path.parent}' has {was!r}: resume it with that value, "
+                "replace it with --run.overwrite true, or choose another --run.output_dir"
+            )
+
+
+def environment(device: torch.device, command: Sequence[str]) -> dict[str, object]:
+    """What a run was made with; no path of the machine."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "num_threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "nextscale": sys.modules["nextscale"].__version__,  # an import would run upward
+        "python": platform.python_version(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(_without_folders(word) for word in command),
+    }
+
+
+def _without_folders(word: str) -> str:
+    option, equals, value = word.rpartition("=")
+    return option + equals + (os.path.basename(value) if os.path.isabs(value) else value)

@@ -1,0 +1,38 @@
+"""One process with 4 groups = two processes with 2 each: the same images, the same gradient."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parent
+
+
+def launch(folder: Path, num_processes: int) -> list[dict[str, torch.Tensor]]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command += [str(num_processes), str(TESTS / "two_processes.py"), str(folder)]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent / "src")]),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"{num_processes}-{rank}.pt") for rank in range(num_processes)]
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    (one,) = launch(tmp_path, 1)
+    first, second = launch(tmp_path, 2)
+    # Process r has groups r, r + 2, ...; a group is 4 images.
+    groups = one.pop("tokens").split(4)
+    assert torch.equal(torch.cat(groups[0::2]), first.pop("tokens"))
+    assert torch.equal(torch.cat(groups[1::2]), second.pop("tokens"))
+    for name, expected in one.items():
+        largest = expected.abs().max().clamp_min(1e-8)
+        assert torch.equal(first[name], second[name]), name
+        assert (first[name] - expected).abs().max() / largest < 1e-4, name
