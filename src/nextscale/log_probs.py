@@ -6,7 +6,7 @@ Shapes: B images · L tokens of all scales · V codebook size
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nextscale.models.var import VAR
 from nextscale.policy import SamplingConfig, policy_log_probs, token_log_probs
@@ -17,16 +17,21 @@ if TYPE_CHECKING:
 
 
 def teacher_forced_logits(
-    transformer: VAR, labels_B: Tensor, inputs_BLD: Tensor, config: SamplingConfig
+    transformer: VAR,
+    labels_B: Tensor,
+    inputs_BLD: Tensor,
+    config: SamplingConfig,
+    wrapped: nn.Module | None = None,
 ) -> Tensor:
     """(B, L, V) policy logits before filtering, of all scales in one pass.
 
     Args:
         inputs_BLD: `tokenizer.tokens_to_inputs(tokens)`, (B, L - 1, D).
+        wrapped: what to call in the transformer's place, such as its DistributedDataParallel.
     """
     ramp_L = transformer.schedule.guidance_ramp().to(labels_B.device)
     labels = with_null(labels_B, transformer, config)
-    return guided_forward(transformer, labels, inputs_BLD, ramp_L, config, cache=None)
+    return guided_forward(wrapped or transformer, labels, inputs_BLD, ramp_L, config, cache=None)
 
 
 def log_probs(

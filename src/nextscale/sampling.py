@@ -6,7 +6,7 @@ Shapes: B images · L tokens of all scales · l tokens of one scale · V codeboo
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nextscale.models.var import VAR, KVCache
 from nextscale.models.vqvae import VQVAE
@@ -68,7 +68,7 @@ def with_null(labels_B: Tensor, transformer: VAR, config: SamplingConfig) -> Ten
 
 
 def guided_forward(
-    transformer: VAR,
+    transformer: nn.Module,
     labels: Tensor,
     inputs_BlD: Tensor,
     ramp_l: Tensor,

@@ -335,7 +335,9 @@ class GRPOTrainer:
         grpo, sampling = self.grpo, self.sampling
         tokens_BL, labels_B, inputs_BLD = rollout.tokens[part], rollout.labels[part], rollout.inputs[part]
         with self.accelerator.autocast():
-            logits_BLV = teacher_forced_logits(self.model, labels_B, inputs_BLD, sampling)
+            logits_BLV = teacher_forced_logits(
+                self.pipe.transformer, labels_B, inputs_BLD, sampling, wrapped=self.model
+            )
         log_probs_BLV = policy_log_probs(logits_BLV, sampling, drawn_Bl=tokens_BL)
         log_probs_BL = token_log_probs(log_probs_BLV, tokens_BL)
         surrogate = clipped_surrogate(
