@@ -119,7 +119,7 @@ def train_clip(
     seed: int,
     num_steps: int = 1500,
     batch_size: int = 128,
-    pool_size: int = 24000,
+    pool_size: int = 12000,
     log: Callable[[str], None] = print,
 ) -> CLIPModel:
     """A CLIP in the hub's layout in `folder`: weights in float16, configuration and text tokenizer."""
@@ -170,7 +170,7 @@ def train_aesthetic_head(
     tokenizer: VQVAE,
     clip: CLIPModel,
     seed: int,
-    num_images: int = 12000,
+    num_images: int = 8000,
     num_steps: int = 3000,
     log: Callable[[str], None] = print,
 ) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ def train_judge(
     seed: int,
     num_steps: int = 800,
     batch_size: int = 96,
-    pool_size: int = 16000,
+    pool_size: int = 10000,
     log: Callable[[str], None] = print,
 ) -> Judge:
     """The judge of "class" or "style", a pure function of the seed and the thread count."""

@@ -34,8 +34,8 @@ def train_transformer(
     tokenizer: VQVAE,
     seed: int,
     num_steps: int = 4000,
-    batch_size: int = 64,
-    pool_size: int = 24000,
+    batch_size: int = 48,
+    pool_size: int = 16000,
     log: Callable[[str], None] = print,
 ) -> VAR:
     """A VAR trained by cross-entropy on the tokens of photos, a pure function of seed and thread count."""
@@ -47,7 +47,7 @@ def train_transformer(
     # few tokens, and would be learned late otherwise.
     lengths = model.schedule.lengths
     weights_L = token_weights(lengths, tuple(length**0.5 for length in lengths))
-    optimizer = Optimizer(model, matrix_rate=0.01, other_rate=2e-3, num_steps=num_steps, warmup=100)
+    optimizer = Optimizer(model, matrix_rate=0.015, other_rate=2e-3, num_steps=num_steps, warmup=100)
     begin = time.time()
     for step in range(num_steps):
         chosen = torch.randint(pool_size, (batch_size,), generator=generator)
