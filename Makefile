@@ -20,7 +20,7 @@ help:
 	@echo "make clean   remove build products and caches (not runs/, not $(VENV)/)"
 
 demo: $(VENV)/.installed
-	$(VENV)/bin/nextscale train src/nextscale/recipes/toy-painting.yaml --run.output_dir runs/demo
+	$(VENV)/bin/nextscale train src/nextscale/recipes/toy-painting.yaml --run.output_dir runs/demo --run.overwrite
 	$(VENV)/bin/nextscale report runs/demo
 
 # Two workers with one thread each: two threads each would only fight over a small machine's cores.

@@ -60,7 +60,11 @@ def figures(folder: Path) -> dict[str, float]:
 def table(recipe: str, by_seed: dict[int, dict[str, float]]) -> str:
     """Rows of figures, a column a seed, then mean ± sd."""
     seeds = list(by_seed)
-    rows = [f"### {recipe}", "", "| figure | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean ± sd |"]
+    rows = [
+        f"### {recipe}",
+        "",
+        "| figure | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean ± sd |",
+    ]
     rows.append("| --- |" + " --- |" * (len(seeds) + 1))
     for name in by_seed[seeds[0]]:
         values = [by_seed[seed][name] for seed in seeds]
@@ -71,7 +75,9 @@ def table(recipe: str, by_seed: dict[int, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--write", action="store_true", help="put the tables into docs/results.md")

@@ -15,7 +15,7 @@ FLOORS = (
     ("policy", "objective", "advantages", *(f"models.{name}" for name in MODELS)),
     ("sampling", "log_probs", "pipeline", "rewards.*"),
     ("run_folder", "checkpoint", "rollout", "toy.*"),
-    ("evaluation", "report", "trainer", "ui"),
+    ("evaluation", "report", "grpo", "trainer", "ui"),
     ("config", "build", "recipes.*"),
     ("__init__",),
     ("options", "cli", "__main__"),

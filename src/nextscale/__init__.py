@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nextscale import rewards
     from nextscale.errors import CheckpointError, ConfigError, NextscaleError, RewardError
+    from nextscale.grpo import GRPOConfig
     from nextscale.log_probs import log_probs
     from nextscale.pipeline import VAROutput, VARPipeline
     from nextscale.policy import SamplingConfig
     from nextscale.records import Condition
-    from nextscale.trainer import GRPOConfig, GRPOTrainer, OptimizerConfig, RunConfig
+    from nextscale.trainer import GRPOTrainer, OptimizerConfig, RunConfig
 
 __version__ = "0.1.0"
 
@@ -44,7 +45,8 @@ _HOMES = {
     **dict.fromkeys(("VAROutput", "VARPipeline"), "pipeline"),
     "SamplingConfig": "policy",
     "Condition": "records",
-    **dict.fromkeys(("GRPOConfig", "GRPOTrainer", "OptimizerConfig", "RunConfig"), "trainer"),
+    "GRPOConfig": "grpo",
+    **dict.fromkeys(("GRPOTrainer", "OptimizerConfig", "RunConfig"), "trainer"),
 }
 
 

@@ -12,10 +12,11 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from nextscale.errors import ConfigError
+from nextscale.grpo import GRPOConfig
 from nextscale.policy import SamplingConfig
 from nextscale.records import Record, suggest
 from nextscale.rewards import Aesthetic, ClipScore, Reward, load_function
-from nextscale.trainer import GRPOConfig, OptimizerConfig, RunConfig
+from nextscale.trainer import OptimizerConfig, RunConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 

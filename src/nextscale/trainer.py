@@ -4,6 +4,7 @@ Shapes: N groups · G images of one group · B images of one backward pass · S 
 V codebook size
 """
 
+import contextlib
 import copy
 import json
 import signal
@@ -20,56 +21,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from nextscale.advantages import Aggregation, ScaleRewards, combined_advantages
+from nextscale.advantages import combined_advantages
 from nextscale.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from nextscale.errors import ConfigError, RewardError
 from nextscale.evaluation import Embedder, Evaluation, Judges, evaluate
-from nextscale.log_probs import teacher_forced_logits
+from nextscale.grpo import GRPOConfig, GRPOLoss
 from nextscale.metrics import Means
 from nextscale.models.var import VAR
-from nextscale.objective import ScaleWeighting, clipped_surrogate, grpo_loss, token_weights
 from nextscale.pipeline import VARPipeline
-from nextscale.policy import (
-    SamplingConfig,
-    exact_entropy,
-    exact_kl,
-    kept_tokens,
-    policy_log_probs,
-    token_log_probs,
-)
+from nextscale.policy import SamplingConfig
 from nextscale.records import Record
 from nextscale.rewards.base import Reward, WeightedSum
 from nextscale.rollout import Clock, Rollout, collect, step_labels
 from nextscale.run_folder import RunFolder
-
-
-class GRPOConfig(Record):
-    """The algorithm. Names are TRL's wherever the same thing exists there."""
-
-    num_generations: int = Field(8, ge=2)
-    """G, images of one group."""
-    num_groups: int = Field(8, ge=1)
-    """Groups of a step, over all processes."""
-    class_labels: tuple[int, ...] | None = Field(None, min_length=1)
-    """Classes to train on; all of the model's by default."""
-    num_iterations: int = Field(1, ge=1)
-    """Updates on one batch of rollouts."""
-    beta: float = Field(0.02, ge=0)
-    """Weight of the exact KL to the frozen reference, in nats."""
-    measure_kl: bool = True
-    """Keep the reference for the log where beta is 0; costs a forward pass a step."""
-    epsilon: float = Field(0.2, gt=0, lt=1)
-    """The ratio is clipped below 1 - epsilon."""
-    epsilon_high: float | None = Field(None, gt=0)
-    """The ratio is clipped above 1 + epsilon_high; by default epsilon."""
-    entropy_coef: float = Field(0.0, ge=0)
-    """Weight of an entropy bonus, in nats."""
-    scale_rewards: ScaleRewards = "group"
-    """What rewards are divided by: their group's deviation, the batch's, or nothing."""
-    multi_objective_aggregation: Aggregation = "sum_then_normalize"
-    """Several rewards: weighted sum first, or each normalised in its group first."""
-    scale_weighting: ScaleWeighting | tuple[float, ...] = "scale"
-    """Weight of tokens in the loss: "token" all alike, "scale" each scale the same total, or one weight a scale."""
 
 
 class OptimizerConfig(Record):
@@ -180,12 +144,11 @@ class GRPOTrainer:
 
         self.pipe = pipe.to(self.accelerator.device)
         self.pipe.transformer.gradient_checkpointing = self.run.gradient_checkpointing
-        self.reference: VAR | None = None
+        reference: VAR | None = None
         if self.grpo.beta or self.grpo.measure_kl:
-            self.reference = copy.deepcopy(pipe.transformer).requires_grad_(False)
+            reference = copy.deepcopy(pipe.transformer).requires_grad_(False)
+        self.loss = GRPOLoss(self.grpo, self.sampling, pipe.transformer, reference)
         self._prepare()
-        schedule = pipe.transformer.schedule
-        self.weights_L = token_weights(schedule.lengths, self.grpo.scale_weighting).to(self.accelerator.device)
         self.step_done, self.seconds_done = 0, 0.0
 
     def _check_processes(self) -> None:
@@ -223,7 +186,7 @@ class GRPOTrainer:
         self.scheduler = scheduler
         self.accelerator.register_for_checkpointing(scheduler)
 
-    # ------------------------------------------------------------------------------------------------- the loop
+    # ---- the loop
 
     def train(self) -> Path:
         """Run all steps; returns the run's folder.
@@ -238,26 +201,20 @@ class GRPOTrainer:
         self.folder.keep_steps(self.step_done)
         if run.report_to != "none":
             process.init_trackers("tensorboard")
-        if self.step_done == 0 and run.eval_steps:
-            self.log(0, self.evaluate(0))
         disable = run.disable_tqdm or not process.is_main_process
         bar = tqdm(total=run.max_steps, initial=self.step_done, desc="GRPO", unit="step", disable=disable)
         with bar, _stop_on_interrupt() as stop:
-            while self.step_done < run.max_steps and not stop.requested:
-                step = self.step_done + 1
-                try:
-                    metrics = self.step(step)
-                    self.step_done, self.seconds_done = step, self.seconds_done + metrics["step_time"]
-                    if run.eval_steps and (step % run.eval_steps == 0 or step == run.max_steps):
-                        metrics |= self.evaluate(step)
-                except RewardError:
-                    self.save()
-                    raise
-                self.log(step, metrics)
-                if run.save_steps and step % run.save_steps == 0:
-                    self.save()
-                bar.update()
-                bar.set_postfix(_postfix(metrics))
+            try:
+                if self.step_done == 0 and run.eval_steps:
+                    self.log(0, self.evaluate(0))
+                while self.step_done < run.max_steps and not stop.requested:
+                    metrics = self.step(self.step_done + 1)
+                    self._finish_step(metrics)
+                    bar.update()
+                    bar.set_postfix(_postfix(metrics))
+            except RewardError:
+                self.save()
+                raise
         if stop.requested and self.step_done < run.max_steps:
             self.save()
             tqdm.write(f"stopped after step {self.step_done}; continue with --run.resume auto")
@@ -266,6 +223,19 @@ class GRPOTrainer:
         process.wait_for_everyone()
         process.end_training()
         return self.folder.path
+
+    def _finish_step(self, metrics: dict[str, float]) -> None:
+        """Evaluate, log and save where it is time to; what a step measured is logged even if that fails."""
+        run = self.run
+        self.step_done += 1
+        self.seconds_done += metrics["step_time"]
+        try:
+            if run.eval_steps and (self.step_done % run.eval_steps == 0 or self.step_done == run.max_steps):
+                metrics |= self.evaluate(self.step_done)
+        finally:
+            self.log(self.step_done, metrics)
+        if run.save_steps and self.step_done % run.save_steps == 0:
+            self.save()
 
     def step(self, step: int) -> dict[str, float]:
         """One batch of rollouts and its updates; returns its metrics."""
@@ -283,7 +253,7 @@ class GRPOTrainer:
         return metrics | {
             "grad_norm": grad_norm,
             "learning_rate": self.scheduler.get_last_lr()[0],
-            "num_tokens": float(step * num_images * self.weights_L.numel()),
+            "num_tokens": float(step * num_images * self.pipe.transformer.schedule.num_tokens),
             "step_time": elapsed,
             "images_per_second": num_images / elapsed,
             **{f"time/{name}": value for name, value in seconds.items()},
@@ -320,7 +290,8 @@ class GRPOTrainer:
             part = slice(start, start + self.run.per_device_train_batch_size)
             is_last = start == starts[-1]
             with self.accelerator.accumulate() if is_last else self.accelerator.no_sync(self.model):
-                loss = self.loss(rollout, advantages_B, part, means)
+                with self.accelerator.autocast():
+                    loss = self.loss(self.model, rollout, advantages_B, part, means)
                 # The loss is a mean over the part: its share makes the sum a mean over all images.
                 share = len(advantages_B[part]) / num_images
                 self.accelerator.backward(loss * share)
@@ -330,46 +301,7 @@ class GRPOTrainer:
         self.optimizer.zero_grad()
         return float(norm)
 
-    def loss(self, rollout: Rollout, advantages_B: Tensor, part: slice, means: Means) -> Tensor:
-        """The GRPO loss of some of the rollout's images, and their metrics into `means`."""
-        grpo, sampling = self.grpo, self.sampling
-        tokens_BL, labels_B, inputs_BLD = rollout.tokens[part], rollout.labels[part], rollout.inputs[part]
-        with self.accelerator.autocast():
-            logits_BLV = teacher_forced_logits(
-                self.pipe.transformer, labels_B, inputs_BLD, sampling, wrapped=self.model
-            )
-        log_probs_BLV = policy_log_probs(logits_BLV, sampling, drawn_Bl=tokens_BL)
-        log_probs_BL = token_log_probs(log_probs_BLV, tokens_BL)
-        surrogate = clipped_surrogate(
-            log_probs_BL, rollout.log_probs[part], advantages_B[part], grpo.epsilon, grpo.epsilon_high
-        )
-        # KL and entropy are of the unfiltered distributions: the filtered ones may have other supports.
-        full_BLV = logits_BLV.log_softmax(-1) if sampling.is_filtered else log_probs_BLV
-        entropy_BL = exact_entropy(full_BLV)
-        kl_BL = None
-        if self.reference is not None:
-            with torch.no_grad(), self.accelerator.autocast():
-                reference_BLV = teacher_forced_logits(self.reference, labels_B, inputs_BLD, sampling)
-            kl_BL = exact_kl(full_BLV, reference_BLV.log_softmax(-1))
-            means.add(kl=kl_BL, kl_per_image=kl_BL.sum(1))
-        loss = grpo_loss(
-            surrogate.objective_BL, kl_BL, entropy_BL, self.weights_L, grpo.beta, grpo.entropy_coef
-        )
-        difference_BL = (log_probs_BL.detach() - rollout.log_probs[part]).abs()
-        means.add(loss=loss, entropy=entropy_BL)
-        means.put("clip_ratio/low_mean", surrogate.is_low_clipped_BL.float())
-        means.put("clip_ratio/high_mean", surrogate.is_high_clipped_BL.float())
-        means.put("clip_ratio/region_mean", (surrogate.is_low_clipped_BL | surrogate.is_high_clipped_BL).float())
-        for name in ("mean", "max"):
-            means.put(f"sampling/sampling_logp_difference/{name}", difference_BL)
-        for name in ("min", "mean", "max"):
-            means.put(f"sampling/importance_sampling_ratio/{name}", surrogate.ratio_BL)
-        if sampling.is_filtered:
-            removed_BLV = ~kept_tokens(logits_BLV, sampling)
-            means.put("sampling/filtered_mass", (full_BLV.detach().exp() * removed_BLV).sum(-1))
-        return loss
-
-    # ------------------------------------------------------------------------------------- measuring and saving
+    # ---- measuring and saving
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Measure the model on fixed seeds and write its sample grid; metrics with the prefix `eval_`."""
@@ -443,10 +375,8 @@ class _stop_on_interrupt:
 
     def __enter__(self) -> "_stop_on_interrupt":
         self._previous: Callable | int | None = None
-        try:
+        with contextlib.suppress(ValueError):  # not in the main thread: the interrupt is not ours to take
             self._previous = signal.signal(signal.SIGINT, self._request)
-        except ValueError:  # not in the main thread: the interrupt is not ours to take
-            pass
         return self
 
     def _request(self, *_: object) -> None:

@@ -1,0 +1,130 @@
+"""The loss of GRPO for next-scale models, with everything that is measured on the way.
+
+Shapes: B images of one backward pass · L tokens of all scales · V codebook size · D codebook width
+"""
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from nextscale.advantages import Aggregation, ScaleRewards
+from nextscale.log_probs import teacher_forced_logits
+from nextscale.metrics import Means
+from nextscale.models.var import VAR
+from nextscale.objective import ScaleWeighting, clipped_surrogate, grpo_loss, token_weights
+from nextscale.policy import (
+    SamplingConfig,
+    exact_entropy,
+    exact_kl,
+    kept_tokens,
+    policy_log_probs,
+    token_log_probs,
+)
+from nextscale.records import Record
+from nextscale.rollout import Rollout
+
+
+class GRPOConfig(Record):
+    """The algorithm. Names are TRL's wherever the same thing exists there."""
+
+    num_generations: int = Field(8, ge=2)
+    """G, images of one group."""
+    num_groups: int = Field(8, ge=1)
+    """Groups of a step, over all processes."""
+    class_labels: tuple[int, ...] | None = Field(None, min_length=1)
+    """Classes to train on; all of the model's by default."""
+    num_iterations: int = Field(1, ge=1)
+    """Updates on one batch of rollouts."""
+    beta: float = Field(0.02, ge=0)
+    """Weight of the exact KL to the frozen reference, in nats."""
+    measure_kl: bool = True
+    """Keep the reference for the log where beta is 0; costs a forward pass a step."""
+    epsilon: float = Field(0.2, gt=0, lt=1)
+    """The ratio is clipped below 1 - epsilon."""
+    epsilon_high: float | None = Field(None, gt=0)
+    """The ratio is clipped above 1 + epsilon_high; by default epsilon."""
+    entropy_coef: float = Field(0.0, ge=0)
+    """Weight of an entropy bonus, in nats."""
+    scale_rewards: ScaleRewards = "group"
+    """What rewards are divided by: their group's deviation, the batch's, or nothing."""
+    multi_objective_aggregation: Aggregation = "sum_then_normalize"
+    """Several rewards: weighted sum first, or each normalised in its group first."""
+    scale_weighting: ScaleWeighting | tuple[float, ...] = "scale"
+    """Weight in the loss: "token" all tokens alike, "scale" each scale the same total, or a weight a scale."""
+
+
+class GRPOLoss:
+    """The loss of some of a rollout's images.
+
+    Args:
+        config: the algorithm.
+        sampling: the policy that drew, and is trained.
+        transformer: what is trained; read for its schedule and its null class.
+        reference: the frozen model of the KL; None where it is neither used nor measured.
+    """
+
+    def __init__(
+        self, config: GRPOConfig, sampling: SamplingConfig, transformer: VAR, reference: VAR | None
+    ) -> None:
+        self.config, self.sampling = config, sampling
+        self.transformer, self.reference = transformer, reference
+        weights_L = token_weights(transformer.schedule.lengths, config.scale_weighting)
+        self.weights_L = weights_L.to(transformer.pos_start.device)
+
+    def __call__(
+        self, model: nn.Module, rollout: Rollout, advantages_B: Tensor, part: slice, means: Means
+    ) -> Tensor:
+        """The loss, a mean over the images of `part`; what was measured goes into `means`.
+
+        Args:
+            model: the transformer, or what wraps it for several processes.
+            advantages_B: of all the rollout's images.
+        """
+        tokens_BL, labels_B, inputs_BLD = rollout.tokens[part], rollout.labels[part], rollout.inputs[part]
+        logits_BLV = teacher_forced_logits(
+            self.transformer, labels_B, inputs_BLD, self.sampling, wrapped=model
+        )
+        log_probs_BLV = policy_log_probs(logits_BLV, self.sampling, drawn_Bl=tokens_BL)
+        log_probs_BL = token_log_probs(log_probs_BLV, tokens_BL)
+        surrogate = clipped_surrogate(
+            log_probs_BL,
+            rollout.log_probs[part],
+            advantages_B[part],
+            self.config.epsilon,
+            self.config.epsilon_high,
+        )
+        # KL and entropy are of the unfiltered distributions: the filtered ones may have other supports.
+        full_BLV = logits_BLV.log_softmax(-1) if self.sampling.is_filtered else log_probs_BLV
+        entropy_BL = exact_entropy(full_BLV)
+        kl_BL = self._kl(full_BLV, labels_B, inputs_BLD)
+        loss = grpo_loss(
+            surrogate.objective_BL,
+            kl_BL,
+            entropy_BL,
+            self.weights_L,
+            self.config.beta,
+            self.config.entropy_coef,
+        )
+        means.add(loss=loss, entropy=entropy_BL)
+        if kl_BL is not None:
+            means.add(kl=kl_BL, kl_per_image=kl_BL.sum(1))
+        is_low_BL, is_high_BL = surrogate.is_low_clipped_BL, surrogate.is_high_clipped_BL
+        means.put("clip_ratio/low_mean", is_low_BL.float())
+        means.put("clip_ratio/high_mean", is_high_BL.float())
+        means.put("clip_ratio/region_mean", (is_low_BL | is_high_BL).float())
+        difference_BL = (log_probs_BL.detach() - rollout.log_probs[part]).abs()
+        for name in ("mean", "max"):
+            means.put(f"sampling/sampling_logp_difference/{name}", difference_BL)
+        for name in ("min", "mean", "max"):
+            means.put(f"sampling/importance_sampling_ratio/{name}", surrogate.ratio_BL)
+        if self.sampling.is_filtered:
+            removed_BLV = ~kept_tokens(logits_BLV, self.sampling)
+            means.put("sampling/filtered_mass", (full_BLV.detach().exp() * removed_BLV).sum(-1))
+        return loss
+
+    def _kl(self, full_BLV: Tensor, labels_B: Tensor, inputs_BLD: Tensor) -> Tensor | None:
+        if self.reference is None:
+            return None
+        with torch.no_grad():
+            reference_BLV = teacher_forced_logits(self.reference, labels_B, inputs_BLD, self.sampling)
+        return exact_kl(full_BLV, reference_BLV.log_softmax(-1))
