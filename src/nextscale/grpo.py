@@ -50,7 +50,7 @@ class GRPOConfig(Record):
     multi_objective_aggregation: Aggregation = "sum_then_normalize"
     """Several rewards: weighted sum first, or each normalised in its group first."""
     scale_weighting: ScaleWeighting | tuple[float, ...] = "scale"
-    """Weight in the loss: "token" all tokens alike, "scale" each scale the same total, or a weight a scale."""
+    """Weight in the loss: "token" all tokens alike, "scale" all scales alike, or one weight a scale."""
 
 
 class GRPOLoss:

@@ -79,8 +79,8 @@ def load_head(path: str | Path) -> AestheticHead:
 
 
 def _check_chain(path: Path, names: list[str], weights: list[Tensor], biases: list[Tensor]) -> None:
-    wanted_out = [each.shape[-1] for each in weights[1:]] + [1]
-    for name, weight, bias, out in zip(names, weights, biases, wanted_out, strict=True):
+    widths = [each.shape[-1] if each.ndim else 0 for each in weights[1:]] + [1]
+    for name, weight, bias, out in zip(names, weights, biases, widths, strict=True):
         if weight.ndim != 2 or weight.shape[0] != out or tuple(bias.shape) != (out,):
             found = tuple(weight.shape), tuple(bias.shape)
             raise CheckpointError(f"'{path}': '{name}' and its bias have shapes {found}, expected {out} outputs")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 from transformers.utils import logging as transformers_logging
@@ -28,7 +29,7 @@ class Clip:
         model: "toy", a folder, or a hub repository such as "openai/clip-vit-large-patch14".
 
     Raises:
-        CheckpointError: the model cannot be had.
+        CheckpointError: the model cannot be had, or some of its weights are missing.
     """
 
     def __init__(self, model: str | Path) -> None:
@@ -37,14 +38,17 @@ class Clip:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         try:
-            self.model = CLIPModel.from_pretrained(source, dtype=torch.float32).eval().requires_grad_(False)
+            loaded, info = CLIPModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
             self.tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0]
             raise CheckpointError(f"CLIP '{model}' cannot be loaded: {reason}") from None
         finally:
             transformers_logging.set_verbosity(level)
             transformers_logging.enable_progress_bar()
+        if missing := sorted(info["missing_keys"]):  # transformers fills them with random numbers
+            raise CheckpointError(f"CLIP '{model}' cannot be loaded: it has no '{missing[0]}'")
+        self.model: CLIPModel = loaded.eval().requires_grad_(False)
         self.image_size: int = self.model.config.vision_config.image_size
         self._texts: dict[str, Tensor] = {}
 
@@ -86,6 +90,8 @@ def load_clip(model: str | Path) -> Clip:
 def preprocess(images: Tensor, size: int) -> Tensor:
     """Resize the shorter side to `size` (antialiased bicubic), crop the centre, normalise.
 
+    The longer side is cut to whole pixels, not rounded, as OpenAI's and transformers' preprocessing do.
+
     Args:
         images: (B, 3, H, W) in [0, 1].
 
@@ -95,7 +101,7 @@ def preprocess(images: Tensor, size: int) -> Tensor:
     height, width = images.shape[-2:]
     if (height, width) != (size, size):
         shorter = min(height, width)
-        shape = round(height * size / shorter), round(width * size / shorter)
+        shape = height * size // shorter, width * size // shorter
         images = F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(0, 1)
         top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
         images = images[..., top : top + size, left : left + size]

@@ -21,13 +21,15 @@ class ClipScore:
         clip: "toy", a folder, or a hub repository.
 
     Raises:
-        ConfigError: the template has a field other than {label}.
+        ConfigError: the template is empty or broken, or has a field other than {label}.
     """
 
     def __init__(self, prompt: str = "a photo of a {label}", clip: str | Path = DEFAULT_CLIP) -> None:
         try:
             fields = {field for _, field, _, _ in Formatter().parse(prompt) if field is not None}
-        except ValueError as error:
+            if fields <= {"label"}:
+                prompt.format(label="")  # so that a format such as {label:d} is found here, not while training
+        except (ValueError, LookupError) as error:
             raise ConfigError(f"prompt '{prompt}' is not a template: {error}") from None
         if not prompt or fields - {"label"}:
             raise ConfigError(f"prompt '{prompt}' may hold the field {{label}} and no other, and must not be empty")

@@ -1,6 +1,7 @@
 """A user's own reward: a Python function in a file."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 from nextscale.errors import ConfigError
@@ -24,9 +25,11 @@ def load_function(reference: str) -> Reward:
     if spec is None or spec.loader is None:
         raise ConfigError(f"python reward '{reference}': '{path}' is not a Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up while they are made
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[spec.name]
         raise ConfigError(f"python reward '{reference}': the file raised {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
