@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+
 from conftest import random_pipeline
 from test_trainer import gradient, make_trainer
 

@@ -12,7 +12,9 @@ ScaleRewards = Literal["group", "batch", "none"]
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 
 
-def group_advantages(rewards_NG: Tensor, scale_rewards: ScaleRewards = "group", epsilon: float = 1e-4) -> Tensor:
+def group_advantages(
+    rewards_NG: Tensor, scale_rewards: ScaleRewards = "group", epsilon: float = 1e-4
+) -> Tensor:
     """(N, G) advantages: the reward less the group's mean, over the standard deviation.
 
     An image with a NaN reward (not scored) gets advantage 0 and does not count; so does every image of a

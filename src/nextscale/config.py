@@ -47,7 +47,7 @@ class RewardConfig(Record):
     """A function of your own, path/to/file.py:function."""
     clip: str | None = None
     """The CLIP of an aesthetic or clip_score reward: "toy", a folder or a hub repository."""
-    weight: float = Field(1.0, allow_inf_nan=False)
+    weight: float = Field(default=1.0, allow_inf_nan=False)
     """Weight in the sum of rewards."""
 
     @property

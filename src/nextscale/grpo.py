@@ -27,23 +27,23 @@ from nextscale.rollout import Rollout
 class GRPOConfig(Record):
     """The algorithm. Names are TRL's wherever the same thing exists there."""
 
-    num_generations: int = Field(8, ge=2)
+    num_generations: int = Field(default=8, ge=2)
     """G, images of one group."""
-    num_groups: int = Field(8, ge=1)
+    num_groups: int = Field(default=8, ge=1)
     """Groups of a step, over all processes."""
-    class_labels: tuple[int, ...] | None = Field(None, min_length=1)
+    class_labels: tuple[int, ...] | None = Field(default=None, min_length=1)
     """Classes to train on; all of the model's by default."""
-    num_iterations: int = Field(1, ge=1)
+    num_iterations: int = Field(default=1, ge=1)
     """Updates on one batch of rollouts."""
-    beta: float = Field(0.02, ge=0)
+    beta: float = Field(default=0.02, ge=0)
     """Weight of the exact KL to the frozen reference, in nats."""
     measure_kl: bool = True
     """Keep the reference for the log where beta is 0; costs a forward pass a step."""
-    epsilon: float = Field(0.2, gt=0, lt=1)
+    epsilon: float = Field(default=0.2, gt=0, lt=1)
     """The ratio is clipped below 1 - epsilon."""
-    epsilon_high: float | None = Field(None, gt=0)
+    epsilon_high: float | None = Field(default=None, gt=0)
     """The ratio is clipped above 1 + epsilon_high; by default epsilon."""
-    entropy_coef: float = Field(0.0, ge=0)
+    entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of an entropy bonus, in nats."""
     scale_rewards: ScaleRewards = "group"
     """What rewards are divided by: their group's deviation, the batch's, or nothing."""

@@ -1,8 +1,6 @@
 """Means of numbers over a step, over all processes."""
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,7 +13,7 @@ class Means:
         self._values: dict[str, list[Tensor]] = {}
 
     def add(self, **values: Tensor | float) -> None:
-        """Record values (any shape); a name's last part is set off by two underscores: kl__mean -> kl/mean."""
+        """Record values (any shape); two underscores in a name become a slash: kl__mean -> kl/mean."""
         for name, value in values.items():
             self.put(name.replace("__", "/"), value)
 

@@ -2,8 +2,8 @@
 
 Shapes: B images · S scales · L tokens of all scales
 
-Every mean says its denominator: tokens are weighted within an image by `token_weights` (they sum to 1), images
-count alike.
+Every mean says its denominator: tokens are weighted within an image by `token_weights` (they sum to 1),
+images count alike.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,9 @@ def token_weights(lengths: tuple[int, ...], weighting: ScaleWeighting | tuple[fl
     else:
         totals = [float(total) for total in weighting]
     if len(totals) != len(lengths) or min(totals) < 0 or sum(totals) <= 0:
-        raise ConfigError(f"scale_weighting needs {len(lengths)} non-negative weights, one a scale, got {weighting}")
+        raise ConfigError(
+            f"scale_weighting needs {len(lengths)} non-negative weights, one a scale, got {weighting}"
+        )
     each = [total / sum(totals) / length for total, length in zip(totals, lengths, strict=True)]
     return torch.cat([torch.full((length,), weight) for length, weight in zip(lengths, each, strict=True)])
 

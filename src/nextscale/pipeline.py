@@ -59,9 +59,7 @@ class VARPipeline:
         class_names: the name of each class, or None where they are unknown.
     """
 
-    def __init__(
-        self, transformer: VAR, tokenizer: VQVAE, class_names: Sequence[str] | None = None
-    ) -> None:
+    def __init__(self, transformer: VAR, tokenizer: VQVAE, class_names: Sequence[str] | None = None) -> None:
         self.transformer = transformer.eval()
         self.tokenizer = tokenizer.eval().requires_grad_(False)
         self.class_names = None if class_names is None else tuple(class_names)
@@ -91,7 +89,7 @@ class VARPipeline:
     def from_official(
         cls, var: str | Path, vae: str | Path, dtype: torch.dtype = torch.float32
     ) -> "VARPipeline":
-        """Load official checkpoints (`var_d16.pth`, `vae_ch160v4096z32.pth`); sizes are read from the tensors.
+        """Load official checkpoints (`var_d16.pth`, `vae_ch160v4096z32.pth`); the tensors tell the sizes.
 
         Args:
             dtype: of the transformer; the tokenizer stays float32.
@@ -112,15 +110,23 @@ class VARPipeline:
         path = folder / "config.json"
         try:
             config = json.loads(path.read_text())
-            records = VARConfig.from_mapping(config["transformer"]), VQVAEConfig.from_mapping(config["tokenizer"])
+            records = (
+                VARConfig.from_mapping(config["transformer"]),
+                VQVAEConfig.from_mapping(config["tokenizer"]),
+            )
         except OSError:
-            raise CheckpointError(f"'{folder}' is not a model folder: it has no readable config.json") from None
+            raise CheckpointError(
+                f"'{folder}' is not a model folder: it has no readable config.json"
+            ) from None
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, NextscaleError) as error:
             raise CheckpointError(f"'{path}' is not the configuration of a model: {error}") from None
         if config.get("format_version") != FORMAT_VERSION:
             found = config.get("format_version")
             raise CheckpointError(f"'{path}' has format_version {found}, expected {FORMAT_VERSION}")
-        transformer_path, tokenizer_path = folder / "transformer.safetensors", folder / "tokenizer.safetensors"
+        transformer_path, tokenizer_path = (
+            folder / "transformer.safetensors",
+            folder / "tokenizer.safetensors",
+        )
         transformer = official.build_strictly(
             lambda: VAR(records[0]), official.read_state_dict(transformer_path), transformer_path, dtype
         )
@@ -145,7 +151,9 @@ class VARPipeline:
             for key, value in model.state_dict().items():
                 value = value.detach().cpu()
                 state[key] = value.to(dtype) if dtype and value.is_floating_point() else value
-            save_file({key: value.contiguous() for key, value in state.items()}, folder / f"{name}.safetensors")
+            save_file(
+                {key: value.contiguous() for key, value in state.items()}, folder / f"{name}.safetensors"
+            )
         config = {
             "format_version": FORMAT_VERSION,
             "transformer": self.transformer.config.model_dump(),
@@ -169,7 +177,9 @@ class VARPipeline:
             raise ConfigError(f"no class labels given: give at least one of 0 to {self.num_classes - 1}")
         for label in labels:
             if not 0 <= label < self.num_classes:
-                raise ConfigError(f"class {label} is out of range: the model has classes 0 to {self.num_classes - 1}")
+                raise ConfigError(
+                    f"class {label} is out of range: the model has classes 0 to {self.num_classes - 1}"
+                )
         names = self.class_names
         return [Condition(int(label), names[label] if names else f"class {label}") for label in labels]
 

@@ -20,13 +20,13 @@ from nextscale.records import Record
 class SamplingConfig(Record):
     """How tokens are drawn. The defaults draw from the model's own conditional distribution."""
 
-    guidance_scale: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """Classifier-free guidance at the last scale; it grows linearly from 0 at the first. 0 switches it off."""
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    guidance_scale: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Classifier-free guidance at the last scale; it grows linearly from 0 at the first. 0 is without."""
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Divides the guided logits."""
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(default=0, ge=0)
     """Keep the k likeliest tokens (ties stay). 0 keeps all."""
-    top_p: float = Field(1.0, ge=0, le=1)
+    top_p: float = Field(default=1.0, ge=0, le=1)
     """Keep the smallest set of likeliest tokens that holds more than this share. 0 and 1 keep all."""
 
     @property
@@ -40,7 +40,9 @@ class SamplingConfig(Record):
         return self.top_k > 0 or 0 < self.top_p < 1
 
 
-def policy_logits(cond_BlV: Tensor, uncond_BlV: Tensor | None, ramp_l: Tensor, config: SamplingConfig) -> Tensor:
+def policy_logits(
+    cond_BlV: Tensor, uncond_BlV: Tensor | None, ramp_l: Tensor, config: SamplingConfig
+) -> Tensor:
     """Guided, tempered logits, before any filtering.
 
     Args:
@@ -78,9 +80,7 @@ def kept_tokens(logits_BlV: Tensor, config: SamplingConfig) -> Tensor:
     return kept_BlV
 
 
-def policy_log_probs(
-    logits_BlV: Tensor, config: SamplingConfig, drawn_Bl: Tensor | None = None
-) -> Tensor:
+def policy_log_probs(logits_BlV: Tensor, config: SamplingConfig, drawn_Bl: Tensor | None = None) -> Tensor:
     """(B, l, V) log-probabilities of the policy; removed tokens get -inf.
 
     Args:

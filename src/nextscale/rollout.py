@@ -128,6 +128,8 @@ def collect(
         log_probs=torch.cat(log_probs),
         inputs=torch.cat(inputs),
         images=all_images,
-        components={name: rearrange(each, "(N G) -> N G", G=num_generations) for name, each in scores.items()},
+        components={
+            name: rearrange(each, "(N G) -> N G", G=num_generations) for name, each in scores.items()
+        },
         seconds=clock.seconds,
     )

@@ -1,4 +1,4 @@
-"""Draw images scale by scale, recording the log-probability of every token under the policy it was drawn from.
+"""Draw images scale by scale, recording the log-probability of each token under the policy that drew it.
 
 Shapes: B images · L tokens of all scales · l tokens of one scale · V codebook size · D codebook width
 """

@@ -122,7 +122,18 @@ def test_images_of_any_size_are_scored(clip_folder: Path):
 
 @pytest.mark.parametrize(
     "prompt",
-    ["", "a {}", "a {0}", "a {labels}", "a {label.text}", "a {label[0]}", "a {label", "a }", "{label:d}", "{label:{w}}"],
+    [
+        "",
+        "a {}",
+        "a {0}",
+        "a {labels}",
+        "a {label.text}",
+        "a {label[0]}",
+        "a {label",
+        "a }",
+        "{label:d}",
+        "{label:{w}}",
+    ],
 )
 def test_a_prompt_that_is_no_template_of_a_label_is_told(prompt: str, clip_folder: Path):
     with pytest.raises(ConfigError, match="prompt"):

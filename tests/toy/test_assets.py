@@ -8,8 +8,8 @@ import torch
 
 from nextscale.models.zoo import TOY_ASSETS
 from nextscale.pipeline import VARPipeline
-from nextscale.rewards import Aesthetic, ClipScore
 from nextscale.records import Condition
+from nextscale.rewards import Aesthetic, ClipScore
 from nextscale.toy.judges import KINDS, judge, judge_metrics, load_judge
 from nextscale.toy.world import CLASSES, STYLES, Scenes, beauty, render, sample_scenes
 
@@ -23,7 +23,7 @@ MAX_BYTES = 12_000_000
 @pytest.fixture(scope="module")
 def pictures() -> tuple[Scenes, torch.Tensor]:
     """Scenes and images that no model was trained on."""
-    scenes = sample_scenes(400, torch.Generator().manual_seed(123456789))
+    scenes = sample_scenes(200, torch.Generator().manual_seed(123456789))
     return scenes, render(scenes)
 
 

@@ -1,1 +1,1 @@
-"""The networks: the schedule of scales, the multi-scale VQVAE, the VAR transformer and their official files."""
+"""The networks: the schedule of scales, the multi-scale VQVAE, the VAR transformer and official files."""

@@ -46,7 +46,9 @@ def read_state_dict(path: str | Path, nested_key: str | None = None) -> StateDic
         raise CheckpointError(f"'{path}' was not loaded: {what}; only tensors are read from a file") from None
     except Exception as error:  # on a file that is no pickle the reader fails with whatever its bytes lead to
         reason = re.split(r"\.\s|\n", str(error))[0][:120] or type(error).__name__
-        raise CheckpointError(f"'{path}' cannot be read ({reason}): it is truncated or no checkpoint") from None
+        raise CheckpointError(
+            f"'{path}' cannot be read ({reason}): it is truncated or no checkpoint"
+        ) from None
     for key in ("trainer", nested_key):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -190,7 +192,9 @@ def _count(state: StateDict, pattern: str) -> int:
     return max(found, default=-1) + 1
 
 
-def _scale_indices(get: Callable[[str, int], tuple[int, ...]], state: StateDict, path: str | Path) -> list[int]:
+def _scale_indices(
+    get: Callable[[str, int], tuple[int, ...]], state: StateDict, path: str | Path
+) -> list[int]:
     get("lvl_1L", 2)
     indices = state["lvl_1L"].flatten().tolist()
     counts = Counter(indices)

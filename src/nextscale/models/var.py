@@ -7,6 +7,8 @@ Source: VAR (arXiv 2404.02905), section 3.2; parameter names are those of the of
 """
 
 import math
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,19 +25,19 @@ MAX_LOG_ATTENTION_SCALE = math.log(100)
 class VARConfig(Record):
     """Sizes of a VAR transformer. The defaults are those of the official d16."""
 
-    depth: int = Field(16, gt=0)
+    depth: int = Field(default=16, gt=0)
     """Number of blocks."""
-    width: int = Field(1024, gt=0)
+    width: int = Field(default=1024, gt=0)
     """C."""
-    num_heads: int = Field(16, gt=0)
+    num_heads: int = Field(default=16, gt=0)
     """H; must divide the width."""
-    mlp_ratio: float = Field(4.0, gt=0)
+    mlp_ratio: float = Field(default=4.0, gt=0)
     """Hidden width of the feed-forward part, in widths."""
-    num_classes: int = Field(1000, gt=0)
+    num_classes: int = Field(default=1000, gt=0)
     """Classes, without the null class, which is label `num_classes`."""
-    codebook_size: int = Field(4096, gt=0)
+    codebook_size: int = Field(default=4096, gt=0)
     """V."""
-    codebook_width: int = Field(32, gt=0)
+    codebook_width: int = Field(default=32, gt=0)
     """D."""
     scale_sizes: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
     """Side lengths of the token grids, coarse to fine."""
@@ -206,7 +208,7 @@ class VAR(nn.Module):
         shared_B16C = None
         if self.config.shared_adaln:
             shared_B16C = rearrange(self.shared_ada_lin(condition_BC), "B (n C) -> B 1 n C", n=6)
-        for layer, block in enumerate(self.blocks):
+        for layer, block in enumerate(cast("Iterable[Block]", self.blocks)):
             x_BlC = block(x_BlC, block.modulation(condition_BC, shared_B16C), bias_ll, cache, layer)
         return self._logits(x_BlC, condition_BC)
 
@@ -237,14 +239,21 @@ class VAR(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=std)
         with torch.no_grad():
             self.head.weight.mul_(0.02)
-            self.head_nm.ada_lin[-1].weight.mul_(adaln_std)
-            for block in self.blocks:
+            _last_weight(self.head_nm.ada_lin).mul_(adaln_std)
+            for block in cast("Iterable[Block]", self.blocks):
                 block.attn.proj.weight.div_(math.sqrt(2 * self.config.depth))
                 block.ffn.fc2.weight.div_(math.sqrt(2 * self.config.depth))
                 if not self.config.shared_adaln:
-                    linear, gamma = block.ada_lin[-1], 2 * self.config.width
-                    linear.weight[gamma:].mul_(adaln_std)
-                    linear.weight[:gamma].mul_(adaln_gamma_std)
+                    weight, gamma = _last_weight(block.ada_lin), 2 * self.config.width
+                    weight[gamma:].mul_(adaln_std)
+                    weight[:gamma].mul_(adaln_gamma_std)
                 else:
                     block.ada_gss[:, :, 2:].mul_(adaln_std)
                     block.ada_gss[:, :, :2].mul_(adaln_gamma_std)
+
+
+def _last_weight(layers: nn.Sequential) -> Tensor:
+    """The weight of the linear layer that ends a modulation."""
+    linear = layers[-1]
+    assert isinstance(linear, nn.Linear)
+    return linear.weight

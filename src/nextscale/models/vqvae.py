@@ -6,6 +6,8 @@ Source: VAR (arXiv 2404.02905) on the encoder and decoder of VQGAN (arXiv 2012.0
 those of the official checkpoint `vae_ch160v4096z32.pth`.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -22,15 +24,15 @@ NORM_GROUPS = 32
 class VQVAEConfig(Record):
     """Sizes of a VQVAE. The defaults are the official one's."""
 
-    codebook_size: int = Field(4096, gt=0)
+    codebook_size: int = Field(default=4096, gt=0)
     """V, number of codes."""
-    codebook_width: int = Field(32, gt=0)
+    codebook_width: int = Field(default=32, gt=0)
     """D, channels of the latent."""
-    base_channels: int = Field(160, gt=0, multiple_of=NORM_GROUPS)
+    base_channels: int = Field(default=160, gt=0, multiple_of=NORM_GROUPS)
     """Channels at full resolution."""
-    channel_multipliers: tuple[int, ...] = Field((1, 1, 2, 2, 4), min_length=1)
+    channel_multipliers: tuple[int, ...] = Field(default=(1, 1, 2, 2, 4), min_length=1)
     """Channels of each level, in base channels; every level but the last halves the resolution."""
-    num_res_blocks: int = Field(2, gt=0)
+    num_res_blocks: int = Field(default=2, gt=0)
     """Residual blocks of each encoder level; the decoder has one more."""
     scale_sizes: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
     """Side lengths of the token grids, coarse to fine."""
@@ -112,7 +114,7 @@ class Level(nn.Module):
     def __init__(self, width_in: int, width_out: int, num_blocks: int, *, has_attention: bool) -> None:
         super().__init__()
         widths = [width_in] + [width_out] * num_blocks
-        self.block = nn.ModuleList(ResBlock(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.block = nn.ModuleList(ResBlock(a, b) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(SpatialAttention(width_out) for _ in range(num_blocks * has_attention))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,8 +145,8 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-            if hasattr(level, "downsample"):
-                x = level.downsample(x)
+            if (downsample := getattr(level, "downsample", None)) is not None:
+                x = downsample(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
@@ -169,8 +171,8 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(x))
         for level in reversed(self.up):
             x = level(x)
-            if hasattr(level, "upsample"):
-                x = level.upsample(x)
+            if (upsample := getattr(level, "upsample", None)) is not None:
+                x = upsample(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 

@@ -27,5 +27,7 @@ def folder_of(name: str | Path) -> Path:
         return MODELS[str(name)]
     folder = Path(name)
     if not folder.is_dir():
-        raise CheckpointError(f"no model '{name}': it is neither a folder nor a known name{suggest(str(name), list(MODELS))}")
+        raise CheckpointError(
+            f"no model '{name}': it is neither a folder nor a known name{suggest(str(name), list(MODELS))}"
+        )
     return folder

@@ -1,4 +1,4 @@
-"""Rewards: any callable `(images (B, 3, H, W) in [0, 1], conditions) -> (B,) floats`; NaN means not scored."""
+"""Rewards: any callable `(images (B, 3, H, W) in [0, 1], conditions) -> (B,) floats`; NaN is "not scored"."""
 
 from nextscale.rewards.aesthetic import Aesthetic
 from nextscale.rewards.base import Reward, WeightedSum, score

@@ -75,7 +75,9 @@ def load_head(path: str | Path) -> AestheticHead:
             weights, biases = [state[name] for name in names], [state[name] for name in bias_names]
             _check_chain(path, names, weights, biases)
             return AestheticHead(weights, biases, has_relu=has_relu)
-    raise CheckpointError(f"'{path}' is no aesthetic head: its keys {sorted(state)[:4]} fit none of LAION's kinds")
+    raise CheckpointError(
+        f"'{path}' is no aesthetic head: its keys {sorted(state)[:4]} fit none of LAION's kinds"
+    )
 
 
 def _check_chain(path: Path, names: list[str], weights: list[Tensor], biases: list[Tensor]) -> None:
@@ -83,7 +85,9 @@ def _check_chain(path: Path, names: list[str], weights: list[Tensor], biases: li
     for name, weight, bias, out in zip(names, weights, biases, widths, strict=True):
         if weight.ndim != 2 or weight.shape[0] != out or tuple(bias.shape) != (out,):
             found = tuple(weight.shape), tuple(bias.shape)
-            raise CheckpointError(f"'{path}': '{name}' and its bias have shapes {found}, expected {out} outputs")
+            raise CheckpointError(
+                f"'{path}': '{name}' and its bias have shapes {found}, expected {out} outputs"
+            )
 
 
 class Aesthetic:
@@ -102,7 +106,9 @@ class Aesthetic:
         self.head = load_head(head)
         width = self.clip.model.config.projection_dim
         if self.head.width != width:
-            raise CheckpointError(f"head '{head}' takes embeddings of width {self.head.width}, CLIP '{clip}' gives {width}")
+            raise CheckpointError(
+                f"head '{head}' takes embeddings of width {self.head.width}, CLIP '{clip}' gives {width}"
+            )
 
     @torch.no_grad()
     def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:

@@ -44,11 +44,17 @@ def score(name: str, reward: Reward, images: Tensor, conditions: Sequence[Condit
         raise RewardError(f"reward '{name}' returned {found}, expected {len(images)} numbers") from None
     if scores.shape != (len(images),):
         found = tuple(scores.shape)
-        raise RewardError(f"reward '{name}' returned shape {found}, expected ({len(images)},), one for each image")
+        raise RewardError(
+            f"reward '{name}' returned shape {found}, expected ({len(images)},), one for each image"
+        )
     if scores.isinf().any():
-        raise RewardError(f"reward '{name}' returned an infinite score; return NaN for an image it cannot score")
+        raise RewardError(
+            f"reward '{name}' returned an infinite score; return NaN for an image it cannot score"
+        )
     if scores.isnan().all():
-        raise RewardError(f"reward '{name}' returned NaN for all {len(images)} images: there is nothing to learn")
+        raise RewardError(
+            f"reward '{name}' returned NaN for all {len(images)} images: there is nothing to learn"
+        )
     return scores
 
 

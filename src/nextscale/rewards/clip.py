@@ -6,11 +6,12 @@ Shapes: B images · N texts · E width of the embedding
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPModel
 from transformers.utils import logging as transformers_logging
 
@@ -38,7 +39,8 @@ class Clip:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         try:
-            loaded, info = CLIPModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+            found = CLIPModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+            loaded, info = cast("tuple[CLIPModel, dict[str, Any]]", found)
             self.tokenizer = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
@@ -49,12 +51,14 @@ class Clip:
         if missing := sorted(info["missing_keys"]):  # transformers fills them with random numbers
             raise CheckpointError(f"CLIP '{model}' cannot be loaded: it has no '{missing[0]}'")
         self.model: CLIPModel = loaded.eval().requires_grad_(False)
-        self.image_size: int = self.model.config.vision_config.image_size
+        config: Any = self.model.config
+        self.image_size: int = config.vision_config.image_size
+        self.max_text_length: int = config.text_config.max_position_embeddings
         self._texts: dict[str, Tensor] = {}
 
     def _follow(self, images: Tensor) -> None:
         if self.model.device != images.device:
-            self.model.to(images.device)
+            cast("nn.Module", self.model).to(images.device)
             self._texts.clear()
 
     @torch.no_grad()
@@ -70,8 +74,10 @@ class Clip:
         """N texts to (N, E); each distinct text is run once and remembered."""
         new = [text for text in dict.fromkeys(texts) if text not in self._texts]
         if new:
-            length = self.model.config.text_config.max_position_embeddings
-            tokens = self.tokenizer(new, padding=True, truncation=True, max_length=length, return_tensors="pt")
+            length = self.max_text_length
+            tokens = self.tokenizer(
+                new, padding=True, truncation=True, max_length=length, return_tensors="pt"
+            )
             pooled = self.model.text_model(
                 input_ids=tokens["input_ids"].to(self.model.device),
                 attention_mask=tokens["attention_mask"].to(self.model.device),

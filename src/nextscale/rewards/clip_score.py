@@ -28,11 +28,15 @@ class ClipScore:
         try:
             fields = {field for _, field, _, _ in Formatter().parse(prompt) if field is not None}
             if fields <= {"label"}:
-                prompt.format(label="")  # so that a format such as {label:d} is found here, not while training
+                prompt.format(
+                    label=""
+                )  # so that a format such as {label:d} is found here, not while training
         except (ValueError, LookupError) as error:
             raise ConfigError(f"prompt '{prompt}' is not a template: {error}") from None
         if not prompt or fields - {"label"}:
-            raise ConfigError(f"prompt '{prompt}' may hold the field {{label}} and no other, and must not be empty")
+            raise ConfigError(
+                f"prompt '{prompt}' may hold the field {{label}} and no other, and must not be empty"
+            )
         self.prompt = prompt
         self.clip = load_clip(clip)
 

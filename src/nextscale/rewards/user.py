@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from pathlib import Path
+from typing import cast
 
 from nextscale.errors import ConfigError
 from nextscale.records import suggest
@@ -30,9 +31,15 @@ def load_function(reference: str) -> Reward:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[spec.name]
-        raise ConfigError(f"python reward '{reference}': the file raised {type(error).__name__}: {error}") from error
+        raise ConfigError(
+            f"python reward '{reference}': the file raised {type(error).__name__}: {error}"
+        ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise ConfigError(f"python reward '{reference}': no function '{name}' in it{suggest(name, functions)}")
-    return function
+        functions = [
+            key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
+        ]
+        raise ConfigError(
+            f"python reward '{reference}': no function '{name}' in it{suggest(name, functions)}"
+        )
+    return cast("Reward", function)

@@ -6,6 +6,7 @@ so that an image that pleases a reward (a vision transformer) without being what
 Shapes: B images · K kinds
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ class Judge(nn.Sequential):
     def __init__(self, num_kinds: int, width: int = 16) -> None:
         layers: list[nn.Module] = [nn.BatchNorm2d(3)]
         widths = (3, width, width, 2 * width, 3 * width)
-        for channels_in, channels_out in zip(widths, widths[1:], strict=False):
+        for channels_in, channels_out in pairwise(widths):
             layers += [
                 nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
                 nn.BatchNorm2d(channels_out),

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,8 @@ def text_tokenizer(folder: Path) -> CLIPTokenizer:
     vocabulary = [*sorted(alphabet | pieces), "<|startoftext|>", END]
     folder.mkdir(parents=True, exist_ok=True)
     vocab = {piece: i for i, piece in enumerate(vocabulary)}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TEXT)
+    pairs_of_pieces = cast("list[str]", merges)  # annotated so, but taken as pairs
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=pairs_of_pieces, model_max_length=MAX_TEXT)
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -192,7 +194,7 @@ def train_aesthetic_head(
             ]
         )
     widths = (EMBEDDING, 96, 48, 32, 16, 1)
-    layers = [nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)]
+    layers = [nn.Linear(a, b) for a, b in pairwise(widths)]
     dropouts = (0.1, 0.1, 0.0)
     model = nn.Sequential()
     for i, layer in enumerate(layers):

@@ -55,7 +55,7 @@ def train_tokenizer(
     begin = time.time()
     for step in range(num_steps):
         if step == num_plain:
-            chosen = torch.randint(len(pool), (256,), generator=generator)
+            chosen = torch.randint(len(pool), (min(256, len(pool)),), generator=generator)
             start_codebook(model, pool[chosen].float() / 255, generator)
         chosen = torch.randint(len(pool), (batch_size,), generator=generator)
         images = pool[chosen].float() / 255
@@ -68,7 +68,7 @@ def train_tokenizer(
                 used_V = 0.98 * used_V + torch.bincount(tokens.flatten(), minlength=len(used_V))
             output = (model.decoder(model.post_quant_conv(quantized)).float() + 1) / 2
         # Outlines would be punished before they can be right: the edge term comes once colours are there.
-        edge_weight = min(1.0, step / num_plain)
+        edge_weight = min(1.0, step / max(1, num_plain))
         pixel_loss, edge_loss = reconstruction_losses(output, images)
         optimizer.step(pixel_loss + edge_weight * edge_loss + 0.25 * vq_loss)
         if num_plain + 50 < step < 0.7 * num_steps and step % 50 == 0:

@@ -64,7 +64,8 @@ def train_transformer(
         optimizer.step(loss)
         if step % 100 == 0 or step == num_steps - 1:
             by_scale = " ".join(f"{nll_BL[:, part].mean():.2f}" for part in model.schedule.slices)
-            log(f"transformer {step}/{num_steps} loss {loss:.4f} by scale {by_scale} {time.time() - begin:.0f}s")
+            took = f"{time.time() - begin:.0f}s"
+            log(f"transformer {step}/{num_steps} loss {loss:.4f} by scale {by_scale} {took}")
     return model.eval()
 
 
