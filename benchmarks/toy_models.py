@@ -31,14 +31,18 @@ def measure_reconstructions(assets: Path, num: int) -> None:
     judges = {kind: load_judge(kind, assets / "judges") for kind in ("class", "style")}
     clip, head = Clip(assets / "clip"), load_head(assets / "aesthetic_head.safetensors")
     texts = clip.embed_texts([caption(label, style) for style in STYLES for label in CLASSES])
-    print("| style | PSNR | class judge, original | class judge | style judge | CLIP style | CLIP class | r |")
+    print(
+        "| style | PSNR | class judge, original | class judge | style judge | CLIP style | CLIP class | r |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     everything: list[tuple[Tensor, Tensor]] = []
     for index, style in enumerate(STYLES):
         generator = generator_for("measure", style)
         scenes = sample_scenes(num, generator, styles=torch.full((num,), index))
         images = render(scenes)
-        decoded = torch.cat([pipe.tokenizer.decode(pipe.tokenizer.encode(each)) for each in images.split(128)])
+        decoded = torch.cat(
+            [pipe.tokenizer.decode(pipe.tokenizer.encode(each)) for each in images.split(128)]
+        )
         psnr = -10 * (images - decoded).square().mean((1, 2, 3)).log10()
         embeddings = clip.embed_images(decoded)
         best = (embeddings @ texts.T).argmax(1)
@@ -73,7 +77,9 @@ def measure_samples(assets: Path, num: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--assets", type=Path, default=TOY_ASSETS)
     parser.add_argument("--num-images", type=int, default=1024)
     options = parser.parse_args()

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nextscale.errors import ConfigError, RewardError
+from nextscale.grpo import GRPOConfig
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
-from nextscale.grpo import GRPOConfig
 from nextscale.trainer import GRPOTrainer, OptimizerConfig, RunConfig
 
 MakePipeline = Callable[..., VARPipeline]
@@ -118,6 +118,14 @@ def test_accumulation_does_not_change_the_gradient(make_pipeline: MakePipeline, 
         for name, expected in whole.items():
             largest = expected.abs().max().clamp_min(1e-8)
             assert (other[name] - expected).abs().max() / largest < 1e-4, name
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    plain, recomputed = (
+        gradient(make_trainer(make_pipeline(), tmp_path / str(flag), gradient_checkpointing=flag))
+        for flag in (False, True)
+    )
+    assert all(torch.equal(recomputed[name], expected) for name, expected in plain.items())
 
 
 def test_a_group_does_not_depend_on_who_draws_it(make_pipeline: MakePipeline, tmp_path: Path) -> None:

@@ -151,9 +151,11 @@ class VARPipeline:
             for key, value in model.state_dict().items():
                 value = value.detach().cpu()
                 state[key] = value.to(dtype) if dtype and value.is_floating_point() else value
-            save_file(
-                {key: value.contiguous() for key, value in state.items()}, folder / f"{name}.safetensors"
-            )
+            path = folder / f"{name}.safetensors"
+            # Aside, then renamed: the file this very model was loaded from may still be mapped into memory.
+            aside = path.with_suffix(".writing")
+            save_file({key: value.contiguous() for key, value in state.items()}, aside)
+            aside.replace(path)
         config = {
             "format_version": FORMAT_VERSION,
             "transformer": self.transformer.config.model_dump(),

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather, gather_object
+from accelerate.utils import gather_object
 from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -39,17 +39,17 @@ from nextscale.run_folder import RunFolder
 class OptimizerConfig(Record):
     """AdamW and its schedule."""
 
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of the first moment."""
-    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
     """Decay of the second moment."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """The gradient is clipped to this norm."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Updates of linear warm-up."""
     lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     """What the learning rate does after the warm-up."""
@@ -60,25 +60,25 @@ class RunConfig(Record):
 
     output_dir: str = "runs/run"
     """The run's folder."""
-    max_steps: int = Field(100, ge=1)
+    max_steps: int = Field(default=100, ge=1)
     """Steps of rollouts."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Of everything random."""
-    per_device_train_batch_size: int = Field(32, ge=1)
+    per_device_train_batch_size: int = Field(default=32, ge=1)
     """Images of one backward pass; more are accumulated."""
-    per_device_eval_batch_size: int = Field(64, ge=1)
+    per_device_eval_batch_size: int = Field(default=64, ge=1)
     """Images drawn and scored at once, in rollouts and evaluations."""
-    eval_steps: int = Field(25, ge=0)
+    eval_steps: int = Field(default=25, ge=0)
     """Steps between evaluations; there is one before and one after in any case. 0 switches all off."""
-    eval_num_images: int = Field(512, ge=2)
+    eval_num_images: int = Field(default=512, ge=2)
     """Images of an evaluation, at least."""
-    eval_seed: int = Field(1000, ge=0)
+    eval_seed: int = Field(default=1000, ge=0)
     """Of the evaluation's images."""
     diversity_clip: str | None = None
     """The CLIP whose embeddings measure diversity: "toy", a folder or a hub repository."""
-    save_steps: int = Field(50, ge=0)
+    save_steps: int = Field(default=50, ge=0)
     """Steps between checkpoints; 0 leaves only the final model."""
-    save_total_limit: int = Field(2, ge=1)
+    save_total_limit: int = Field(default=2, ge=1)
     """Checkpoints kept."""
     resume: str | None = None
     """"auto" continues from the newest checkpoint, a path from that one."""
@@ -299,6 +299,7 @@ class GRPOTrainer:
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
+        assert norm is not None
         return float(norm)
 
     # ---- measuring and saving
@@ -345,7 +346,9 @@ class GRPOTrainer:
     def _reward_metrics(self, rollout: Rollout) -> dict[str, float]:
         names = list(rollout.components)
         mine_KNG = torch.stack([rollout.components[name] for name in names]).to(self.accelerator.device)
-        all_KNG = gather(mine_KNG.transpose(0, 1).contiguous()).transpose(0, 1).cpu()
+        all_NKG = self.accelerator.gather(mine_KNG.transpose(0, 1).contiguous())
+        assert isinstance(all_NKG, Tensor)
+        all_KNG = all_NKG.transpose(0, 1).cpu()
         total_NG = self.rewards.total(dict(zip(names, all_KNG, strict=True)))
         deviation_N = torch.tensor([_deviation(group) for group in total_NG])
         metrics = {

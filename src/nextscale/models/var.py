@@ -8,6 +8,7 @@ Source: VAR (arXiv 2404.02905), section 3.2; parameter names are those of the of
 
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from nextscale.models.scales import ScaleSchedule
 from nextscale.records import Record
@@ -89,8 +92,15 @@ class Attention(nn.Module):
         if cache is not None:
             k_BHld, v_BHld = cache.extend(layer, k_BHld, v_BHld)
         bias_ll = None if bias_ll is None else bias_ll.to(q_BHld.dtype)
-        out = F.scaled_dot_product_attention(q_BHld, k_BHld, v_BHld, attn_mask=bias_ll, scale=1.0)
+        with _attention_kernel(x_BlC):
+            out = F.scaled_dot_product_attention(q_BHld, k_BHld, v_BHld, attn_mask=bias_ll, scale=1.0)
         return self.proj(rearrange(out, "B H l d -> B l (H d)"))
+
+
+def _attention_kernel(x: Tensor) -> AbstractContextManager[object]:
+    """On a CPU, the backward pass of torch's fused attention takes longer than all the rest of the model."""
+    slow = x.device.type == "cpu" and torch.is_grad_enabled()
+    return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
 
 
 class FeedForward(nn.Module):
@@ -170,6 +180,7 @@ class VAR(nn.Module):
         if config.width % config.num_heads:
             raise ValueError(f"num_heads ({config.num_heads}) must divide width ({config.width})")
         self.config = config
+        self.gradient_checkpointing = False  # recompute blocks in the backward pass
         self.schedule = ScaleSchedule(config.scale_sizes)
         width, num_tokens = config.width, self.schedule.num_tokens
         self.pos_start = nn.Parameter(torch.empty(1, 1, width))
@@ -208,8 +219,10 @@ class VAR(nn.Module):
         shared_B16C = None
         if self.config.shared_adaln:
             shared_B16C = rearrange(self.shared_ada_lin(condition_BC), "B (n C) -> B 1 n C", n=6)
+        recompute = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(cast("Iterable[Block]", self.blocks)):
-            x_BlC = block(x_BlC, block.modulation(condition_BC, shared_B16C), bias_ll, cache, layer)
+            arguments = x_BlC, block.modulation(condition_BC, shared_B16C), bias_ll, cache, layer
+            x_BlC = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
         return self._logits(x_BlC, condition_BC)
 
     def _embed(self, condition_BC: Tensor, inputs_BlD: Tensor, start: int) -> Tensor:
