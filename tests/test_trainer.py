@@ -221,6 +221,16 @@ def test_a_run_is_never_overwritten_unasked(make_pipeline: MakePipeline, tmp_pat
     assert len(metrics_of(tmp_path / "run")) == 1
 
 
+def test_one_process_can_train_in_two_precisions(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    """In bf16 the sampled and the recomputed log-probs differ by rounding; in float32 they do not."""
+    differences = {}
+    for precision in ("no", "bf16", "no"):
+        folder = tmp_path / f"{precision}-{len(differences)}"
+        make_trainer(make_pipeline(), folder, mixed_precision=precision, max_steps=1).train()
+        differences[folder.name] = metrics_of(folder)[0]["sampling/sampling_logp_difference/max"]
+    assert differences["no-0"] == differences["no-2"] < 1e-4 < differences["bf16-1"] < 0.5
+
+
 def test_one_score_in_a_group_gives_no_gradient(tiny_pipeline: VARPipeline, tmp_path: Path) -> None:
     def first_of_each_group(images: Tensor, conditions: list) -> Tensor:
         return torch.where(torch.arange(len(images)) % 4 == 0, redness(images, conditions), torch.nan)

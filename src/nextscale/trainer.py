@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from pydantic import Field
 from torch import Tensor
@@ -127,6 +128,9 @@ class GRPOTrainer:
         self.sampling, self.optimizer_config = sampling or SamplingConfig(), optimizer or OptimizerConfig()
         self.rewards = _named(rewards)
         self.judges, self.embed = judges, embed
+        # Accelerate keeps one precision a process and refuses another: forget that of an earlier trainer.
+        if AcceleratorState._shared_state.get("_mixed_precision") != self.run.mixed_precision:
+            AcceleratorState._reset_state()
         self.accelerator = Accelerator(
             mixed_precision=self.run.mixed_precision,
             log_with=None if self.run.report_to == "none" else self.run.report_to,
