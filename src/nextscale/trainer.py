@@ -86,7 +86,7 @@ class RunConfig(Record):
     overwrite: bool = False
     """Remove an earlier run in the same folder."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """Autocast of the transformer; head and log-softmax stay float32."""
+    """Autocast of every network, the decoder's and the rewards' too; head and log-softmax stay float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     report_to: Literal["tensorboard", "none"] = "tensorboard"
