@@ -17,7 +17,7 @@ from nextscale.toy.train_tokenizer import train_tokenizer
 from nextscale.toy.train_transformer import train_transformer
 from nextscale.toy.world import CLASSES
 
-STEPS = {"tokenizer": 3600, "transformer": 2200, "clip": 1500, "aesthetic": 3000, "judge": 800}
+STEPS = {"tokenizer": 3600, "transformer": 2200, "clip": 2000, "aesthetic": 3000, "judge": 800}
 JUDGE_SEED = 7919  # apart from every other seed: a judge shares neither start nor images with what it judges
 
 

@@ -119,7 +119,7 @@ def train_clip(
     tokenizer: VQVAE,
     folder: Path,
     seed: int,
-    num_steps: int = 1500,
+    num_steps: int = 2000,
     batch_size: int = 128,
     pool_size: int = 12000,
     log: Callable[[str], None] = print,
@@ -172,7 +172,7 @@ def train_aesthetic_head(
     tokenizer: VQVAE,
     clip: CLIPModel,
     seed: int,
-    num_images: int = 8000,
+    num_images: int = 16000,
     num_steps: int = 3000,
     log: Callable[[str], None] = print,
 ) -> dict[str, Tensor]:

@@ -31,11 +31,13 @@ __all__ = [
     "CLASSES",
     "CONTRAST",
     "GROUND_HUES",
+    "GROUND_NAMES",
     "IMAGE_SIZE",
     "MAX_OFFSET",
     "MAX_ROTATION",
     "PAINTERS",
     "PALETTE",
+    "PLACES",
     "SATURATION",
     "SIZE",
     "STYLES",
@@ -52,8 +54,14 @@ __all__ = [
     "with_article",
 ]
 
-ADJECTIVES = ("large", "small", "bright", "pale")
-VOCABULARY = ("a", "an", "of", "showing", "as", "sign", *ADJECTIVES, *PALETTE, *STYLES, *CLASSES)
+ADJECTIVES = ("large", "small", "bold", "faint", "bright", "pale")
+GROUND_NAMES = ("clay", "sand", "moss", "lagoon", "slate", "mauve")
+GROUND_STYLES = ("photo", "painting", "mosaic")  # a sketch is on paper, a neon sign on a wall
+PLACES = ("in the middle", "off centre")
+VOCABULARY = (
+    *("a", "an", "of", "showing", "as", "sign", "on", "in", "the", "middle", "off", "centre"),
+    *(*ADJECTIVES, *PALETTE, *GROUND_NAMES, *STYLES, *CLASSES),
+)
 
 
 def render(scenes: Scenes) -> Tensor:
@@ -93,24 +101,43 @@ def caption(label: str, style: str, colour: str | None = None) -> str:
 
 
 def captions(scenes: Scenes, generator: torch.Generator) -> list[str]:
-    """One caption an image, in words of VOCABULARY, with size and colour named in some of them."""
+    """One caption an image, in words of VOCABULARY.
+
+    All of them name the class and the style; size, contrast, saturation and place where they are far from the
+    mean, colour and ground, each in some of them.
+    """
     templates = ("a {0} of {1}", "{0} of {1}", "a {0} showing {1}", "{1} as a {0}")
-    names = tuple(PALETTE)
+    centred = 1 - (scenes.x**2 + scenes.y**2) / MAX_OFFSET**2
+    # Each with its words for the upper and the lower third of its range.
+    traits = [
+        (("large", "small"), _share(scenes.size, SIZE)),
+        (("bold", "faint"), _share(scenes.contrast, CONTRAST)),
+        (("bright", "pale"), _share(scenes.saturation, SATURATION)),
+        (PLACES, centred),
+    ]
+    words_of = [
+        [high if share > 2 / 3 else low if share < 1 / 3 else "" for share in shares.tolist()]
+        for (high, low), shares in traits
+    ]
     texts = []
-    uniforms = torch.rand(len(scenes), 5, generator=generator).tolist()
-    for i, (template, sign, sized, toned, coloured) in enumerate(uniforms):
-        words = []
-        size = (scenes.size[i].item() - SIZE[0]) / (SIZE[1] - SIZE[0])
-        saturation = (scenes.saturation[i].item() - SATURATION[0]) / (SATURATION[1] - SATURATION[0])
-        if sized < 0.4 and not 1 / 3 < size < 2 / 3:
-            words.append("large" if size > 0.5 else "small")
+    uniforms = torch.rand(len(scenes), 8, generator=generator).tolist()
+    for i, (template, sign, coloured, grounded, *named) in enumerate(uniforms):
+        size, contrast, tone, place = (
+            words[i] if uniform < 0.4 else "" for words, uniform in zip(words_of, named, strict=True)
+        )
+        style, colour = STYLES[scenes.style[i]], ""
         if coloured < 0.6:
-            if toned < 0.4 and not 1 / 3 < saturation < 2 / 3:
-                words.append("bright" if saturation > 0.5 else "pale")
-            words.append(names[scenes.colour[i]])
-        thing = with_article(" ".join([*words, CLASSES[scenes.label[i]]]))
-        style = STYLES[scenes.style[i]]
+            colour = f"{tone} {tuple(PALETTE)[scenes.colour[i]]}"
+        thing = with_article(" ".join(f"{size} {contrast} {colour} {CLASSES[scenes.label[i]]}".split()))
+        if grounded < 0.5 and style in GROUND_STYLES:
+            thing += f" on {GROUND_NAMES[scenes.ground[i]]}"
+        if place:
+            thing += f" {place}"
         if style == "neon" and sign < 0.5:
             style = "neon sign"
         texts.append(templates[int(template * len(templates))].format(style, thing))
     return texts
+
+
+def _share(values: Tensor, limits: tuple[float, float]) -> Tensor:
+    return (values - limits[0]) / (limits[1] - limits[0])
