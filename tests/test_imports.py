@@ -11,8 +11,8 @@ MODELS = ("scales", "quantizer", "vqvae", "var", "official", "zoo", "__init__")
 # From the ground up. "x.*" is the package x with all that is in it, free inside but for circles. A new file
 # has to be placed here, deliberately.
 FLOORS = (
-    ("errors", "records", "seeding", "metrics", "run_reader"),
-    ("policy", "objective", "advantages", *(f"models.{name}" for name in MODELS)),
+    ("errors", "records", "seeding", "metrics", "interrupt", "run_reader"),
+    ("policy", "objective", "advantages", "multipliers", "optimizer", *(f"models.{name}" for name in MODELS)),
     ("sampling", "log_probs", "pipeline", "rewards.*"),
     ("run_folder", "checkpoint", "rollout", "toy.*"),
     ("evaluation", "report_text", "report_charts", "report", "grpo", "trainer", "ui"),

@@ -53,4 +53,9 @@ def test_loss_by_hand() -> None:
     assert weighted_mean(surrogate, weights).item() == pytest.approx(1.0)
     loss = grpo_loss(surrogate, kl, entropy, weights, beta=0.1, entropy_coef=0.2)
     assert loss.item() == pytest.approx(-(1.0 - 0.15 + 0.1))
+    # One coefficient a token: 0.5 (0.5 0.2 + 0.25 0.8 + 0.25 0) = 0.15
+    by_token = grpo_loss(
+        surrogate, kl, entropy, weights, beta=0.1, entropy_coef=torch.tensor([0.2, 0.8, 0.0])
+    )
+    assert by_token.item() == pytest.approx(-(1.0 - 0.15 + 0.15))
     assert grpo_loss(surrogate, None, None, weights, beta=0.1, entropy_coef=0.0).item() == pytest.approx(-1.0)

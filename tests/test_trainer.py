@@ -12,9 +12,10 @@ from torch import Tensor
 
 from nextscale.errors import ConfigError, RewardError
 from nextscale.grpo import GRPOConfig
+from nextscale.optimizer import OptimizerConfig
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
-from nextscale.trainer import GRPOTrainer, OptimizerConfig, RunConfig
+from nextscale.trainer import GRPOTrainer, RunConfig
 
 MakePipeline = Callable[..., VARPipeline]
 GUIDED = SamplingConfig(guidance_scale=1.5)
@@ -137,7 +138,8 @@ def test_a_group_does_not_depend_on_who_draws_it(make_pipeline: MakePipeline, tm
 
 
 def test_resumed_is_straight_bit_for_bit(make_pipeline: MakePipeline, tmp_path: Path) -> None:
-    options = {"save_steps": 2, "lr_scheduler_type": "cosine", "warmup_steps": 1, "num_iterations": 2}
+    options: dict[str, Any] = {"save_steps": 2, "lr_scheduler_type": "cosine", "warmup_steps": 1}
+    options |= {"num_iterations": 2, "entropy_floor": 1.0, "entropy_floor_rate": 10.0}
     make_trainer(make_pipeline(), tmp_path / "straight", max_steps=4, **options).train()
     interrupted = make_trainer(make_pipeline(), tmp_path / "parts", max_steps=4, **options)
     for step in (1, 2):
@@ -191,6 +193,24 @@ def test_every_grpo_option_changes_something(make_pipeline: MakePipeline, tmp_pa
         for way in ("sum_then_normalize", "normalize_then_sum")
     )
     assert not torch.allclose(first.advantages(first.rollout(1)), second.advantages(second.rollout(1)))
+
+
+def test_an_entropy_floor_holds_the_entropy_of_every_scale(
+    make_pipeline: MakePipeline, tmp_path: Path
+) -> None:
+    def last(name: str, **options: Any) -> dict[str, float]:
+        learning = {"max_steps": 12, "learning_rate": 5e-3, "beta": 0.0}
+        make_trainer(make_pipeline(), tmp_path / name, **learning | options).train()
+        first, *_, last = metrics_of(tmp_path / name)
+        scales = range(1, make_pipeline().transformer.schedule.num_scales + 1)
+        return {f"scale_{k}": last[f"entropy/scale_{k}"] / first[f"entropy/scale_{k}"] for k in scales}
+
+    free = last("free")
+    slow = last("slow", entropy_floor=0.99, entropy_floor_rate=0.1)
+    held = last("held", entropy_floor=0.99, entropy_floor_rate=10.0)
+    lost = min(free, key=free.__getitem__)
+    assert free[lost] < 0.97
+    assert free[lost] < slow[lost] < held[lost]
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from nextscale.errors import CheckpointError, ConfigError, NextscaleError, RewardError
     from nextscale.grpo import GRPOConfig
     from nextscale.log_probs import log_probs
+    from nextscale.optimizer import OptimizerConfig
     from nextscale.pipeline import VAROutput, VARPipeline
     from nextscale.policy import SamplingConfig
     from nextscale.records import Condition
-    from nextscale.trainer import GRPOTrainer, OptimizerConfig, RunConfig
+    from nextscale.trainer import GRPOTrainer, RunConfig
 
 __version__ = "0.1.0"
 
@@ -46,7 +47,8 @@ _HOMES = {
     "SamplingConfig": "policy",
     "Condition": "records",
     "GRPOConfig": "grpo",
-    **dict.fromkeys(("GRPOTrainer", "OptimizerConfig", "RunConfig"), "trainer"),
+    "OptimizerConfig": "optimizer",
+    **dict.fromkeys(("GRPOTrainer", "RunConfig"), "trainer"),
 }
 
 

@@ -13,10 +13,11 @@ from typing_extensions import Self
 
 from nextscale.errors import ConfigError
 from nextscale.grpo import GRPOConfig
+from nextscale.optimizer import OptimizerConfig
 from nextscale.policy import SamplingConfig
 from nextscale.records import Record, suggest
 from nextscale.rewards import Aesthetic, ClipScore, Reward, load_function
-from nextscale.trainer import OptimizerConfig, RunConfig
+from nextscale.trainer import RunConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 

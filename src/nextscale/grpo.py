@@ -11,6 +11,7 @@ from nextscale.advantages import Aggregation, ScaleRewards
 from nextscale.log_probs import teacher_forced_logits
 from nextscale.metrics import Means
 from nextscale.models.var import VAR
+from nextscale.multipliers import EntropyFloor
 from nextscale.objective import ScaleWeighting, clipped_surrogate, grpo_loss, token_weights
 from nextscale.policy import (
     SamplingConfig,
@@ -45,6 +46,10 @@ class GRPOConfig(Record):
     """The ratio is clipped above 1 + epsilon_high; by default epsilon."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of an entropy bonus, in nats."""
+    entropy_floor: float | None = Field(default=None, gt=0, le=1)
+    """Share of its first entropy that every scale keeps, by a bonus of its own that grows below it."""
+    entropy_floor_rate: float = Field(default=0.1, gt=0)
+    """Growth of that bonus a step, times the share that is missing."""
     scale_rewards: ScaleRewards = "group"
     """What rewards are divided by: their group's deviation, the batch's, or nothing."""
     multi_objective_aggregation: Aggregation = "sum_then_normalize"
@@ -70,6 +75,11 @@ class GRPOLoss:
         self.transformer, self.reference = transformer, reference
         weights_L = token_weights(transformer.schedule.lengths, config.scale_weighting)
         self.weights_L = weights_L.to(transformer.pos_start.device)
+        self.entropy_floor: EntropyFloor | None = None
+        if config.entropy_floor is not None:
+            self.entropy_floor = EntropyFloor(
+                config.entropy_floor, config.entropy_floor_rate, transformer.schedule.num_scales
+            )
 
     def __call__(
         self, model: nn.Module, rollout: Rollout, advantages_B: Tensor, part: slice, means: Means
@@ -103,9 +113,11 @@ class GRPOLoss:
             entropy_BL,
             self.weights_L,
             self.config.beta,
-            self.config.entropy_coef,
+            self._entropy_coef(),
         )
         means.add(loss=loss, entropy=entropy_BL)
+        for k, entropy_Bl in enumerate(entropy_BL.split(self.transformer.schedule.lengths, 1), 1):
+            means.put(f"entropy/scale_{k}", entropy_Bl)
         if kl_BL is not None:
             means.add(kl=kl_BL, kl_per_image=kl_BL.sum(1))
         is_low_BL, is_high_BL = surrogate.is_low_clipped_BL, surrogate.is_high_clipped_BL
@@ -121,6 +133,22 @@ class GRPOLoss:
             removed_BLV = ~kept_tokens(logits_BLV, self.sampling)
             means.put("sampling/filtered_mass", (full_BLV.detach().exp() * removed_BLV).sum(-1))
         return loss
+
+    def finish_step(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Adapt what adapts to the metrics of a step, over all processes; returns what to log besides."""
+        if self.entropy_floor is None:
+            return {}
+        scales = range(1, self.transformer.schedule.num_scales + 1)
+        used = {f"entropy_floor/scale_{k}": self.entropy_floor.values[k - 1] for k in scales}
+        self.entropy_floor.update([metrics[f"entropy/scale_{k}"] for k in scales])
+        return used
+
+    def _entropy_coef(self) -> float | Tensor:
+        if self.entropy_floor is None:
+            return self.config.entropy_coef
+        lengths = torch.tensor(self.transformer.schedule.lengths)
+        extra_S = torch.tensor(self.entropy_floor.values)
+        return (self.config.entropy_coef + extra_S.repeat_interleave(lengths)).to(self.weights_L)
 
     def _kl(self, full_BLV: Tensor, labels_B: Tensor, inputs_BLD: Tensor) -> Tensor | None:
         if self.reference is None:

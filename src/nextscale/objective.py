@@ -97,15 +97,18 @@ def grpo_loss(
     entropy_BL: Tensor | None,
     weights_L: Tensor,
     beta: float,
-    entropy_coef: float,
+    entropy_coef: float | Tensor,
 ) -> Tensor:
     """-(surrogate - beta KL + entropy_coef entropy), each a weighted mean over tokens and a mean over images.
+
+    Args:
+        entropy_coef: a number, or one for each token, (L,).
 
     Source: GRPO (arXiv 2402.03300), equation 3, with the KL as an exact sum over the codebook.
     """
     objective_BL = surrogate_BL
     if kl_BL is not None and beta:
         objective_BL = objective_BL - beta * kl_BL
-    if entropy_BL is not None and entropy_coef:
+    if entropy_BL is not None and (isinstance(entropy_coef, Tensor) or entropy_coef):
         objective_BL = objective_BL + entropy_coef * entropy_BL
     return -weighted_mean(objective_BL, weights_L)

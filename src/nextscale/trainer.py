@@ -4,12 +4,10 @@ Shapes: N groups · G images of one group · B images of one backward pass · S 
 V codebook size
 """
 
-import contextlib
 import copy
 import json
-import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -20,40 +18,22 @@ from accelerate.utils import gather_object
 from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import get_scheduler
 
 from nextscale.advantages import combined_advantages
 from nextscale.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from nextscale.errors import ConfigError, RewardError
 from nextscale.evaluation import Embedder, Evaluation, Judges, evaluate
 from nextscale.grpo import GRPOConfig, GRPOLoss
+from nextscale.interrupt import StopOnInterrupt
 from nextscale.metrics import Means
 from nextscale.models.var import VAR
+from nextscale.optimizer import OptimizerConfig, make_optimizer
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.records import Record
 from nextscale.rewards.base import Reward, WeightedSum
 from nextscale.rollout import Clock, Rollout, collect, step_labels
 from nextscale.run_folder import RunFolder
-
-
-class OptimizerConfig(Record):
-    """AdamW and its schedule."""
-
-    learning_rate: float = Field(default=1e-4, gt=0)
-    """Peak learning rate."""
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of the first moment."""
-    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
-    """Decay of the second moment."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """The gradient is clipped to this norm."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Updates of linear warm-up."""
-    lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
-    """What the learning rate does after the warm-up."""
 
 
 class RunConfig(Record):
@@ -173,18 +153,8 @@ class GRPOTrainer:
         return json.dumps(sections, indent=2) + "\n"  # JSON is YAML
 
     def _prepare(self) -> None:
-        config = self.optimizer_config
-        optimizer = torch.optim.AdamW(
-            self.pipe.transformer.parameters(),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.weight_decay,
-        )
-        scheduler = get_scheduler(
-            config.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=self.run.max_steps * self.grpo.num_iterations,
+        optimizer, scheduler = make_optimizer(
+            self.pipe.transformer, self.optimizer_config, self.run.max_steps * self.grpo.num_iterations
         )
         self.model, self.optimizer = self.accelerator.prepare(self.pipe.transformer, optimizer)
         self.scheduler = scheduler
@@ -202,12 +172,14 @@ class GRPOTrainer:
         if run.resume and (path := find_checkpoint(run.resume, self.folder.checkpoints)):
             state = load_checkpoint(process, path)
             self.step_done, self.seconds_done = state["step"], state["seconds"]
+            if self.loss.entropy_floor is not None:
+                self.loss.entropy_floor.load_state_dict(state["entropy_floor"])
         self.folder.keep_steps(self.step_done)
         if run.report_to != "none":
             process.init_trackers("tensorboard")
         disable = run.disable_tqdm or not process.is_main_process
         bar = tqdm(total=run.max_steps, initial=self.step_done, desc="GRPO", unit="step", disable=disable)
-        with bar, _stop_on_interrupt() as stop:
+        with bar, StopOnInterrupt() as stop:
             try:
                 if self.step_done == 0 and run.eval_steps:
                     self.log(0, self.evaluate(0))
@@ -251,6 +223,7 @@ class GRPOTrainer:
             for _ in range(self.grpo.num_iterations):
                 grad_norm = self.update(rollout, advantages_NG.flatten(), means)
         metrics = self._gathered(means) | self._reward_metrics(rollout)
+        metrics |= self.loss.finish_step(metrics)
         seconds = rollout.seconds | clock.seconds
         elapsed = time.perf_counter() - begin
         num_images = self.grpo.num_groups * self.grpo.num_generations
@@ -342,7 +315,9 @@ class GRPOTrainer:
 
     def save(self) -> Path:
         """A checkpoint of the state after the last whole step."""
-        state = {"seconds": self.seconds_done}
+        state: dict[str, object] = {"seconds": self.seconds_done}
+        if self.loss.entropy_floor is not None:
+            state["entropy_floor"] = self.loss.entropy_floor.state_dict()
         return save_checkpoint(
             self.accelerator, self.folder.checkpoints, self.step_done, state, self.run.save_total_limit
         )
@@ -373,26 +348,6 @@ class GRPOTrainer:
             for name, value in part.items():
                 whole.put(name, value)
         return dict(whole.items())
-
-
-class _stop_on_interrupt:
-    """The first Ctrl-C lets the step in hand end, so that its state can be saved; the second is immediate."""
-
-    requested = False
-
-    def __enter__(self) -> "_stop_on_interrupt":
-        self._previous: Callable | int | None = None
-        with contextlib.suppress(ValueError):  # not in the main thread: the interrupt is not ours to take
-            self._previous = signal.signal(signal.SIGINT, self._request)
-        return self
-
-    def _request(self, *_: object) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
 
 
 def _named(rewards: Reward | Mapping[str, Reward]) -> WeightedSum:

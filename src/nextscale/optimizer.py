@@ -1,0 +1,49 @@
+"""The optimizer and its schedule."""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+
+from nextscale.records import Record
+
+
+class OptimizerConfig(Record):
+    """AdamW and its schedule."""
+
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """The gradient is clipped to this norm."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Updates of linear warm-up."""
+    lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    """What the learning rate does after the warm-up."""
+
+
+def make_optimizer(
+    model: nn.Module, config: OptimizerConfig, num_updates: int
+) -> tuple[torch.optim.AdamW, LRScheduler]:
+    """AdamW on the parameters that are trained, and what its learning rate does over `num_updates`."""
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.weight_decay,
+    )
+    scheduler = get_scheduler(
+        config.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=config.warmup_steps,
+        num_training_steps=num_updates,
+    )
+    return optimizer, scheduler
