@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from nextscale.errors import CheckpointError
 from nextscale.log_probs import log_probs, teacher_forced_logits
 from nextscale.models.var import KVCache
 from nextscale.policy import SamplingConfig
@@ -130,3 +131,11 @@ def test_guided_forward_is_the_same_with_and_without_a_cache(tiny_pipeline, sche
         of_scale = inputs[:, max(part.start - 1, 0) : part.stop - 1]
         logits = guided_forward(tiny_pipeline.transformer, labels, of_scale, ramp[part], GUIDED, cache)
         torch.testing.assert_close(logits, whole[:, part], rtol=0, atol=1e-4)
+
+
+def test_a_model_that_diverged_says_so(make_pipeline):
+    pipe = make_pipeline()
+    with torch.no_grad():
+        pipe.transformer.pos_start.fill_(float("nan"))
+    with pytest.raises(CheckpointError, match=r"NaN at scale 1.*diverged"):
+        draw(pipe, [0], uniforms_of(0, num_images=1))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nextscale.errors import CheckpointError
 from nextscale.models.var import VAR, KVCache
 from nextscale.models.vqvae import VQVAE
 from nextscale.policy import SamplingConfig, draw_tokens, policy_log_probs, policy_logits, token_log_probs
@@ -40,6 +41,9 @@ def sample(
         labels_B: class indices.
         uniforms_BL: one number in [0, 1) a token; they decide the images (see `seeding.group_uniforms`).
         config: the policy to draw from.
+
+    Raises:
+        CheckpointError: the model's logits are not numbers.
     """
     schedule, quantizer = transformer.schedule, tokenizer.quantize
     labels_B = with_null(labels_B, transformer, config)
@@ -52,6 +56,11 @@ def sample(
         else:
             inputs_BlD = quantizer.next_inputs(latent_BDhw, k)
         logits_BlV = guided_forward(transformer, labels_B, inputs_BlD, ramp_L[part], config, cache)
+        if logits_BlV.isnan().any():  # one wait for the device a scale
+            raise CheckpointError(
+                f"the model's logits are NaN at scale {k + 1}: its weights hold NaN or infinity, or training "
+                "has diverged; go back to an earlier checkpoint, or lower the learning rate"
+            )
         log_probs_BlV = policy_log_probs(logits_BlV, config)
         tokens_Bl = draw_tokens(log_probs_BlV, uniforms_BL[:, part])
         log_probs.append(token_log_probs(log_probs_BlV, tokens_Bl))
