@@ -212,8 +212,8 @@ def mix(under: Tensor, over: Tensor, alpha: Tensor) -> Tensor:
 
 
 def scaled(values: Tensor, limits: tuple[float, float]) -> Tensor:
-    """Values (N,) within limits, mapped to [0, 1], (N, 1, 1)."""
-    return ((values - limits[0]) / (limits[1] - limits[0]))[:, None, None]
+    """Values (N,), clipped to limits and mapped to [0, 1], (N, 1, 1)."""
+    return ((values.clamp(*limits) - limits[0]) / (limits[1] - limits[0]))[:, None, None]
 
 
 def ground_hue(scenes: Scenes) -> Tensor:

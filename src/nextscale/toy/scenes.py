@@ -29,6 +29,9 @@ GROUND_HUES = (30.0, 75.0, 140.0, 200.0, 260.0, 320.0)
 # Ranges of the uniform attributes that make a scene beautiful.
 SATURATION = (0.35, 1.0)
 CONTRAST = (0.13, 0.36)
+# What raters are shown reaches further, and more than the most of CONTRAST pleases them no better: else a
+# predictor of their ratings would go on rising to a light colour on a black ground, and like hues for it.
+RATED_CONTRAST = (0.05, 0.65)
 SIZE = (20.0, 26.0)
 # The furthest that a centre lies from the middle: the largest object then just stays in the picture.
 MAX_OFFSET = 5.0
@@ -79,7 +82,11 @@ class Scenes:
 
 
 def sample_scenes(
-    num: int, generator: torch.Generator, labels: Tensor | None = None, styles: Tensor | None = None
+    num: int,
+    generator: torch.Generator,
+    labels: Tensor | None = None,
+    styles: Tensor | None = None,
+    contrast: tuple[float, float] = CONTRAST,
 ) -> Scenes:
     """Draws scenes, all attributes independent and uniform.
 
@@ -89,6 +96,7 @@ def sample_scenes(
             depend on `num`, nor any other attribute on whether labels and styles are given.
         labels: indices into CLASSES, (N,), instead of drawn ones.
         styles: indices into STYLES, (N,), instead of drawn ones.
+        contrast: range of the difference in lightness between object and ground.
     """
     for name, given, count in (("labels", labels, len(CLASSES)), ("styles", styles, len(STYLES))):
         if given is not None and (given.shape != (num,) or ((given < 0) | (given >= count)).any()):
@@ -115,7 +123,7 @@ def sample_scenes(
         saturation=between(u[3], *SATURATION),
         lightness=lightness,
         ground=pick(u[5], len(GROUND_HUES)),
-        ground_lightness=lightness + side * between(u[7], *CONTRAST),
+        ground_lightness=(lightness + side * between(u[7], *contrast)).clamp(0.05, 0.97),
         x=offset * direction.cos(),
         y=offset * direction.sin(),
         size=between(u[10], *SIZE),
@@ -126,13 +134,13 @@ def sample_scenes(
 def beauty(scenes: Scenes) -> Tensor:
     """Latent beauty, (N,), of mean 0 and sd 1 under `sample_scenes`.
 
-    The sum of four attributes of equal weight: saturation, contrast, centredness and size. None depends on
-    the hue, the label or the style, so neither does beauty.
+    The sum of four attributes of equal weight: saturation, contrast (within CONTRAST), centredness and size.
+    None depends on the hue, the label or the style, so neither does beauty.
     """
     centred = 1 - (scenes.x**2 + scenes.y**2) / MAX_OFFSET**2
     attributes = (
         (scenes.saturation, *SATURATION),
-        (scenes.contrast, *CONTRAST),
+        (scenes.contrast.clamp(*CONTRAST), *CONTRAST),
         (centred, 0.0, 1.0),
         (scenes.size, *SIZE),
     )

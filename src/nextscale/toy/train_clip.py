@@ -23,6 +23,7 @@ from nextscale.rewards.aesthetic import RELU_LAYERS
 from nextscale.rewards.clip import MEAN, STD, preprocess
 from nextscale.seeding import generator_for
 from nextscale.toy.optimizer import Optimizer
+from nextscale.toy.scenes import CONTRAST, RATED_CONTRAST
 from nextscale.toy.train_tokenizer import render_pool
 from nextscale.toy.world import IMAGE_SIZE, VOCABULARY, Scenes, captions, ratings
 
@@ -91,10 +92,13 @@ def clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
 
 
 def pool_with_reconstructions(
-    tokenizer: VQVAE, num_images: int, generator: torch.Generator
+    tokenizer: VQVAE,
+    num_images: int,
+    generator: torch.Generator,
+    contrast: tuple[float, float] = CONTRAST,
 ) -> tuple[Scenes, Tensor]:
     """Scenes of all styles and images (N, 3, H, W) uint8, every second one passed through the tokenizer."""
-    scenes, images = render_pool(num_images, generator)
+    scenes, images = render_pool(num_images, generator, contrast=contrast)
     for start in range(0, num_images, 250):
         part = images[start : start + 250 : 2]
         decoded = tokenizer.decode(tokenizer.encode(part.float() / 255))
@@ -179,7 +183,7 @@ def train_aesthetic_head(
     """A head of LAION's v2 kind with ReLU, trained on noisy ratings; a state dict for `load_head`."""
     torch.manual_seed(seed)
     generator = generator_for("toy", "aesthetic", seed)
-    scenes, images = pool_with_reconstructions(tokenizer, num_images, generator)
+    scenes, images = pool_with_reconstructions(tokenizer, num_images, generator, RATED_CONTRAST)
     target_N = ratings(scenes, generator)
     with torch.no_grad():
         embeddings_NE = torch.cat(

@@ -14,7 +14,7 @@ from torch import Tensor
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
 from nextscale.seeding import generator_for
 from nextscale.toy.optimizer import Optimizer
-from nextscale.toy.world import Scenes, render, sample_scenes
+from nextscale.toy.world import CONTRAST, Scenes, render, sample_scenes
 
 TOKENIZER = VQVAEConfig(
     codebook_size=256,
@@ -28,10 +28,13 @@ PLAIN_SHARE = 0.15  # of the steps, at first, without quantization: a codebook n
 
 
 def render_pool(
-    num_images: int, generator: torch.Generator, styles: Tensor | None = None
+    num_images: int,
+    generator: torch.Generator,
+    styles: Tensor | None = None,
+    contrast: tuple[float, float] = CONTRAST,
 ) -> tuple[Scenes, Tensor]:
     """Scenes and their images as (N, 3, H, W) uint8, rendered in slices to bound memory."""
-    scenes = sample_scenes(num_images, generator, styles=styles)
+    scenes = sample_scenes(num_images, generator, styles=styles, contrast=contrast)
     starts = range(0, num_images, 500)
     parts = [render(scenes[i : i + 500]).mul(255).round().to(torch.uint8) for i in starts]
     return scenes, torch.cat(parts)
