@@ -6,6 +6,7 @@ import yaml
 from nextscale.config import (
     RECIPES,
     REWARD_KINDS,
+    ROLES,
     SECTIONS,
     Recipe,
     RewardConfig,
@@ -36,7 +37,7 @@ def write(tmp_path):
 
 def test_every_kind_of_reward_has_a_field_and_every_field_a_use():
     options = {name for kind in REWARD_KINDS.values() for name in kind.options}
-    assert set(RewardConfig.model_fields) == {*REWARD_KINDS, *options, "weight"}
+    assert set(RewardConfig.model_fields) == {*REWARD_KINDS, *options, *ROLES}
 
 
 def test_a_reward_is_of_one_kind():

@@ -12,10 +12,18 @@ MODELS = ("scales", "quantizer", "vqvae", "var", "official", "zoo", "__init__")
 # has to be placed here, deliberately.
 FLOORS = (
     ("errors", "records", "seeding", "metrics", "interrupt", "run_reader"),
-    ("policy", "objective", "advantages", "multipliers", "optimizer", *(f"models.{name}" for name in MODELS)),
+    (
+        "policy",
+        "objective",
+        "advantages",
+        "multipliers",
+        "constraints",
+        "optimizer",
+        *(f"models.{name}" for name in MODELS),
+    ),
     ("sampling", "log_probs", "pipeline", "rewards.*"),
     ("run_folder", "checkpoint", "rollout", "toy.*"),
-    ("evaluation", "report_text", "report_charts", "report", "grpo", "trainer", "ui"),
+    ("evaluation", "report_text", "hacking", "report_charts", "report", "grpo", "trainer", "ui"),
     ("config", "build", "recipes.*"),
     ("__init__",),
     ("options", "commands", "cli", "__main__"),

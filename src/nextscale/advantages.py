@@ -3,6 +3,7 @@
 Shapes: N groups · G images of one group · K rewards
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -55,6 +56,24 @@ def combined_advantages(
         return group_advantages((weights_K11 * rewards_KNG).sum(0), scale_rewards)
     each_KNG = torch.stack([group_advantages(rewards_NG, scale_rewards) for rewards_NG in rewards_KNG])
     return (weights_K11 * each_KNG).sum(0)
+
+
+def add_constraints(
+    advantages_NG: Tensor, rewards: Mapping[str, Tensor], coefficients: Mapping[str, float]
+) -> Tensor:
+    """(N, G) advantages of the Lagrangian: the objectives' plus those of constrained rewards.
+
+    A constrained reward is always divided by its group's deviation, so that its multiplier does not depend
+    on its units.
+
+    Args:
+        advantages_NG: of the objectives.
+        rewards: name to scores (N, G), those of the constraints among them.
+        coefficients: name of a constrained reward to its multiplier, negative where it has to fall.
+    """
+    for name, coefficient in coefficients.items():
+        advantages_NG = advantages_NG + coefficient * group_advantages(rewards[name])
+    return advantages_NG
 
 
 def _centre(values: Tensor, scored: Tensor) -> Tensor:

@@ -60,14 +60,18 @@ def load_pipeline(name: str) -> VARPipeline:
 
 
 def build_rewards(recipe: Recipe) -> WeightedSum:
-    """The recipe's rewards with their weights."""
+    """The recipe's rewards, each in its role."""
     return make_rewards(recipe.rewards)
 
 
 def make_rewards(configs: dict[str, RewardConfig]) -> WeightedSum:
-    """Named rewards with their weights."""
-    weights = {name: config.weight for name, config in configs.items()}
-    return WeightedSum({name: _make_reward(name, config) for name, config in configs.items()}, weights)
+    """Named rewards, each in its role."""
+    return WeightedSum(
+        {name: _make_reward(name, config) for name, config in configs.items()},
+        {name: config.weight for name, config in configs.items() if config.weight is not None},
+        {name: config.constraint for name, config in configs.items() if config.constraint},
+        [name for name, config in configs.items() if config.held_out],
+    )
 
 
 def _make_reward(name: str, config: RewardConfig) -> Reward:

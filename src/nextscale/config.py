@@ -1,16 +1,18 @@
 """Recipes: YAML in, one validated record out, and back."""
 
+import math
 import re
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import pydantic
 import yaml
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 from typing_extensions import Self
 
+from nextscale.constraints import AtLeast, AtMost, Constraint
 from nextscale.errors import ConfigError
 from nextscale.grpo import GRPOConfig
 from nextscale.optimizer import OptimizerConfig
@@ -37,8 +39,26 @@ REWARD_KINDS: dict[str, RewardKind] = {
 }
 
 
+# What a reward can be for: an objective with a weight, a constraint, or only measured.
+ROLES = ("weight", "at_least", "at_most", "held_out")
+
+
+def _check_bound(value: Any) -> Any:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if value is None or value == "base" or is_number:
+        return value
+    raise ValueError("expected a number, or base: the reward's mean before training")
+
+
+def _roles(reward: Mapping[str, Any]) -> list[str]:
+    return [role for role in ROLES if reward.get(role) is not None and reward[role] is not False]
+
+
+Bound = Annotated[float | Literal["base"] | None, BeforeValidator(_check_bound)]
+
+
 class RewardConfig(Record):
-    """One reward: exactly one of its kinds, and its weight."""
+    """One reward: exactly one of its kinds, and exactly one of its roles, by default the weight 1."""
 
     aesthetic: str | None = None
     """Aesthetic predictor: "toy", or the file of a head."""
@@ -48,18 +68,45 @@ class RewardConfig(Record):
     """A function of your own, path/to/file.py:function."""
     clip: str | None = None
     """The CLIP of an aesthetic or clip_score reward: "toy", a folder or a hub repository."""
-    weight: float = Field(default=1.0, allow_inf_nan=False)
-    """Weight in the sum of rewards."""
+    weight: float | None = Field(default=None, allow_inf_nan=False)
+    """Weight in the sum of rewards that is trained on; 1 for a reward of no other role."""
+    at_least: Bound = None
+    """A constraint: its mean stays at this number or above; "base" is its mean before training."""
+    at_most: Bound = None
+    """A constraint: its mean stays at this number or below; "base" as for at_least."""
+    held_out: bool = Field(default=False, strict=True)
+    """Measured in evaluations and never trained on; a fall while the trained reward rises gives a warning."""
 
     @property
     def kind(self) -> str:
         """The one key of REWARD_KINDS that is set."""
         return next(name for name in REWARD_KINDS if getattr(self, name) is not None)
 
+    @property
+    def constraint(self) -> Constraint | None:
+        """What its mean has to keep to, where it is a constraint."""
+        if self.at_least is not None:
+            return AtLeast(self.at_least)
+        return None if self.at_most is None else AtMost(self.at_most)
+
     def options(self) -> dict[str, Any]:
-        """What is set besides the kind and the weight."""
-        others = (name for name in type(self).model_fields if name not in {*REWARD_KINDS, "weight"})
+        """What is set besides the kind and the role."""
+        others = (name for name in type(self).model_fields if name not in {*REWARD_KINDS, *ROLES})
         return {name: getattr(self, name) for name in others if getattr(self, name) is not None}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weighs_one_without_another_role(cls, values: Any) -> Any:
+        return values if not isinstance(values, Mapping) or _roles(values) else {**values, "weight": 1.0}
+
+    @model_validator(mode="after")
+    def _has_one_role(self) -> Self:
+        roles = _roles(self.model_dump())
+        if len(roles) > 1:
+            raise ValueError(
+                f"'{roles[0]}' has no effect beside '{roles[1]}': a reward has one role; remove one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_one_kind_and_its_options(self) -> Self:
@@ -84,6 +131,13 @@ class Recipe(Record):
     grpo: GRPOConfig = GRPOConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     run: RunConfig = RunConfig()
+
+    @field_validator("rewards")
+    @classmethod
+    def _trains_on_one(cls, rewards: dict[str, RewardConfig]) -> dict[str, RewardConfig]:
+        if all(reward.weight is None for reward in rewards.values()):
+            raise ValueError("every reward is a constraint or held out; give one to train on")
+        return rewards
 
 
 SECTIONS: dict[str, type[Record]] = {

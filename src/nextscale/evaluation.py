@@ -58,8 +58,9 @@ def evaluate(
         embed: for the diversity.
 
     Returns:
-        metrics `reward`, `reward_std`, `rewards/{name}/mean`, `rewards/{name}/std`, `num_images`, and where
-        they apply `diversity` and what the judges say. A deviation is over all images.
+        metrics `reward`, `reward_std`, `reward_sem`, `rewards/{name}/mean`, `/std`, `/sem`, `num_images`, and
+        where they apply `diversity` and what the judges say. A deviation (std) is over all images; the
+        standard error of a mean (sem) counts those that were scored.
     """
     labels = _spread(list(range(pipe.num_classes)) if labels is None else list(labels), num_images, seed)
     per_class = -(-num_images // len(labels))
@@ -95,16 +96,26 @@ def mean_pairwise_distance(embeddings_GE: Tensor) -> float:
 
 def _score_metrics(rewards: WeightedSum, scores: dict[str, Tensor]) -> dict[str, float]:
     total = rewards.total(scores)
-    metrics = {"reward": total.nanmean().item(), "reward_std": _deviation(total)}
+    metrics = {
+        "reward": total.nanmean().item(),
+        "reward_std": deviation(total),
+        "reward_sem": _standard_error(total),
+    }
     for name, each in scores.items():
         metrics[f"rewards/{name}/mean"] = each.nanmean().item()
-        metrics[f"rewards/{name}/std"] = _deviation(each)
+        metrics[f"rewards/{name}/std"] = deviation(each)
+        metrics[f"rewards/{name}/sem"] = _standard_error(each)
     return metrics
 
 
-def _deviation(values: Tensor) -> float:
+def deviation(values: Tensor) -> float:
+    """Sample standard deviation of the values that are not NaN; 0 of fewer than two."""
     scored = values[~values.isnan()]
     return scored.std().item() if len(scored) > 1 else 0.0
+
+
+def _standard_error(values: Tensor) -> float:
+    return deviation(values) / max(1, (~values.isnan()).sum().item()) ** 0.5
 
 
 def _spread(labels: list[int], num_images: int, seed: int) -> list[int]:

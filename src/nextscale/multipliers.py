@@ -9,11 +9,12 @@ class Multipliers:
     Args:
         num: number of constraints.
         rate: step of the dual ascent, multiplier per violation.
+        start: the multipliers at first.
     """
 
-    def __init__(self, num: int, rate: float) -> None:
+    def __init__(self, num: int, rate: float, start: float = 0.0) -> None:
         self.rate = rate
-        self.values = [0.0] * num
+        self.values = [start] * num
 
     def update(self, violations: list[float]) -> None:
         """One step of dual ascent; a violation is positive where its constraint is broken."""

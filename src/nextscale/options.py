@@ -96,11 +96,11 @@ def take_overrides(words: list[str]) -> tuple[list[str], dict[str, str]]:
     Raises:
         ConfigError: a key without a value.
     """
-    from nextscale.config import SECTIONS
+    from nextscale.config import SECTIONS, RewardConfig
 
     booleans = {
         f"{section}.{name}"
-        for section, record in SECTIONS.items()
+        for section, record in [*SECTIONS.items(), ("rewards.NAME", RewardConfig)]
         for name, field in record.model_fields.items()
         if field.annotation is bool
     }
@@ -114,7 +114,8 @@ def take_overrides(words: list[str]) -> tuple[list[str], dict[str, str]]:
             rest.append(word)
             continue
         key, value = match.groups()
-        if value is None and key.replace("-", "_") in booleans:
+        field = re.sub(r"^rewards\..+\.", "rewards.NAME.", key).replace("-", "_")
+        if value is None and field in booleans:
             is_given = bool(queue) and queue[0].lower() in ("true", "false")
             value = queue.popleft() if is_given else "true"
         elif value is None:

@@ -6,6 +6,7 @@ V codebook size
 
 import copy
 import json
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,16 +15,18 @@ from typing import Literal
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nextscale.advantages import combined_advantages
+from nextscale.advantages import add_constraints, combined_advantages
 from nextscale.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from nextscale.constraints import Constraints
 from nextscale.errors import ConfigError, RewardError
-from nextscale.evaluation import Embedder, Evaluation, Judges, evaluate
+from nextscale.evaluation import Embedder, Judges, deviation, evaluate
 from nextscale.grpo import GRPOConfig, GRPOLoss
+from nextscale.hacking import HackingWatch
 from nextscale.interrupt import StopOnInterrupt
 from nextscale.metrics import Means
 from nextscale.models.var import VAR
@@ -80,7 +83,7 @@ class GRPOTrainer:
 
     Args:
         pipe: the model; its transformer is trained, its tokenizer stays frozen.
-        rewards: one reward, several by name, or a `WeightedSum`.
+        rewards: one reward, several by name, or a `WeightedSum`, with weights, constraints and held-out ones.
         grpo: the algorithm.
         sampling: the policy that draws, and is trained.
         judges: independent classifiers for the evaluation.
@@ -107,6 +110,9 @@ class GRPOTrainer:
         self.grpo, self.run = grpo or GRPOConfig(), run or RunConfig()
         self.sampling, self.optimizer_config = sampling or SamplingConfig(), optimizer or OptimizerConfig()
         self.rewards = _named(rewards)
+        self.constraints = Constraints(
+            self.rewards.constraints, self.grpo.constraint_rate, self.grpo.constraint_start
+        )
         self.judges, self.embed = judges, embed
         # Accelerate keeps one precision a process and refuses another: forget that of an earlier trainer.
         if AcceleratorState._shared_state.get("_mixed_precision") != self.run.mixed_precision:
@@ -118,7 +124,7 @@ class GRPOTrainer:
         )
         self.labels = list(self.grpo.class_labels or range(pipe.num_classes))
         pipe.conditions(self.labels)
-        self._check_processes()
+        self._check_options()
         self.folder = RunFolder(Path(self.run.output_dir), self.accelerator.is_main_process)
         self.folder.open(
             self._default_config() if config_yaml is None else config_yaml,
@@ -134,18 +140,24 @@ class GRPOTrainer:
         self.loss = GRPOLoss(self.grpo, self.sampling, pipe.transformer, reference)
         self._prepare()
         self.step_done, self.seconds_done = 0, 0.0
+        self.watch = HackingWatch(self.rewards.held_out)
 
-    def _check_processes(self) -> None:
+    def _check_options(self) -> None:
         processes = self.accelerator.num_processes
         if self.grpo.num_groups % processes:
             raise ConfigError(
                 f"num_groups {self.grpo.num_groups} cannot be shared by {processes} processes: use a multiple"
             )
+        if self.rewards.held_out and not self.run.eval_steps:
+            raise ConfigError(
+                f"reward '{self.rewards.held_out[0]}' is held out, but with run.eval_steps 0 nothing "
+                "measures it: set run.eval_steps, or remove the reward"
+            )
 
     def _default_config(self) -> str:
         sections = {
             "sampling": self.sampling.model_dump(),
-            "rewards": {name: {"weight": weight} for name, weight in self.rewards.weights.items()},
+            "rewards": self.rewards.roles(),
             "grpo": self.grpo.model_dump(),
             "optimizer": self.optimizer_config.model_dump(),
             "run": self.run.model_dump(),
@@ -172,6 +184,8 @@ class GRPOTrainer:
         if run.resume and (path := find_checkpoint(run.resume, self.folder.checkpoints)):
             state = load_checkpoint(process, path)
             self.step_done, self.seconds_done = state["step"], state["seconds"]
+            self.constraints.load_state_dict(state["constraints"])
+            self.watch.first = state["first_evaluation"]
             if self.loss.entropy_floor is not None:
                 self.loss.entropy_floor.load_state_dict(state["entropy_floor"])
         self.folder.keep_steps(self.step_done)
@@ -217,12 +231,14 @@ class GRPOTrainer:
         """One batch of rollouts and its updates; returns its metrics."""
         begin = time.perf_counter()
         rollout = self.rollout(step)
+        reward_metrics = self._reward_metrics(rollout)
+        reward_metrics |= self.constraints.update(reward_metrics)
         advantages_NG = self.advantages(rollout)
         means, clock = Means(), Clock(self.accelerator.device)
         with clock("update"):
             for _ in range(self.grpo.num_iterations):
                 grad_norm = self.update(rollout, advantages_NG.flatten(), means)
-        metrics = self._gathered(means) | self._reward_metrics(rollout)
+        metrics = self._gathered(means) | reward_metrics
         metrics |= self.loss.finish_step(metrics)
         seconds = rollout.seconds | clock.seconds
         elapsed = time.perf_counter() - begin
@@ -247,17 +263,19 @@ class GRPOTrainer:
                 [("rollout", self.run.seed, step, group) for group in mine],
                 self.grpo.num_generations,
                 self.sampling,
-                self.rewards,
+                self.rewards.without_held_out(),
                 self.run.per_device_eval_batch_size,
             )
 
     def advantages(self, rollout: Rollout) -> Tensor:
         """(N, G) advantages of this process's images."""
-        rewards_KNG = torch.stack(list(rollout.components.values()))
-        weights_K = torch.tensor([self.rewards.weights[name] for name in rollout.components])
-        return combined_advantages(
+        rewards_KNG = torch.stack([rollout.components[name] for name in self.rewards.weights])
+        weights_K = torch.tensor(list(self.rewards.weights.values()))
+        advantages_NG = combined_advantages(
             rewards_KNG, weights_K, self.grpo.scale_rewards, self.grpo.multi_objective_aggregation
-        ).to(self.accelerator.device)
+        )
+        advantages_NG = add_constraints(advantages_NG, rollout.components, self.constraints.coefficients)
+        return advantages_NG.to(self.accelerator.device)
 
     def update(self, rollout: Rollout, advantages_B: Tensor, means: Means) -> float:
         """One optimizer step on all images of the rollout; returns the gradient's norm before clipping."""
@@ -285,10 +303,10 @@ class GRPOTrainer:
         """Measure the model on fixed seeds and write its sample grid; metrics with the prefix `eval_`."""
         begin = time.perf_counter()
         self.accelerator.wait_for_everyone()
-        result: list[Evaluation | None] = [None]
+        metrics: dict[str, float] = {}
         if self.accelerator.is_main_process:
             with self.accelerator.autocast():
-                result[0] = evaluate(
+                result = evaluate(
                     self.pipe,
                     self.rewards,
                     self.sampling,
@@ -299,13 +317,18 @@ class GRPOTrainer:
                     embed=self.embed,
                     batch_size=self.run.per_device_eval_batch_size,
                 )
-            names = [condition.text for condition in self.pipe.conditions(result[0].labels)]
-            self.folder.save_grid(step, result[0].samples, names)
-        self.accelerator.wait_for_everyone()
-        metrics = result[0].metrics if result[0] else {}
-        return {f"eval_{name}": value for name, value in metrics.items()} | {
-            "eval_time": time.perf_counter() - begin
-        }
+            names = [condition.text for condition in self.pipe.conditions(result.labels)]
+            self.folder.save_grid(step, result.samples, names)
+            metrics = result.metrics
+        (metrics,) = broadcast_object_list([metrics])
+        if step == 0:
+            self.constraints.set_base(metrics)
+        metrics = {f"eval_{name}": value for name, value in metrics.items()}
+        warnings = self.watch(metrics)
+        for warning in filter(None, warnings.values() if self.accelerator.is_main_process else ()):
+            tqdm.write(f"Warning: {warning}", file=sys.stderr)
+        metrics |= {f"eval_warnings/{name}": float(warning is not None) for name, warning in warnings.items()}
+        return metrics | {"eval_time": time.perf_counter() - begin}
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """A line of metrics.jsonl, and the same to the tracker."""
@@ -315,7 +338,11 @@ class GRPOTrainer:
 
     def save(self) -> Path:
         """A checkpoint of the state after the last whole step."""
-        state: dict[str, object] = {"seconds": self.seconds_done}
+        state: dict[str, object] = {
+            "seconds": self.seconds_done,
+            "constraints": self.constraints.state_dict(),
+            "first_evaluation": self.watch.first,
+        }
         if self.loss.entropy_floor is not None:
             state["entropy_floor"] = self.loss.entropy_floor.state_dict()
         return save_checkpoint(
@@ -329,7 +356,7 @@ class GRPOTrainer:
         assert isinstance(all_NKG, Tensor)
         all_KNG = all_NKG.transpose(0, 1).cpu()
         total_NG = self.rewards.total(dict(zip(names, all_KNG, strict=True)))
-        deviation_N = torch.tensor([_deviation(group) for group in total_NG])
+        deviation_N = torch.tensor([deviation(group) for group in total_NG])
         metrics = {
             "reward": total_NG.nanmean().item(),
             "reward_std": deviation_N.mean().item(),
@@ -337,7 +364,7 @@ class GRPOTrainer:
         }
         for name, scores_NG in zip(names, all_KNG, strict=True):
             metrics[f"rewards/{name}/mean"] = scores_NG.nanmean().item()
-            metrics[f"rewards/{name}/std"] = _deviation(scores_NG)
+            metrics[f"rewards/{name}/std"] = deviation(scores_NG)
         return metrics
 
     def _gathered(self, means: Means) -> dict[str, float]:
@@ -357,11 +384,6 @@ def _named(rewards: Reward | Mapping[str, Reward]) -> WeightedSum:
         return WeightedSum(rewards)
     name = getattr(rewards, "__name__", type(rewards).__name__)
     return WeightedSum({name: rewards})
-
-
-def _deviation(values: Tensor) -> float:
-    scored = values[~values.isnan()]
-    return scored.std().item() if len(scored) > 1 else 0.0
 
 
 def _postfix(metrics: dict[str, float]) -> dict[str, str]:

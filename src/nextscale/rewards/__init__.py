@@ -1,8 +1,9 @@
 """Rewards: any callable `(images (B, 3, H, W) in [0, 1], conditions) -> (B,) floats`; NaN is "not scored"."""
 
+from nextscale.constraints import AtLeast, AtMost
 from nextscale.rewards.aesthetic import Aesthetic
 from nextscale.rewards.base import Reward, WeightedSum, score
 from nextscale.rewards.clip_score import ClipScore
 from nextscale.rewards.user import load_function
 
-__all__ = ["Aesthetic", "ClipScore", "Reward", "WeightedSum", "load_function", "score"]
+__all__ = ["Aesthetic", "AtLeast", "AtMost", "ClipScore", "Reward", "WeightedSum", "load_function", "score"]
