@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from nextscale.advantages import combined_advantages, group_advantages
+from nextscale.advantages import add_constraints, combined_advantages, group_advantages
 
 NAN = math.nan
 
@@ -202,3 +202,27 @@ def test_equal_rewards_of_several_kinds_give_exactly_zero(aggregation):
         torch.tensor([0.7, 0.2, 1.0]),
     )
     assert torch.equal(combined_advantages(rewards, weights, aggregation=aggregation), torch.zeros(2, 6))
+
+
+# Constraints
+
+
+def test_constraints_add_their_own_normalised_advantages():
+    objective = rewards_of([-1.0, 0.0, 1.0], [0.5, 0.5, -1.0])
+    kept, low = [[30.0, 10.0, 20.0], [1.0, 1.0, 1.0]], [[0.3, 0.1, 0.2], [0.1, 0.4, 0.7]]
+    rewards = {"kept": torch.tensor(kept), "low": torch.tensor(low), "trained": random_rewards(2, 3)}
+    expected = torch.tensor(
+        [
+            [a + 2.0 * k - 0.5 * b for a, k, b in zip(row, by_hand(keep), by_hand(below), strict=True)]
+            for row, keep, below in zip(objective.tolist(), kept, low, strict=True)
+        ]
+    )
+    found = add_constraints(objective, rewards, {"kept": 2.0, "low": -0.5})
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(add_constraints(objective, rewards, {"kept": 0.0}), objective)
+
+
+def test_an_image_that_a_constraint_did_not_score_keeps_its_advantage():
+    objective = rewards_of([-1.0, 0.0, 1.0])
+    found = add_constraints(objective, {"kept": rewards_of([NAN, 2.0, 1.0])}, {"kept": 10.0})
+    assert found[0, 0] == -1.0 and found[0, 1] > 5 and found[0, 2] < -5

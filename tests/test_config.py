@@ -1,3 +1,4 @@
+import itertools
 import re
 
 import pytest
@@ -17,6 +18,7 @@ from nextscale.config import (
     read_recipe,
     to_yaml,
 )
+from nextscale.constraints import AtLeast, AtMost
 from nextscale.errors import ConfigError
 
 PAINTING = "rewards: {painting: {clip_score: 'a painting of a {label}', clip: toy}}\n"
@@ -51,6 +53,31 @@ def test_a_reward_is_of_one_kind():
 def test_an_option_without_effect_is_an_error():
     with pytest.raises(ConfigError, match=r"'clip' has no effect on a python reward"):
         RewardConfig(python="a.py:f", clip="toy")
+
+
+def test_a_reward_has_one_role():
+    kind = {"python": "a.py:f"}
+    assert RewardConfig(**kind).weight == 1.0 and RewardConfig(**kind).constraint is None
+    least, most = RewardConfig(**kind, at_least="base"), RewardConfig(**kind, at_most=0)
+    assert (least.weight, least.constraint) == (None, AtLeast("base"))
+    assert (most.weight, most.constraint) == (None, AtMost(0.0))
+    assert RewardConfig(**kind, held_out=True).weight is None
+    values = {"weight": 0.0, "at_least": 0, "at_most": "base", "held_out": True}
+    for first, second in itertools.combinations(ROLES, 2):
+        with pytest.raises(ConfigError, match=f"'{first}' has no effect beside '{second}'"):
+            RewardConfig(**kind, **{role: values[role] for role in (first, second)})
+
+
+@pytest.mark.parametrize("bound", ["bass", ".nan", "true", "[1]"])
+def test_a_bound_is_a_number_or_base(bound):
+    with pytest.raises(ConfigError, match=r"rewards\.painting\.at_most = .* expected a number, or base"):
+        load_recipe("toy-painting", {"rewards.painting.at_most": bound})
+
+
+def test_a_recipe_trains_on_a_reward():
+    for role, value in (("at_least", "base"), ("held_out", "true")):
+        with pytest.raises(ConfigError, match="every reward is a constraint or held out"):
+            load_recipe("toy-aesthetic", {f"rewards.aesthetic.{role}": value})
 
 
 @pytest.mark.parametrize("weight", [".nan", ".inf"])
@@ -150,6 +177,11 @@ def test_overrides_reach_every_section(write):
             "run.resume": "auto",
             "rewards.painting.weight": "0.5",
             "rewards.mine.python": "a.py:f",
+            "rewards.mine.at-least": "1e-1",
+            "rewards.kept.python": "a.py:g",
+            "rewards.kept.at_most": "base",
+            "rewards.other.python": "a.py:h",
+            "rewards.other.held_out": "true",
         },
     )
     assert recipe.model == "some/folder" and recipe.description == "12"
@@ -161,6 +193,9 @@ def test_overrides_reach_every_section(write):
     assert recipe.run.output_dir == "007" and recipe.run.resume == "auto"
     assert recipe.rewards["painting"].weight == 0.5 and recipe.rewards["painting"].clip == "toy"
     assert recipe.rewards["mine"].python == "a.py:f"
+    assert recipe.rewards["mine"].constraint == AtLeast(0.1)
+    assert recipe.rewards["kept"].constraint == AtMost("base")
+    assert recipe.rewards["other"].held_out
 
 
 def test_every_key_can_be_overridden_with_its_own_value():

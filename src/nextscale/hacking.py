@@ -24,10 +24,12 @@ class HackingWatch:
     def __call__(self, metrics: dict[str, float]) -> dict[str, str | None]:
         """Each held-out reward with its warning, or None where there is nothing to warn of."""
         self.first = first = self.first or dict(metrics)
-        return {
-            name: hacking_warning(first, metrics, name) if is_hacked(first, metrics, name) else None
-            for name in self.held_out
-        }
+        warnings: dict[str, str | None] = dict.fromkeys(self.held_out)
+        for name in self.held_out:
+            if is_hacked(first, metrics, name):
+                reward, scores = ((first[key], metrics[key]) for key in ("eval_reward", _mean(name)))
+                warnings[name] = hacking_warning(name, reward, scores)
+        return warnings
 
 
 def is_hacked(first: Mapping[str, float], last: Mapping[str, float], name: str) -> bool:
@@ -37,18 +39,25 @@ def is_hacked(first: Mapping[str, float], last: Mapping[str, float], name: str) 
     is rather smaller: the warning errs on the quiet side.
     """
     risen = _change(first, last, "eval_reward", "eval_reward_sem")
-    fallen = -_change(first, last, f"eval_rewards/{name}/mean", f"eval_rewards/{name}/sem")
+    fallen = -_change(first, last, _mean(name), f"eval_rewards/{name}/sem")
     return risen > 0 and fallen > 0
 
 
-def hacking_warning(first: Mapping[str, float], last: Mapping[str, float], name: str) -> str:
-    """The warning, one sentence."""
-    rewards = pair(first["eval_reward"], last["eval_reward"], " to ")
-    scores = pair(first[f"eval_rewards/{name}/mean"], last[f"eval_rewards/{name}/mean"], " to ")
+def hacking_warning(name: str, reward: tuple[float, float], scores: tuple[float, float]) -> str:
+    """The warning, one sentence.
+
+    Args:
+        reward: the first and the last mean of the trained reward.
+        scores: those of the held-out reward.
+    """
     return (
-        f"The trained reward rose from {rewards} while '{name}', which is held out, fell from {scores}: "
-        "a sign of reward hacking."
+        f"The trained reward rose from {pair(*reward, ' to ')} while '{name}', which is held out, fell from "
+        f"{pair(*scores, ' to ')}: a sign of reward hacking."
     )
+
+
+def _mean(name: str) -> str:
+    return f"eval_rewards/{name}/mean"
 
 
 def _change(first: Mapping[str, float], last: Mapping[str, float], mean: str, error: str) -> float:

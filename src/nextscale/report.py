@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from nextscale.errors import ConfigError
+from nextscale.hacking import hacking_warning
 from nextscale.report_charts import COLOURS, INK, PARTS, VARIABLES, charts, draw_chart, piece_length
 from nextscale.report_text import Html, count, duration, fill, join, number, pair, percent
 from nextscale.run_reader import Run, is_number, read_object, read_run
@@ -52,7 +53,7 @@ def write_report(folder: Path) -> Path:
         name=run.folder.resolve().name,
         verdict=_verdict(run),
         lead=fill("lead", text=run.config.get("description") or comment),
-        warning=fill("warning", text=HACKING) if _is_hacking(run) else "",
+        warning=join(fill("warning", text=text) for text in _warnings(run)),
         notes=join(fill("note", text=note) for note in run.notes),
         cards=join(_card(fact) for fact in _facts(run) if fact.label),
         samples=_samples(run),
@@ -75,8 +76,8 @@ def summarize(folder: Path) -> str:
         ConfigError: when the folder is no run folder, or a file in it is broken.
     """
     run = read_run(Path(folder))
-    warning = [f"Warning: {HACKING}"] if _is_hacking(run) else []
-    return "\n".join([*(fact.sentence for fact in _facts(run) if fact.sentence), *warning])
+    warnings = (f"Warning: {text}" for text in _warnings(run))
+    return "\n".join([*(fact.sentence for fact in _facts(run) if fact.sentence), *warnings])
 
 
 def _reward_change(run: Run) -> tuple[float, float, float] | None:
@@ -90,6 +91,16 @@ def _reward_change(run: Run) -> tuple[float, float, float] | None:
         return None
     n = 1 if prefix else max(1, len(values) // 10)
     return float(np.mean(values[:n])), float(np.mean(values[-n:])), sd or math.nan
+
+
+def _warnings(run: Run) -> list[str]:
+    """What a reader has to know first: the judges' fall, and what the last evaluation warned of."""
+    found, reward = [HACKING] if _is_hacking(run) else [], run.ends("eval_reward")
+    for name in run.names("eval_warnings/(.+)"):
+        scores = run.ends(f"eval_rewards/{name}/mean")
+        if run.values(f"eval_warnings/{name}")[-1:] == [1.0] and reward and scores:
+            found.append(hacking_warning(name, reward, scores))
+    return found
 
 
 def _is_hacking(run: Run) -> bool:
@@ -143,6 +154,7 @@ def _facts(run: Run) -> list[Fact]:
     rewards = {name: run.ends(f"eval_rewards/{name}/mean") for name in run.names("eval_rewards/(.+)/mean")}
     if len(told := [f"{name} {pair(*ends, ' to ')}" for name, ends in rewards.items() if ends]) > 1:
         facts.append(Fact(f"By reward: {'; '.join(told)}."))
+    facts += _constraint_facts(run)
     if styles := _moved_styles(run):
         (name, before, after), *others = styles
         told = f"{percent(after)} of the images {name} ({percent(before)} before)"
@@ -169,6 +181,21 @@ def _facts(run: Run) -> list[Fact]:
         most = max(shares, key=shares.__getitem__)
         told = f"{rate} images a second, and {percent(shares[most])} of the time went into the {most}."
         facts.append(Fact(told, "Speed", rate, "images a second"))
+    return facts
+
+
+def _constraint_facts(run: Run) -> list[Fact]:
+    """Where each constraint's bound is, and where its mean has come to."""
+    facts = []
+    for name in run.names("constraints/(.+)/bound"):
+        means = run.values(f"eval_rewards/{name}/mean") or run.values(f"rewards/{name}/mean")
+        bounds, multipliers = (run.values(f"constraints/{name}/{key}") for key in ("bound", "multiplier"))
+        if means and bounds and multipliers:
+            bound, mean = pair(bounds[-1], means[-1]).split(" → ")
+            told = f"bound {bound}, multiplier {number(multipliers[-1])}"
+            facts.append(
+                Fact(f"The constraint on {name}: mean {mean}, {told}.", f"Constraint: {name}", mean, told)
+            )
     return facts
 
 

@@ -61,9 +61,19 @@ def charts(run: Run) -> list[Chart]:
     found = [Chart("Reward", "Mean and spread (1 sd).", reward)]
     names = dict.fromkeys(run.names("(?:eval_)?rewards/(.+)/mean"))
     for name in names if len(names) > 1 else ():
-        lines = [Line(f"rewards/{name}/mean", "training", c[0], f"rewards/{name}/std")]
-        seen = Line(f"eval_rewards/{name}/mean", "evaluation", c[1], measured=True)
-        found.append(Chart(f"Reward: {name}", "Mean and spread (1 sd), before weighting.", [*lines, seen]))
+        lines = [
+            Line(f"rewards/{name}/mean", "training", c[0], f"rewards/{name}/std"),
+            Line(f"eval_rewards/{name}/mean", "evaluation", c[1], measured=True),
+            Line(f"constraints/{name}/bound", "bound", INK),
+        ]
+        title, says = f"Reward: {name}", "Mean and spread (1 sd), before weighting."
+        if run.values(f"eval_warnings/{name}"):
+            title, says = f"Held out: {name}", "Mean on fixed seeds. Measured, never trained on."
+        elif run.values(lines[-1].key):
+            title, says = f"Constraint: {name}", "Mean and spread (1 sd), and what the mean is kept to."
+        found.append(Chart(title, says, lines))
+    constraints = run.names("constraints/(.+)/multiplier")
+    weights = [Line(f"constraints/{name}/multiplier", name, c[i % 8]) for i, name in enumerate(constraints)]
     entropy = [Line("entropy", "training", c[0]), Line("eval_entropy", "evaluation", c[1], measured=True)]
     clipped = [Line(f"clip_ratio/{k}_mean", k, c[i]) for i, k in enumerate(("region", "low", "high"))]
     gap = "sampling/sampling_logp_difference"
@@ -71,6 +81,7 @@ def charts(run: Run) -> list[Chart]:
     diversity = [Line("eval_diversity", "diversity", measured=True)]
     times = [Line(f"time/{part}", part, c[i]) for i, part in enumerate(PARTS)]
     found += [
+        Chart("Multipliers", "The weight of each constraint. It grows while the mean is beyond it.", weights),
         Chart("Judges", "Share of images. No training ever saw these judges.", judged, "percent"),
         Chart("KL to the base model", "Nats an image.", [Line("kl_per_image", "KL")]),
         Chart("Entropy", "Nats a token. A fall to zero is collapse.", entropy),

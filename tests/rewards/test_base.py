@@ -9,7 +9,7 @@ import torch
 
 from nextscale.errors import ConfigError, RewardError
 from nextscale.records import Condition
-from nextscale.rewards import WeightedSum, score
+from nextscale.rewards import AtLeast, AtMost, WeightedSum, score
 
 NAN = math.nan
 CONDITIONS = [Condition(i, name) for i, name in enumerate(("star", "heart", "moon"))]
@@ -130,3 +130,54 @@ def test_a_sum_of_nothing_and_a_weight_of_nothing_are_told():
         WeightedSum({})
     with pytest.raises(ConfigError, match="weight for 'c', which is none of the rewards a, b"):
         WeightedSum({"a": answering(0), "b": answering(0)}, {"c": 1.0})
+
+
+def three_roles() -> WeightedSum:
+    rewards = {
+        "style": answering([1.0, 2.0, 3.0]),
+        "class": answering([NAN, 0.5, 0.9]),
+        "other": answering([7.0, 7.0, NAN]),
+        "bright": answering([0.1, 0.2, 0.3]),
+    }
+    constraints = {"class": AtLeast(), "bright": AtMost(0.5)}
+    return WeightedSum(rewards, {"style": 2.0}, constraints, held_out=["other"])
+
+
+def test_the_sum_is_of_what_is_trained_on():
+    total = three_roles()
+    assert total(IMAGES, CONDITIONS).tolist() == [2.0, 4.0, 6.0]
+    assert total.roles() == {
+        "style": {"weight": 2.0},
+        "class": {"at_least": "base"},
+        "bright": {"at_most": 0.5},
+        "other": {"held_out": True},
+    }
+
+
+def test_training_asks_all_but_the_held_out_rewards():
+    assert set(three_roles().components(IMAGES, CONDITIONS)) == {"style", "class", "other", "bright"}
+    training = three_roles().without_held_out()
+    assert set(training.components(IMAGES, CONDITIONS)) == {"style", "class", "bright"}
+    assert training(IMAGES, CONDITIONS).tolist() == [2.0, 4.0, 6.0]
+
+
+@pytest.mark.parametrize(
+    ("roles", "says"),
+    [
+        ({"constraints": {"c": AtLeast()}}, "constraint for 'c', which is none of the rewards a, b"),
+        ({"held_out": ["c"]}, "held_out for 'c', which is none of the rewards a, b"),
+        ({"held_out": ["a"], "weights": {"a": 1.0}}, "'a': 'weight' has no effect beside 'held_out'"),
+        (
+            {"constraints": {"a": AtMost(1)}, "weights": {"a": 1}},
+            "'weight' has no effect beside 'constraint'",
+        ),
+        (
+            {"constraints": {"a": AtLeast()}, "held_out": ["a"]},
+            "'constraint' has no effect beside 'held_out'",
+        ),
+        ({"constraints": {"a": AtLeast()}, "held_out": ["b"]}, "give one to train on"),
+    ],
+)
+def test_roles_that_cannot_be(roles: dict, says: str):
+    with pytest.raises(ConfigError, match=says):
+        WeightedSum({"a": answering(0), "b": answering(0)}, **roles)
