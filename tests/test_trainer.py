@@ -15,6 +15,7 @@ from nextscale.grpo import GRPOConfig
 from nextscale.optimizer import OptimizerConfig
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
+from nextscale.rewards import AtLeast, AtMost, WeightedSum
 from nextscale.trainer import GRPOTrainer, RunConfig
 
 MakePipeline = Callable[..., VARPipeline]
@@ -23,6 +24,10 @@ GUIDED = SamplingConfig(guidance_scale=1.5)
 
 def redness(images: Tensor, conditions: list) -> Tensor:
     return images[:, 0].mean((1, 2)) - images[:, 1].mean((1, 2))
+
+
+def brightness(images: Tensor, conditions: list) -> Tensor:
+    return images.mean((1, 2, 3))
 
 
 def make_trainer(pipe: VARPipeline, folder: Path, reward: Any = redness, **options: Any) -> GRPOTrainer:
@@ -87,6 +92,106 @@ def test_a_bandit_is_solved(make_pipeline: MakePipeline, tmp_path: Path) -> None
     assert last["reward"] > 0.97
 
 
+def test_a_constraint_binds_and_holds(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    """Four arms: the best is forbidden, so the best of the others must be found."""
+
+    def last_steps(name: str, max_steps: int, **roles: Any) -> tuple[list[float], list[float]]:
+        pipe = make_pipeline(codebook_size=4, scale_sizes=(1, 2), num_classes=2)
+        seen: list[Tensor] = []
+        original = pipe.draw
+
+        def draw(*args: Any) -> Any:
+            samples = original(*args)
+            seen.append(samples.tokens[:, 0])
+            return samples
+
+        pipe.draw = draw  # type: ignore[method-assign]
+        rewards = {
+            "gain": lambda images, conditions: torch.tensor([0.2, 0.6, 1.0, 0.0])[seen[-1]],
+            "allowed": lambda images, conditions: (seen[-1] != 2).float(),
+        }
+        options = {"max_steps": max_steps, "beta": 0.0, "entropy_coef": 0.1, "learning_rate": 5e-4}
+        options |= {"num_generations": 8, "constraint_rate": 0.5}
+        make_trainer(pipe, tmp_path / name, WeightedSum(rewards, **roles), **options).train()
+        records = metrics_of(tmp_path / name)[-4:]
+        return tuple([each[f"rewards/{key}/mean"] for each in records] for key in rewards)
+
+    gain, allowed = last_steps("free", 12, weights={"allowed": 0.0})
+    assert min(gain) > 0.9 and max(allowed) < 0.1
+    gain, allowed = last_steps("bound", 25, constraints={"allowed": AtLeast(0.9)})
+    assert min(gain) > 0.55 and min(allowed) > 0.9
+
+
+def test_a_steps_advantages_have_the_multiplier_of_its_own_violation(
+    make_pipeline: MakePipeline, tmp_path: Path
+) -> None:
+    rewards = WeightedSum(
+        {"red": redness, "dark": brightness, "bright": brightness},
+        constraints={"dark": AtMost(-1.0), "bright": AtLeast(9.0)},
+    )
+    trainer = make_trainer(
+        make_pipeline(), tmp_path / "a", rewards, constraint_rate=0.5, constraint_start=0.25
+    )
+    plain = make_trainer(make_pipeline(), tmp_path / "b", {"red": redness})
+    taken: list[Tensor] = []
+    trainer.update = lambda rollout, advantages_B, means: taken.append(advantages_B) or 0.0  # type: ignore
+    trainer.loss.finish_step = lambda metrics: {}  # type: ignore[method-assign]
+    metrics = trainer.step(1)
+    # Each is many deviations from its bound, of which one counts: 0.25 + 0.5. The first wants darker images.
+    for name in ("dark", "bright"):
+        assert metrics[f"constraints/{name}/violation"] > 1
+        assert metrics[f"constraints/{name}/multiplier"] == 0.75
+    assert metrics["reward"] == metrics["rewards/red/mean"]
+    torch.testing.assert_close(taken[0].view(4, 4), plain.advantages(plain.rollout(1)))
+
+
+def test_base_is_what_the_evaluation_before_training_found(
+    make_pipeline: MakePipeline, tmp_path: Path
+) -> None:
+    rewards = WeightedSum({"red": redness, "bright": brightness}, constraints={"bright": AtLeast("base")})
+    options = {"max_steps": 1, "eval_num_images": 8}
+    make_trainer(make_pipeline(), tmp_path / "measured", rewards, eval_steps=1, **options).train()
+    before, first = metrics_of(tmp_path / "measured")
+    assert first["constraints/bright/bound"] == before["eval_rewards/bright/mean"]
+    make_trainer(make_pipeline(), tmp_path / "unmeasured", rewards, **options).train()
+    (first,) = metrics_of(tmp_path / "unmeasured")
+    assert first["constraints/bright/bound"] == first["rewards/bright/mean"]
+    assert first["constraints/bright/violation"] == first["constraints/bright/multiplier"] == 0
+
+
+def test_a_held_out_reward_is_measured_in_evaluations_alone(
+    make_pipeline: MakePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is the negative of the trained one here, so it falls as much as that rises."""
+    sizes: list[int] = []
+
+    def other(images: Tensor, conditions: list) -> Tensor:
+        sizes.append(len(images))
+        return -redness(images, conditions)
+
+    rewards = WeightedSum({"red": redness, "other": other}, held_out=["other"])
+    options = {"max_steps": 8, "eval_steps": 4, "eval_num_images": 32, "learning_rate": 5e-3, "beta": 0.0}
+    make_trainer(make_pipeline(), tmp_path / "run", rewards, **options).train()
+    assert sum(sizes) == 3 * 32
+    records = metrics_of(tmp_path / "run")
+    evaluations = [each for each in records if "eval_reward" in each]
+    assert not any("rewards/other/mean" in each for each in records)
+    assert [each["step"] for each in evaluations] == [0, 4, 8]
+    assert [each["eval_warnings/other"] for each in evaluations] == [0.0, 1.0, 1.0]
+    assert all(each["eval_rewards/other/mean"] == -each["eval_reward"] for each in evaluations)
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2 and all("'other', which is held out, fell" in line for line in warnings)
+
+
+def test_a_held_out_reward_without_evaluations_is_an_error(
+    tiny_pipeline: VARPipeline, tmp_path: Path
+) -> None:
+    rewards = WeightedSum({"red": redness, "bright": brightness}, held_out=["bright"])
+    with pytest.raises(ConfigError, match="'bright' is held out, but with run"):
+        make_trainer(tiny_pipeline, tmp_path / "run", rewards)
+    assert not (tmp_path / "run").exists()
+
+
 def test_equal_rewards_give_zero_advantage_and_zero_gradient(
     tiny_pipeline: VARPipeline, tmp_path: Path
 ) -> None:
@@ -139,20 +244,28 @@ def test_a_group_does_not_depend_on_who_draws_it(make_pipeline: MakePipeline, tm
 
 def test_resumed_is_straight_bit_for_bit(make_pipeline: MakePipeline, tmp_path: Path) -> None:
     options: dict[str, Any] = {"save_steps": 2, "lr_scheduler_type": "cosine", "warmup_steps": 1}
-    options |= {"num_iterations": 2, "entropy_floor": 1.0, "entropy_floor_rate": 10.0}
-    make_trainer(make_pipeline(), tmp_path / "straight", max_steps=4, **options).train()
-    interrupted = make_trainer(make_pipeline(), tmp_path / "parts", max_steps=4, **options)
+    options |= {"num_iterations": 2, "entropy_floor": 1.0, "entropy_floor_rate": 10.0, "max_steps": 4}
+    options |= {"eval_steps": 4, "eval_num_images": 16, "constraint_rate": 3.0}
+    rewards = WeightedSum(
+        {"red": redness, "bright": brightness, "other": lambda *given: -redness(*given)},
+        constraints={"bright": AtMost("base")},
+        held_out=["other"],
+    )
+    make_trainer(make_pipeline(), tmp_path / "straight", rewards, **options).train()
+    interrupted = make_trainer(make_pipeline(), tmp_path / "parts", rewards, **options)
+    interrupted.log(0, interrupted.evaluate(0))
     for step in (1, 2):
         interrupted.log(step, interrupted.step(step))
         interrupted.step_done = step
     interrupted.save()
     interrupted.log(3, interrupted.step(3))  # lost with the interruption: done after the checkpoint
-    make_trainer(make_pipeline(), tmp_path / "parts", max_steps=4, resume="auto", **options).train()
+    make_trainer(make_pipeline(), tmp_path / "parts", rewards, resume="auto", **options).train()
     straight, parts = (
         load_file(tmp_path / name / "final" / "transformer.safetensors") for name in ("straight", "parts")
     )
     assert all(torch.equal(value, parts[key]) for key, value in straight.items())
-    times = ("step_time", "images_per_second", "time/")
+    times = ("step_time", "images_per_second", "time/", "eval_time")
+    assert metrics_of(tmp_path / "straight")[3]["constraints/bright/multiplier"] > 0
     for ours, theirs in zip(metrics_of(tmp_path / "straight"), metrics_of(tmp_path / "parts"), strict=True):
         assert [each for each in ours.items() if not each[0].startswith(times)] == [
             each for each in theirs.items() if not each[0].startswith(times)

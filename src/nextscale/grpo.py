@@ -50,7 +50,7 @@ class GRPOConfig(Record):
     """Share of its first entropy that every scale keeps, by a bonus of its own that grows below it."""
     entropy_floor_rate: float = Field(default=0.1, gt=0)
     """Growth of that bonus a step, times the share that is missing."""
-    constraint_rate: float = Field(default=0.2, gt=0)
+    constraint_rate: float = Field(default=0.5, gt=0)
     """Growth of a constraint's multiplier a step, for each deviation (one at most) beyond its bound."""
     constraint_start: float = Field(default=0.0, ge=0)
     """The constraints' multipliers before the first step."""
