@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from nextscale.build import build_rewards, check_resumable
 from nextscale.cli import main
 from nextscale.config import Recipe, load_recipe
+from nextscale.constraints import AtLeast, AtMost
 from nextscale.errors import ConfigError
 from nextscale.models.zoo import TOY_ASSETS
 from nextscale.options import take_overrides, type_name
@@ -130,6 +131,7 @@ def test_help_of_train_lists_every_key_with_its_type_and_default(capsys):
     assert "--grpo.scale_rewards group|batch|none" in text
     assert "--run.overwrite [true|false]" in text
     assert "--rewards.NAME.weight NUMBER" in text
+    assert "--rewards.NAME.at_least NUMBER|base" in text and "--rewards.NAME.held_out [true|false]" in text
     assert "toy-painting" in text
 
 
@@ -321,6 +323,7 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(folder, tmp_path):
     [
         (("--grpo.beta", "0.5"), "grpo.beta is 0.5, but the run in"),
         (("--rewards.bright.weight", "2"), "rewards.bright.weight is 2.0"),
+        (("--rewards.more.python", "a.py:f", "--rewards.more.held_out"), "rewards.more"),
         (("--rewards.more.python", "a.py:f"), "rewards.more"),
         (("--optimizer.lr_scheduler_type", "linear"), "optimizer.lr_scheduler_type is 'linear'"),
         (("--run.seed", "7"), "run.seed is 7"),
@@ -428,9 +431,22 @@ def test_interrupted_before_anything(folder, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_weights_reach_the_rewards(folder):
-    recipe = load_recipe(folder / "recipe.yaml", {"rewards.bright.weight": "0.25"})
-    assert build_rewards(recipe).weights == {"bright": 0.25}
+def test_roles_reach_the_rewards(folder):
+    path = f"{folder}/rewards.py:bright"
+    words = [
+        "--rewards.bright.weight",
+        "0.25",
+        "--rewards.least.python",
+        path,
+        "--rewards.least.at_least=base",
+    ]
+    words += ["--rewards.most.python", path, "--rewards.most.at-most", "0.5"]
+    words += ["--rewards.held.python", path, "--rewards.held.held-out"]
+    rest, overrides = take_overrides(words)
+    rewards = build_rewards(load_recipe(folder / "recipe.yaml", overrides))
+    assert rest == [] and list(rewards.rewards) == ["bright", "least", "most", "held"]
+    assert rewards.weights == {"bright": 0.25} and rewards.held_out == ("held",)
+    assert rewards.constraints == {"least": AtLeast("base"), "most": AtMost(0.5)}
 
 
 # report
@@ -502,7 +518,8 @@ def test_evaluate_with_a_recipe(folder, tmp_path, capsys):
     words = ["evaluate", str(folder / "model"), "--num-images", "8"]
     assert main([*words, "--recipe", str(folder / "recipe.yaml")]) == 0
     table = dict(line.split() for line in capsys.readouterr().out.splitlines())
-    assert set(table) == {"reward", "reward_std", "rewards/bright/mean", "rewards/bright/std", "num_images"}
+    measured = {f"rewards/bright/{key}" for key in ("mean", "std", "sem")}
+    assert set(table) == {"reward", "reward_std", "reward_sem", "num_images", *measured}
     path = tmp_path / "new" / "figures.json"
     reward = ["--reward", f"python={folder}/rewards.py:bright"]
     assert main([*words, *reward, "--top-k", "40", "--json", "--output", str(path)]) == 0

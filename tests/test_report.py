@@ -267,6 +267,47 @@ def test_reward_hacking_is_named(tmp_path, rise, accuracy, warned):
     assert (sentence in Page(write_report(folder)).text) is warned
 
 
+def held_out_lines(warned: dict[int, float]) -> list[dict]:
+    """The second reward held out, its evaluations at some steps with or without a warning."""
+    lines = [{k: v for k, v in line.items() if not k.startswith("rewards/clip")} for line in metrics()]
+    for line in lines:
+        if "eval_reward" in line:
+            line |= {"eval_rewards/clip/mean": 0.3 - 0.004 * line["step"]}
+            line |= {"eval_warnings/clip": warned.get(line["step"], 0.0)}
+    return lines
+
+
+@pytest.mark.parametrize(("warned", "is_shown"), [({25: 1.0, 30: 1.0}, True), ({25: 1.0}, False)])
+def test_a_held_out_reward_that_fell_is_told_at_the_top(tmp_path, warned, is_shown):
+    folder = make_run(tmp_path / "run", held_out_lines(warned))
+    page = Page(write_report(folder))
+    sentence = (
+        "The trained reward rose from 0.21 to 0.34 while 'clip', which is held out, fell from 0.30 to 0.18"
+    )
+    assert (f"Warning: {sentence}: a sign of reward hacking." in summarize(folder).splitlines()) is is_shown
+    assert (sentence in page.text[: page.text.index("Object recognised")]) is is_shown
+    assert "<h3>Held out: clip" in page.raw and "<h3>Reward: style" in page.raw
+
+
+def test_both_kinds_of_reward_hacking_are_named(tmp_path):
+    lines = held_out_lines({30: 1.0})
+    lines[-1] |= {"eval_judge/class_accuracy": 0.5}
+    assert Page(write_report(make_run(tmp_path / "run", lines))).raw.count('class="warning"') == 2
+
+
+def test_constraints_are_drawn_with_their_bounds_and_multipliers(tmp_path):
+    lines = metrics()
+    for line in lines[1:]:
+        line |= {"constraints/clip/bound": 0.125, "constraints/clip/violation": 0.1}
+        line |= {"constraints/clip/multiplier": 0.05 * line["step"]}
+    folder = make_run(tmp_path / "run", lines)
+    assert "The constraint on clip: mean 0.140, bound 0.125, multiplier 1.50." in summarize(folder)
+    page = Page(write_report(folder))
+    assert "Constraint: clip 0.140 bound 0.125, multiplier 1.50" in page.text
+    assert "<h3>Constraint: clip" in page.raw and "bound from 0.12 to 0.12" in page.raw
+    assert 'aria-label="Multipliers over the steps: clip from 0.0500 to 1.50."' in page.raw
+
+
 def test_a_run_of_thousands_of_steps_with_large_grids_stays_small(tmp_path):
     folder = make_run(tmp_path / "run", metrics(6000, every=50), grids=())
     for step in range(0, 6001, 500):

@@ -7,12 +7,25 @@ import torch
 from accelerate import PartialState
 
 from conftest import random_pipeline
-from test_trainer import gradient, make_trainer
+from nextscale.rewards import AtLeast, AtMost, WeightedSum
+from test_trainer import brightness, gradient, make_trainer, redness
 
 folder = Path(sys.argv[1])
-trainer = make_trainer(random_pipeline(), folder / "run", per_device_train_batch_size=3)
+rewards = WeightedSum(
+    {"red": redness, "bright": brightness, "dark": brightness, "held": redness},
+    constraints={"bright": AtLeast(0.6), "dark": AtMost("base")},
+    held_out=["held"],
+)
+options = {"per_device_train_batch_size": 3, "eval_steps": 1, "eval_num_images": 16, "constraint_start": 1.0}
+trainer = make_trainer(random_pipeline(), folder / "run", rewards, **options)
+evaluation = trainer.evaluate(0)
 taken = gradient(trainer)
 state = PartialState()
-content = {"tokens": trainer.rollout(1).tokens, **taken}
+content = {
+    "tokens": trainer.rollout(1).tokens,
+    "evaluation": torch.tensor([evaluation["eval_rewards/held/mean"], trainer.constraints.bounds["dark"]]),
+    "coefficients": torch.tensor(list(trainer.constraints.coefficients.values())),
+    **taken,
+}
 torch.save(content, folder / f"{state.num_processes}-{state.process_index}.pt")
 trainer.accelerator.end_training()
