@@ -1,6 +1,5 @@
 """Recipes: YAML in, one validated record out, and back."""
 
-import math
 import re
 import types
 from collections.abc import Callable, Mapping
@@ -12,7 +11,7 @@ import yaml
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 from typing_extensions import Self
 
-from nextscale.constraints import AtLeast, AtMost, Constraint
+from nextscale.constraints import AtLeast, AtMost, BoundValue, Constraint, check_bound
 from nextscale.errors import ConfigError
 from nextscale.grpo import GRPOConfig
 from nextscale.optimizer import OptimizerConfig
@@ -44,17 +43,17 @@ ROLES = ("weight", "at_least", "at_most", "held_out")
 
 
 def _check_bound(value: Any) -> Any:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if value is None or value == "base" or is_number:
-        return value
-    raise ValueError("expected a number, or base: the reward's mean before training")
+    if value is not None:
+        check_bound(value)
+    return value
 
 
 def _roles(reward: Mapping[str, Any]) -> list[str]:
     return [role for role in ROLES if reward.get(role) is not None and reward[role] is not False]
 
 
-Bound = Annotated[float | Literal["base"] | None, BeforeValidator(_check_bound)]
+# Checked before pydantic's own sentences about each member of the union.
+Bound = Annotated[BoundValue | None, BeforeValidator(_check_bound)]
 
 
 class RewardConfig(Record):
