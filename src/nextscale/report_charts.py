@@ -81,7 +81,9 @@ def charts(run: Run) -> list[Chart]:
     diversity = [Line("eval_diversity", "diversity", measured=True)]
     times = [Line(f"time/{part}", part, c[i]) for i, part in enumerate(PARTS)]
     found += [
-        Chart("Multipliers", "The weight of each constraint. It grows while the mean is beyond it.", weights),
+        Chart(
+            "Multipliers", "What each constraint weighs. Grows while the mean is beyond its bound.", weights
+        ),
         Chart("Judges", "Share of images. No training ever saw these judges.", judged, "percent"),
         Chart("KL to the base model", "Nats an image.", [Line("kl_per_image", "KL")]),
         Chart("Entropy", "Nats a token. A fall to zero is collapse.", entropy),
