@@ -11,7 +11,7 @@ MODELS = ("scales", "quantizer", "vqvae", "var", "official", "zoo", "__init__")
 # From the ground up. "x.*" is the package x with all that is in it, free inside but for circles. A new file
 # has to be placed here, deliberately.
 FLOORS = (
-    ("errors", "records", "seeding", "metrics", "interrupt", "run_reader"),
+    ("errors", "records", "seeding", "metrics", "interrupt", "run_reader", "class_names"),
     ("policy", "objective", "advantages", "multipliers", "optimizer", *(f"models.{name}" for name in MODELS)),
     ("sampling", "log_probs", "pipeline", "rewards.*"),
     ("run_folder", "checkpoint", "rollout", "toy.*"),

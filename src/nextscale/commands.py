@@ -9,8 +9,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nextscale.class_names import find_class
 from nextscale.errors import ConfigError
-from nextscale.options import nearest
 from nextscale.records import suggest
 
 if TYPE_CHECKING:
@@ -170,22 +170,10 @@ def _labels(args: Namespace, pipe: "VARPipeline") -> list[int] | None:
     """The classes asked for, by number or name; None where none are."""
     if args.classes is None:
         return None
-    labels = [_label(word.strip(), pipe) for word in args.classes.split(",") if word.strip()]
+    words = [word.strip() for word in args.classes.split(",") if word.strip()]
+    labels = [find_class(word, pipe.class_names or (), pipe.num_classes) for word in words]
     pipe.conditions(labels)
     return labels
-
-
-def _label(word: str, pipe: "VARPipeline") -> int:
-    names = list(pipe.class_names or ())
-    if word in names:
-        return names.index(word)
-    if re.fullmatch(r"[-+]?\d+", word):
-        return int(word)
-    lowered = {name.lower(): name for name in names}
-    if word.lower() in lowered:
-        return names.index(lowered[word.lower()])
-    hint = nearest(word, names, f"give a name, or a number of 0 to {pipe.num_classes - 1}")
-    raise ConfigError(f"the model has no class '{word}'{hint}")
 
 
 def _sampling(args: Namespace, recipe: "Recipe | None") -> "SamplingConfig":
