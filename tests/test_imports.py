@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "nextscale"
 
-MODELS = ("scales", "quantizer", "vqvae", "var", "official", "zoo", "__init__")
+MODELS = ("scales", "quantizer", "vqvae", "var", "official", "hub", "zoo", "__init__")
 # From the ground up. "x.*" is the package x with all that is in it, free inside but for circles. A new file
 # has to be placed here, deliberately.
 FLOORS = (

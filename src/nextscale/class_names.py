@@ -29,7 +29,7 @@ def imagenet_names() -> tuple[str, ...]:
 
 
 def find_class(word: str, names: Sequence[str], num_classes: int) -> int:
-    """The class that a word stands for: a name, a number, or one of ImageNet's synonyms; case does not matter.
+    """The class that a word stands for: a name, a number, or one of ImageNet's synonyms, in any case.
 
     Args:
         names: of a model's classes; empty where they are unknown.

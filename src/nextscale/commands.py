@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from nextscale.pipeline import VARPipeline
     from nextscale.policy import SamplingConfig
 
-GUIDANCE = 1.5
 MAX_ROWS = 8  # of a grid, where no classes are asked for
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 
@@ -52,8 +51,7 @@ def sample(args: Namespace) -> int:
     labels = _labels(args, pipe)
     if labels is None:
         labels = list(range(min(pipe.num_classes, MAX_ROWS)))
-    sampling = {name: getattr(args, name) for name in ("guidance_scale", "top_k", "top_p", "temperature")}
-    out = pipe(labels, args.num_images, seed=args.seed, **sampling)
+    out = pipe(labels, args.num_images, seed=args.seed, **_sampling(args, None).model_dump())
     if args.separate:
         conditions = pipe.conditions(labels)
         for i, image in enumerate(out.pil()):
@@ -157,13 +155,8 @@ def _pipeline(args: Namespace) -> "VARPipeline":
 
     from nextscale.build import load_pipeline
 
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = load_pipeline(args.model)
-    try:
-        return pipe.to(name)
-    except (RuntimeError, AssertionError) as error:  # torch raises either, by device and build
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device '{name}' cannot be used: {reason}") from None
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return load_pipeline(args.model, args.vae, device=device)
 
 
 def _labels(args: Namespace, pipe: "VARPipeline") -> list[int] | None:
@@ -177,12 +170,11 @@ def _labels(args: Namespace, pipe: "VARPipeline") -> list[int] | None:
 
 
 def _sampling(args: Namespace, recipe: "Recipe | None") -> "SamplingConfig":
-    from nextscale.policy import SamplingConfig
+    from nextscale.models.zoo import recommended_sampling
 
-    given = {
-        name: getattr(args, name) for name in SamplingConfig.model_fields if getattr(args, name) is not None
-    }
-    return (recipe.sampling if recipe else SamplingConfig(guidance_scale=GUIDANCE)).replace(**given)
+    sampling = recipe.sampling if recipe else recommended_sampling(args.model)
+    given = {name: getattr(args, name) for name in type(sampling).model_fields}
+    return sampling.replace(**{name: value for name, value in given.items() if value is not None})
 
 
 def _rewards_of_words(words: list[str], clip: str | None) -> "dict[str, RewardConfig]":

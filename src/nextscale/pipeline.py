@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nextscale.class_names import imagenet_names
 from nextscale.errors import CheckpointError, ConfigError, NextscaleError
 from nextscale.models import official, zoo
 from nextscale.models.var import VAR, VARConfig
@@ -80,33 +81,65 @@ class VARPipeline:
         return self.transformer.pos_start.device
 
     def to(self, device: torch.device | str) -> "VARPipeline":
-        """Move both networks to a device; returns self."""
-        self.transformer.to(device)
-        self.tokenizer.to(device)
+        """Move both networks to a device; returns self.
+
+        Raises:
+            ConfigError: there is no such device.
+        """
+        try:
+            self.transformer.to(device)
+            self.tokenizer.to(device)
+        except (RuntimeError, AssertionError) as error:  # torch raises either, by device and build
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"device '{device}' cannot be used: {reason}") from None
         return self
 
     @classmethod
     def from_official(
-        cls, var: str | Path, vae: str | Path, dtype: torch.dtype = torch.float32
+        cls,
+        var: str | Path,
+        vae: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        class_names: Sequence[str] | None = None,
     ) -> "VARPipeline":
         """Load official checkpoints (`var_d16.pth`, `vae_ch160v4096z32.pth`); the tensors tell the sizes.
 
         Args:
             dtype: of the transformer; the tokenizer stays float32.
+            class_names: by default ImageNet's, where the model has 1000 classes: the files name none.
 
         Raises:
             CheckpointError: names the file and the first thing wrong with it.
+            ConfigError: another number of class names than of classes, or no such device.
         """
-        return cls(*official.load_official(var, vae, dtype))
+        transformer, tokenizer = official.load_official(var, vae, dtype)
+        if class_names is None and transformer.config.num_classes == len(imagenet_names()):
+            class_names = imagenet_names()
+        return cls(transformer, tokenizer, class_names).to(device)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, dtype: torch.dtype = torch.float32) -> "VARPipeline":
-        """Load a model by name ("toy") or from a folder that `save_pretrained` wrote.
+    def from_pretrained(
+        cls, name: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> "VARPipeline":
+        """Load a model by name.
+
+        Args:
+            name: "toy", or a published model such as "var-d16", which is taken from the hub's cache or
+                downloaded; a folder that `save_pretrained` wrote; or a hub repository ("owner/name") that
+                `push_to_hub` wrote.
+            dtype: of the transformer; the tokenizer stays float32.
 
         Raises:
-            CheckpointError: no such name or folder, or a file of it that cannot be used.
+            CheckpointError: no such model, it cannot be had, or a file of it cannot be used.
+            ConfigError: no such device.
         """
-        folder = zoo.folder_of(name)
+        if str(name) in zoo.OFFICIAL_MODELS:
+            return cls.from_official(*zoo.fetch_official(str(name)), dtype, device)
+        return cls._from_folder(zoo.folder_of(name), dtype).to(device)
+
+    @classmethod
+    def _from_folder(cls, folder: Path, dtype: torch.dtype) -> "VARPipeline":
         path = folder / "config.json"
         try:
             config = json.loads(path.read_text())
@@ -123,16 +156,10 @@ class VARPipeline:
         if config.get("format_version") != FORMAT_VERSION:
             found = config.get("format_version")
             raise CheckpointError(f"'{path}' has format_version {found}, expected {FORMAT_VERSION}")
-        transformer_path, tokenizer_path = (
-            folder / "transformer.safetensors",
-            folder / "tokenizer.safetensors",
+        transformer = official.load_strictly(
+            lambda: VAR(records[0]), folder / "transformer.safetensors", dtype
         )
-        transformer = official.build_strictly(
-            lambda: VAR(records[0]), official.read_state_dict(transformer_path), transformer_path, dtype
-        )
-        tokenizer = official.build_strictly(
-            lambda: VQVAE(records[1]), official.read_state_dict(tokenizer_path), tokenizer_path
-        )
+        tokenizer = official.load_strictly(lambda: VQVAE(records[1]), folder / "tokenizer.safetensors")
         try:
             return cls(transformer, tokenizer, config.get("class_names"))
         except (ConfigError, TypeError) as error:
