@@ -25,7 +25,7 @@ def find_cached(repository: str, names: Sequence[str]) -> Path | None:
 
 
 def download(repository: str, names: Sequence[str]) -> Path:
-    """The folder with the newest version of these files of a repository, as far as it has them.
+    """The folder with the newest version of these files of a repository.
 
     What is cached is not downloaded again, and stands in where the hub cannot be reached.
 
@@ -35,7 +35,11 @@ def download(repository: str, names: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(names)))
+        folder = Path(snapshot_download(repository, allow_patterns=list(names)))
     except Exception as error:  # whatever its transport raises, besides its own
         reason = re.split(r"\.\s|\n", str(error).strip())[0] or type(error).__name__
         raise CheckpointError(f"{url(repository)} cannot be had ({reason})") from None
+    for name in names:
+        if not (folder / name).is_file():  # not in the repository, or not in the cache that stood in for it
+            raise CheckpointError(f"{url(repository)} gave no {name}")
+    return folder

@@ -187,11 +187,6 @@ def folder_of(name: str | Path) -> Path:
             f"no model '{name}': it is neither a folder nor a known name{suggest(str(name), names)}"
         )
     try:
-        folder = hub.download(str(name), [*OWN_FILES, "README.md"])
+        return hub.download(str(name), OWN_FILES)
     except CheckpointError as error:
         raise CheckpointError(f"no model '{name}': there is no such folder, and {error}") from None
-    if not (folder / OWN_FILES[0]).is_file():
-        raise CheckpointError(
-            f"{hub.url(str(name))} holds no model that nextscale wrote: it has no {OWN_FILES[0]}"
-        )
-    return folder
