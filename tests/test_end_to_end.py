@@ -23,7 +23,7 @@ SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 def official(make_pipeline, tmp_path_factory):
     """Random checkpoints with d16's depth, scales, classes and codebook, but narrow: files and tensors."""
     codebook = dict(codebook_size=4096, codebook_width=32)
-    pipe = make_pipeline(depth=16, width=32, num_heads=16, num_classes=1000, scale_sizes=SCALES, **codebook)
+    pipe = make_pipeline(depth=16, width=32, num_heads=2, num_classes=1000, scale_sizes=SCALES, **codebook)
     return pipe.save_official(tmp_path_factory.mktemp("official"))
 
 
@@ -66,7 +66,9 @@ def test_from_official_files_to_official_files(official, clip, official_shapes, 
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [each["step"] for each in steps] == [1, 2] and all(each["grad_norm"] > 0 for each in steps)
     final = VARPipeline.from_pretrained(tmp_path / "run" / "final")
-    assert final.transformer.config == VARConfig(width=32) and final.class_names == imagenet_names()
+    assert (
+        final.transformer.config == VARConfig(width=32, num_heads=2) and final.class_names == imagenet_names()
+    )
     assert final.conditions([207])[0].text == "golden retriever"
 
     saved = final.save_official(tmp_path / "official")
