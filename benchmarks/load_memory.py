@@ -4,9 +4,9 @@
 
 Each measurement is a process of its own, on Linux. Counted is what the process holds beyond what it held
 after its imports, as a share of the two files: the peak of its resident memory (VmHWM, which counts mapped
-pages of the files too, though the system may drop these at any time), that of its own, anonymous part (RssAnon,
-sampled every 2 ms), and what stays resident. After loading, every tensor is read once, so that no page is left
-uncounted. The tokenizer stays float32.
+pages of the files too, though the system may drop these at any time), that of its own, anonymous part
+(RssAnon, sampled every 2 ms), and what stays resident. After loading, every tensor is read once, so that no
+page is left uncounted. The tokenizer stays float32.
 """
 
 import os
@@ -70,9 +70,8 @@ def measure(path: str, dtype: str) -> None:
 
 
 def main() -> None:
-    print(
-        f"Memory to load a model of VAR-d16's sizes, as a share of its files; torch {torch.__version__}, CPU:\n"
-    )
+    where = f"torch {torch.__version__}, CPU"
+    print(f"Memory to load a model of VAR-d16's sizes, as a share of its files; {where}:\n")
     print(ROW.format("format", "dtype", "files", "peak", "anonymous", "afterwards", "time"))
     print(ROW.format(*7 * ["---"]))
     sys.stdout.flush()

@@ -13,7 +13,7 @@ MODELS = ("scales", "quantizer", "vqvae", "var", "official", "hub", "zoo", "__in
 FLOORS = (
     ("errors", "records", "seeding", "metrics", "interrupt", "run_reader", "class_names"),
     ("policy", "objective", "advantages", "multipliers", "optimizer", *(f"models.{name}" for name in MODELS)),
-    ("sampling", "log_probs", "pipeline", "rewards.*"),
+    ("sampling", "log_probs", "model_card", "pipeline", "rewards.*"),
     ("run_folder", "checkpoint", "rollout", "toy.*"),
     ("evaluation", "report_text", "report_charts", "report", "grpo", "trainer", "ui"),
     ("config", "build", "recipes.*"),

@@ -1,4 +1,4 @@
-"""The command line: `nextscale train | sample | evaluate | report | toy`."""
+"""The command line: `nextscale train | sample | evaluate | report | export | toy`."""
 
 import os
 import sys
@@ -63,6 +63,7 @@ def _parser(lists_recipe_options: bool) -> Parser:
     _add_sample(subparsers)
     _add_evaluate(subparsers)
     _add_report(subparsers)
+    _add_export(subparsers)
     _add_toy(subparsers)
     return parser
 
@@ -157,6 +158,26 @@ def _add_report(subparsers: Any) -> None:
     parser = _add(subparsers, "report", commands.report, summary, examples)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="the folder of a run")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
+
+
+def _add_export(subparsers: Any) -> None:
+    examples = [
+        "export runs/toy-painting --output painter",
+        "export runs/mine --output mine --format official --dtype bfloat16",
+        "export runs/mine --output mine --push-to-hub owner/name --private",
+    ]
+    summary = "write a run's final model, or any other, with its model card, for others to load"
+    parser = _add(subparsers, "export", commands.export, summary, examples)
+    parser.add_argument("model", metavar="MODEL", help=f"the folder of a run, or {MODEL}")
+    _add_vae(parser)
+    parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="the folder to write")
+    text = "nextscale's own files, or those of VAR's official code (default: nextscale)"
+    parser.add_argument("--format", choices=("nextscale", "official"), default="nextscale", help=text)
+    text = "of the stored tensors (default: as they are)"
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help=text)
+    text = "push the folder to this repository of the hub too"
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help=text)
+    parser.add_argument("--private", action="store_true", help="a new repository is for its owner only")
 
 
 def _add_toy(subparsers: Any) -> None:

@@ -124,6 +124,29 @@ def report(args: Namespace) -> int:
     return 0
 
 
+def export(args: Namespace) -> int:
+    import torch
+
+    from nextscale.build import load_pipeline
+    from nextscale.model_card import write_model_card
+    from nextscale.models import hub
+    from nextscale.run_folder import find_run
+
+    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+        raise ConfigError(f"'{args.output}' exists and is no empty folder: choose another --output")
+    run, model = find_run(args.model)
+    pipe = load_pipeline(model, args.vae)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    save = pipe.save_official if args.format == "official" else pipe.save_pretrained
+    save(args.output, dtype)
+    is_official = args.format == "official"
+    write_model_card(args.output, run, base=pipe.source, repository=args.push_to_hub, is_official=is_official)
+    print(args.output)
+    if args.push_to_hub:
+        print(hub.upload(args.push_to_hub, args.output, args.private))
+    return 0
+
+
 def toy_show(args: Namespace) -> int:
     import torch
     from einops import rearrange

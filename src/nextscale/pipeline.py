@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from PIL import Image
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from nextscale.class_names import imagenet_names
 from nextscale.errors import CheckpointError, ConfigError, NextscaleError
-from nextscale.models import official, zoo
+from nextscale.model_card import write_model_card
+from nextscale.models import hub, official, zoo
 from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
 from nextscale.policy import SamplingConfig
@@ -58,11 +60,13 @@ class VARPipeline:
         transformer: the VAR; the part that is fine-tuned.
         tokenizer: the VQVAE; always frozen.
         class_names: the name of each class, or None where they are unknown.
+        source: the name or path it was loaded by, or None.
     """
 
     def __init__(self, transformer: VAR, tokenizer: VQVAE, class_names: Sequence[str] | None = None) -> None:
         self.transformer = transformer.eval()
         self.tokenizer = tokenizer.eval().requires_grad_(False)
+        self.source: str | None = None
         self.class_names = None if class_names is None else tuple(class_names)
         num_classes = transformer.config.num_classes
         if self.class_names is not None and len(self.class_names) != num_classes:
@@ -116,7 +120,9 @@ class VARPipeline:
         transformer, tokenizer = official.load_official(var, vae, dtype)
         if class_names is None and transformer.config.num_classes == len(imagenet_names()):
             class_names = imagenet_names()
-        return cls(transformer, tokenizer, class_names).to(device)
+        pipe = cls(transformer, tokenizer, class_names)
+        pipe.source = str(var)
+        return pipe.to(device)
 
     @classmethod
     def from_pretrained(
@@ -136,7 +142,9 @@ class VARPipeline:
         """
         if str(name) in zoo.OFFICIAL_MODELS:
             return cls.from_official(*zoo.fetch_official(str(name)), dtype, device)
-        return cls._from_folder(zoo.folder_of(name), dtype).to(device)
+        pipe = cls._from_folder(zoo.folder_of(name), dtype)
+        pipe.source = str(name)
+        return pipe.to(device)
 
     @classmethod
     def _from_folder(cls, folder: Path, dtype: torch.dtype) -> "VARPipeline":
@@ -174,14 +182,10 @@ class VARPipeline:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, model in (("transformer", self.transformer), ("tokenizer", self.tokenizer)):
-            state = {}
-            for key, value in model.state_dict().items():
-                value = value.detach().cpu()
-                state[key] = value.to(dtype) if dtype and value.is_floating_point() else value
             path = folder / f"{name}.safetensors"
             # Aside, then renamed: the file this very model was loaded from may still be mapped into memory.
             aside = path.with_suffix(".writing")
-            save_file({key: value.contiguous() for key, value in state.items()}, aside)
+            save_file(official.stored_state_dict(model, dtype), aside)
             aside.replace(path)
         config = {
             "format_version": FORMAT_VERSION,
@@ -192,9 +196,37 @@ class VARPipeline:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         return folder
 
-    def save_official(self, folder: str | Path) -> tuple[Path, Path]:
-        """Write `var.pth` and `vae.pth` for the official code; returns their paths."""
-        return official.save_official(self.transformer, self.tokenizer, folder)
+    def save_official(self, folder: str | Path, dtype: torch.dtype | None = None) -> tuple[Path, Path]:
+        """Write `var.pth` and `vae.pth` for the official code; returns their paths.
+
+        Args:
+            dtype: of the stored floating-point tensors; by default each tensor's own.
+        """
+        return official.save_official(self.transformer, self.tokenizer, folder, dtype)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        run: str | Path | None = None,
+        private: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> str:
+        """Push the model with a model card to a hub repository ("owner/name"); returns its page.
+
+        Args:
+            run: the folder of the run that trained it, for the card.
+            private: whether a new repository is for its owner only.
+            dtype: of the stored floating-point tensors; by default each tensor's own.
+
+        Raises:
+            CheckpointError: the hub does not take it.
+            ConfigError: `run` is no run folder.
+        """
+        with TemporaryDirectory() as name:
+            folder = self.save_pretrained(name, dtype)
+            write_model_card(folder, Path(run) if run else None, base=self.source, repository=repo_id)
+            return hub.upload(repo_id, folder, private)
 
     def conditions(self, labels: Sequence[int]) -> list[Condition]:
         """The conditions of these class labels.

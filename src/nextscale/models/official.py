@@ -198,14 +198,25 @@ def load_official(
     return transformer, tokenizer
 
 
-def save_official(transformer: nn.Module, tokenizer: nn.Module, folder: str | Path) -> tuple[Path, Path]:
+def stored_state_dict(model: nn.Module, dtype: torch.dtype | None = None) -> StateDict:
+    """A model's tensors as they are written: contiguous, on the CPU, the floating-point ones in `dtype`."""
+    state = {}
+    for key, value in model.state_dict().items():
+        value = value.detach().cpu().contiguous()
+        state[key] = value.to(dtype) if dtype and value.is_floating_point() else value
+    return state
+
+
+def save_official(
+    transformer: nn.Module, tokenizer: nn.Module, folder: str | Path, dtype: torch.dtype | None = None
+) -> tuple[Path, Path]:
     """Write `var.pth` and `vae.pth`, state dicts as the official code loads them; returns their paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "var.pth", folder / "vae.pth"
     for model, path in zip((transformer, tokenizer), paths, strict=True):
         aside = path.with_suffix(".writing")  # the file this very model was loaded from may still be mapped
-        torch.save({key: value.detach().cpu() for key, value in model.state_dict().items()}, aside)
+        torch.save(stored_state_dict(model, dtype), aside)
         aside.replace(path)
     return paths
 

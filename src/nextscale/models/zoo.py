@@ -1,7 +1,6 @@
 """Models by name: where their files lie, what is known of them, and how to get them."""
 
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,6 +115,14 @@ OFFICIAL_MODELS = {
 """Name of a published model to what is known of it."""
 
 
+def find_official(source: str | None) -> str | None:
+    """The name of the published model that was loaded from `source`: its name, or the path of its file."""
+    if source is None or source in OFFICIAL_MODELS:
+        return source
+    files = {model.transformer.name: name for name, model in OFFICIAL_MODELS.items()}
+    return files.get(Path(source).name)
+
+
 def recommended_sampling(name: str) -> SamplingConfig:
     """How a model's images are drawn where nothing else is said."""
     return OFFICIAL_MODELS[name].sampling if name in OFFICIAL_MODELS else SamplingConfig(guidance_scale=1.5)
@@ -182,7 +189,7 @@ def folder_of(name: str | Path) -> Path:
         raise CheckpointError(
             f"'{name}' holds several models: name one of {', '.join(OFFICIAL_MODELS)} instead"
         )
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(name)):
+    if not hub.is_repository(str(name)):
         raise CheckpointError(
             f"no model '{name}': it is neither a folder nor a known name{suggest(str(name), names)}"
         )
