@@ -109,7 +109,18 @@ def metrics(folder):
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["train"], ["sample"], ["evaluate"], ["report"], ["toy"], ["toy", "show"], ["toy", "train"]]
+    "words",
+    [
+        [],
+        ["train"],
+        ["sample"],
+        ["evaluate"],
+        ["report"],
+        ["export"],
+        ["toy"],
+        ["toy", "show"],
+        ["toy", "train"],
+    ],
 )
 def test_help(words, capsys):
     with pytest.raises(SystemExit) as caught:
