@@ -11,7 +11,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -45,6 +45,7 @@ def read_state_dict(
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no file '{path}': give the path of a checkpoint")
+    content: Any
     try:
         if path.suffix == ".safetensors":
             content = load_file(path) if dtype == torch.float32 else _read_each(path, dtype)
