@@ -303,6 +303,22 @@ def test_a_folder_that_already_holds_a_run(folder, trained, fails):
     )
 
 
+def test_a_model_of_two_official_files(folder, make_pipeline, tmp_path, capsys, fails):
+    var, vae = map(str, make_pipeline(class_names=NAMES).save_official(tmp_path / "official"))
+    words = ["train", str(folder / "recipe.yaml"), "--run.output_dir", str(tmp_path / "run"), "--dry-run"]
+    assert main([*words, "--model", var, "--vae", vae]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["model"], printed["vae"]) == (var, vae)
+    assert "vae has no effect on" in fails(*words, "--vae", vae)
+    assert "is not a checkpoint" in fails(*words, "--model", folder / "rewards.py", "--vae", vae)
+    words = ["--recipe", str(folder / "recipe.yaml"), "--num-images", "8", "--json"]
+    figures = []
+    for model in ([var, "--vae", vae], [str(folder / "model")]):
+        assert main(["evaluate", *model, *words]) == 0
+        figures.append(json.loads(capsys.readouterr().out))
+    assert figures[0] == figures[1]
+
+
 def test_overwriting_a_run(folder, tmp_path, capsys):
     words = ["train", str(folder / "recipe.yaml"), "--run.output_dir", str(tmp_path / "run")]
     assert main([*words, "--run.max_steps", "2"]) == 0
