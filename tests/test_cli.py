@@ -110,7 +110,18 @@ def metrics(folder):
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["train"], ["sample"], ["evaluate"], ["report"], ["toy"], ["toy", "show"], ["toy", "train"]]
+    "words",
+    [
+        [],
+        ["train"],
+        ["sample"],
+        ["evaluate"],
+        ["report"],
+        ["export"],
+        ["toy"],
+        ["toy", "show"],
+        ["toy", "train"],
+    ],
 )
 def test_help(words, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -292,6 +303,22 @@ def test_a_folder_that_already_holds_a_run(folder, trained, fails):
     assert "exclude each other" in fails(
         "train", folder / "recipe.yaml", "--run.resume", "auto", "--run.overwrite"
     )
+
+
+def test_a_model_of_two_official_files(folder, make_pipeline, tmp_path, capsys, fails):
+    var, vae = map(str, make_pipeline(class_names=NAMES).save_official(tmp_path / "official"))
+    words = ["train", str(folder / "recipe.yaml"), "--run.output_dir", str(tmp_path / "run"), "--dry-run"]
+    assert main([*words, "--model", var, "--vae", vae]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["model"], printed["vae"]) == (var, vae)
+    assert "vae has no effect on" in fails(*words, "--vae", vae)
+    assert "is not a checkpoint" in fails(*words, "--model", folder / "rewards.py", "--vae", vae)
+    words = ["--recipe", str(folder / "recipe.yaml"), "--num-images", "8", "--json"]
+    figures = []
+    for model in ([var, "--vae", vae], [str(folder / "model")]):
+        assert main(["evaluate", *model, *words]) == 0
+        figures.append(json.loads(capsys.readouterr().out))
+    assert figures[0] == figures[1]
 
 
 def test_overwriting_a_run(folder, tmp_path, capsys):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "nextscale"
 
-MODELS = ("scales", "quantizer", "vqvae", "var", "official", "zoo", "__init__")
+MODELS = ("scales", "quantizer", "vqvae", "var", "official", "hub", "zoo", "__init__")
 # From the ground up. "x.*" is the package x with all that is in it, free inside but for circles. A new file
 # has to be placed here, deliberately.
 FLOORS = (
-    ("errors", "records", "seeding", "metrics", "interrupt", "run_reader"),
+    ("errors", "records", "seeding", "metrics", "interrupt", "run_reader", "class_names"),
     (
         "policy",
         "objective",
@@ -21,7 +21,7 @@ FLOORS = (
         "optimizer",
         *(f"models.{name}" for name in MODELS),
     ),
-    ("sampling", "log_probs", "pipeline", "rewards.*"),
+    ("sampling", "log_probs", "model_card", "pipeline", "rewards.*"),
     ("run_folder", "checkpoint", "rollout", "toy.*"),
     ("evaluation", "report_text", "hacking", "report_charts", "report", "grpo", "trainer", "ui"),
     ("config", "build", "recipes.*"),

@@ -219,6 +219,27 @@ def test_official_and_own_format_hold_the_same_model(tiny_pipeline, tmp_path):
     assert torch.equal(own([1, 2], 3).images, official([1, 2], 3).images)
 
 
+def test_official_files_take_class_names_and_a_device(tiny_pipeline, tmp_path):
+    files = tiny_pipeline.save_official(tmp_path)
+    assert VARPipeline.from_official(*files).class_names is None  # the files name none
+    pipe = VARPipeline.from_official(*files, device="meta", class_names=FISH)
+    assert pipe.class_names == tuple(FISH) and pipe.device.type == "meta"
+    assert (
+        VARPipeline.from_pretrained(tiny_pipeline.save_pretrained(tmp_path), device="meta").device.type
+        == "meta"
+    )
+    with pytest.raises(ConfigError, match="4 classes, got 1 class names"):
+        VARPipeline.from_official(*files, class_names=["fish"])
+    with pytest.raises(ConfigError, match="device 'abacus' cannot be used"):
+        VARPipeline.from_official(*files, device="abacus")
+
+
+def test_official_files_stored_in_bfloat16(tiny_pipeline, tmp_path):
+    var, _ = tiny_pipeline.save_official(tmp_path, torch.bfloat16)
+    stored = torch.load(var, weights_only=True)
+    assert stored["head.weight"].dtype == torch.bfloat16 and stored["lvl_1L"].dtype == torch.int64
+
+
 # Folders that cannot be loaded
 
 

@@ -44,13 +44,19 @@ class Parts:
 
 def build_pipeline(recipe: Recipe) -> VARPipeline:
     """The model that the recipe fine-tunes."""
-    return load_pipeline(recipe.model)
+    return load_pipeline(recipe.model, recipe.vae)
 
 
-def load_pipeline(name: str) -> VARPipeline:
-    """A model by name or folder; the error knows of run folders."""
+def load_pipeline(
+    name: str, vae: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> VARPipeline:
+    """A model as `Recipe.model` and `Recipe.vae` name it; the error knows of run folders."""
+    if vae is not None and not Path(name).is_file():
+        raise ConfigError(f"vae has no effect on '{name}', which is no file: give a transformer's, or no vae")
     try:
-        return VARPipeline.from_pretrained(name)
+        if vae is not None:
+            return VARPipeline.from_official(name, vae, dtype, device)
+        return VARPipeline.from_pretrained(name, dtype, device)
     except CheckpointError as error:
         if (Path(name) / "final" / "config.json").is_file():
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The command line: `nextscale train | sample | evaluate | report | toy`."""
+"""The command line: `nextscale train | sample | evaluate | report | export | toy`."""
 
 import os
 import sys
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from nextscale import __version__, commands
-from nextscale.commands import GUIDANCE, INTERRUPTED, MAX_ROWS
+from nextscale.commands import INTERRUPTED, MAX_ROWS
 from nextscale.errors import NextscaleError
 from nextscale.options import Parser, list_recipe_options, take_overrides
 
-MODEL = '"toy", or a folder that nextscale wrote'
+MODEL = '"toy", a published model such as "var-d16", or a folder or hub repository that nextscale wrote'
 CLASS_LIST = "names or numbers, separated by commas"
 
 
@@ -63,6 +63,7 @@ def _parser(lists_recipe_options: bool) -> Parser:
     _add_sample(subparsers)
     _add_evaluate(subparsers)
     _add_report(subparsers)
+    _add_export(subparsers)
     _add_toy(subparsers)
     return parser
 
@@ -95,12 +96,15 @@ def _add_sample(subparsers: Any) -> None:
         "sample",
         "sample --model runs/toy-painting/final --classes star,3 --num-images 8 --output stars.png",
         "sample --classes fish --num-images 100 --separate fish",
+        'sample --model var-d16 --classes "golden retriever,88"',
+        "sample --model var_d16.pth --vae vae_ch160v4096z32.pth --classes volcano",
     ]
     parser = _add(subparsers, "sample", commands.sample, "draw images from a model", examples)
     parser.option("--model", str, MODEL, "toy")
+    _add_vae(parser)
     parser.option("--classes", str, CLASS_LIST, shown=f"the first {MAX_ROWS}")
     parser.option("--num-images", int, "images of a class", 4)
-    _add_drawing_options(parser, has_recipe=False)
+    _add_drawing_options(parser, "recommended for the model")
     parser.option("--output", Path, "one picture with a row for each class", shown="samples.png")
     parser.option("--separate", Path, "a folder for each image in a file of its own")
 
@@ -115,6 +119,7 @@ def _add_evaluate(subparsers: Any) -> None:
     summary = "score a model with rewards, judges and diversity on fixed seeds"
     parser = _add(subparsers, "evaluate", commands.evaluate, summary, examples)
     parser.add_argument("model", metavar="MODEL", help=MODEL)
+    _add_vae(parser)
     which = parser.add_mutually_exclusive_group()
     text = "its rewards and its sampling (default for the miniature world: toy-combined)"
     which.add_argument("--recipe", metavar="RECIPE", help=text)
@@ -123,27 +128,26 @@ def _add_evaluate(subparsers: Any) -> None:
     parser.option("--clip", str, "the CLIP of the rewards given by --reward, and of the diversity")
     parser.option("--classes", str, CLASS_LIST, shown="those of the recipe, or all")
     parser.option("--num-images", int, "at least", 512)
-    _add_drawing_options(parser, has_recipe=True)
+    _add_drawing_options(parser, "the recipe's, or recommended for the model")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.option("--output", Path, "write JSON to a file as well")
 
 
-def _add_drawing_options(parser: Parser, has_recipe: bool) -> None:
-    """How images are drawn; None leaves it to the recipe."""
+def _add_vae(parser: Parser) -> None:
+    text = "the tokenizer's file, where the model is a file such as var_d16.pth"
+    parser.option("--vae", str, text)
+
+
+def _add_drawing_options(parser: Parser, otherwise: str) -> None:
+    """How images are drawn; None leaves it to the recipe or the model."""
     options = (
-        (
-            "--guidance-scale",
-            float,
-            "classifier-free guidance at the last scale; 0 switches it off",
-            GUIDANCE,
-        ),
-        ("--temperature", float, "divides the logits", 1.0),
-        ("--top-k", int, "keep the k likeliest tokens; 0 keeps all", 0),
-        ("--top-p", float, "keep the likeliest tokens that hold this share; 1 keeps all", 1.0),
+        ("--guidance-scale", float, "classifier-free guidance at the last scale; 0 switches it off"),
+        ("--temperature", float, "divides the logits"),
+        ("--top-k", int, "keep the k likeliest tokens; 0 keeps all"),
+        ("--top-p", float, "keep the likeliest tokens that hold this share; 1 keeps all"),
     )
-    for name, kind, text, default in options:
-        shown = f"the recipe's, or {default}" if has_recipe else None
-        parser.option(name, kind, text, None if has_recipe else default, shown)
+    for name, kind, text in options:
+        parser.option(name, kind, text, shown=otherwise)
     parser.option("--seed", int, "of the images", 0)
     parser.option("--device", str, "such as cpu or cuda", shown="cuda where there is one")
 
@@ -154,6 +158,26 @@ def _add_report(subparsers: Any) -> None:
     parser = _add(subparsers, "report", commands.report, summary, examples)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="the folder of a run")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
+
+
+def _add_export(subparsers: Any) -> None:
+    examples = [
+        "export runs/toy-painting --output painter",
+        "export runs/mine --output mine --format official --dtype bfloat16",
+        "export runs/mine --output mine --push-to-hub owner/name --private",
+    ]
+    summary = "write a run's final model, or any other, with its model card, for others to load"
+    parser = _add(subparsers, "export", commands.export, summary, examples)
+    parser.add_argument("model", metavar="MODEL", help=f"the folder of a run, or {MODEL}")
+    _add_vae(parser)
+    parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="the folder to write")
+    text = "nextscale's own files, or those of VAR's official code (default: nextscale)"
+    parser.add_argument("--format", choices=("nextscale", "official"), default="nextscale", help=text)
+    text = "of the stored tensors (default: as they are)"
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help=text)
+    text = "push the folder to this repository of the hub too"
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help=text)
+    parser.add_argument("--private", action="store_true", help="a new repository is for its owner only")
 
 
 def _add_toy(subparsers: Any) -> None:

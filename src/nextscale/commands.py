@@ -9,8 +9,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nextscale.class_names import find_class
 from nextscale.errors import ConfigError
-from nextscale.options import nearest
 from nextscale.records import suggest
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from nextscale.pipeline import VARPipeline
     from nextscale.policy import SamplingConfig
 
-GUIDANCE = 1.5
 MAX_ROWS = 8  # of a grid, where no classes are asked for
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 
@@ -52,8 +51,7 @@ def sample(args: Namespace) -> int:
     labels = _labels(args, pipe)
     if labels is None:
         labels = list(range(min(pipe.num_classes, MAX_ROWS)))
-    sampling = {name: getattr(args, name) for name in ("guidance_scale", "top_k", "top_p", "temperature")}
-    out = pipe(labels, args.num_images, seed=args.seed, **sampling)
+    out = pipe(labels, args.num_images, seed=args.seed, **_sampling(args, None).model_dump())
     if args.separate:
         conditions = pipe.conditions(labels)
         for i, image in enumerate(out.pil()):
@@ -126,6 +124,29 @@ def report(args: Namespace) -> int:
     return 0
 
 
+def export(args: Namespace) -> int:
+    import torch
+
+    from nextscale.build import load_pipeline
+    from nextscale.model_card import write_model_card
+    from nextscale.models import hub
+    from nextscale.run_folder import find_run
+
+    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+        raise ConfigError(f"'{args.output}' exists and is no empty folder: choose another --output")
+    run, model = find_run(args.model)
+    pipe = load_pipeline(model, args.vae)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    save = pipe.save_official if args.format == "official" else pipe.save_pretrained
+    save(args.output, dtype)
+    is_official = args.format == "official"
+    write_model_card(args.output, run, base=pipe.source, repository=args.push_to_hub, is_official=is_official)
+    print(args.output)
+    if args.push_to_hub:
+        print(hub.upload(args.push_to_hub, args.output, args.private))
+    return 0
+
+
 def toy_show(args: Namespace) -> int:
     import torch
     from einops import rearrange
@@ -157,44 +178,26 @@ def _pipeline(args: Namespace) -> "VARPipeline":
 
     from nextscale.build import load_pipeline
 
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = load_pipeline(args.model)
-    try:
-        return pipe.to(name)
-    except (RuntimeError, AssertionError) as error:  # torch raises either, by device and build
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device '{name}' cannot be used: {reason}") from None
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return load_pipeline(args.model, args.vae, device=device)
 
 
 def _labels(args: Namespace, pipe: "VARPipeline") -> list[int] | None:
     """The classes asked for, by number or name; None where none are."""
     if args.classes is None:
         return None
-    labels = [_label(word.strip(), pipe) for word in args.classes.split(",") if word.strip()]
+    words = [word.strip() for word in args.classes.split(",") if word.strip()]
+    labels = [find_class(word, pipe.class_names or (), pipe.num_classes) for word in words]
     pipe.conditions(labels)
     return labels
 
 
-def _label(word: str, pipe: "VARPipeline") -> int:
-    names = list(pipe.class_names or ())
-    if word in names:
-        return names.index(word)
-    if re.fullmatch(r"[-+]?\d+", word):
-        return int(word)
-    lowered = {name.lower(): name for name in names}
-    if word.lower() in lowered:
-        return names.index(lowered[word.lower()])
-    hint = nearest(word, names, f"give a name, or a number of 0 to {pipe.num_classes - 1}")
-    raise ConfigError(f"the model has no class '{word}'{hint}")
-
-
 def _sampling(args: Namespace, recipe: "Recipe | None") -> "SamplingConfig":
-    from nextscale.policy import SamplingConfig
+    from nextscale.models.zoo import recommended_sampling
 
-    given = {
-        name: getattr(args, name) for name in SamplingConfig.model_fields if getattr(args, name) is not None
-    }
-    return (recipe.sampling if recipe else SamplingConfig(guidance_scale=GUIDANCE)).replace(**given)
+    sampling = recipe.sampling if recipe else recommended_sampling(args.model)
+    given = {name: getattr(args, name) for name in type(sampling).model_fields}
+    return sampling.replace(**{name: value for name, value in given.items() if value is not None})
 
 
 def _rewards_of_words(words: list[str], clip: str | None) -> "dict[str, RewardConfig]":

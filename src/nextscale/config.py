@@ -124,7 +124,10 @@ class Recipe(Record):
     description: str = ""
     """What the run shows; stands at the top of its report."""
     model: str = "toy"
-    """The model to fine-tune: "toy", or a folder that nextscale wrote."""
+    """The model to fine-tune: "toy", a published one such as "var-d16", a folder or hub repository that
+    nextscale wrote, or, with `vae`, the file of a transformer such as var_d16.pth."""
+    vae: str | None = None
+    """The tokenizer's file, where the model is a file."""
     sampling: SamplingConfig = SamplingConfig()
     rewards: dict[str, RewardConfig] = Field(min_length=1)
     grpo: GRPOConfig = GRPOConfig()

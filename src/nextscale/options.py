@@ -9,6 +9,9 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 from nextscale.errors import ConfigError
 from nextscale.records import Record, suggest
 
+TOP_KEYS = ("model", "vae", "description")
+"""The keys of a recipe that are no section."""
+
 
 class Parser(argparse.ArgumentParser):
     """Raises one sentence instead of printing the whole usage; knows no abbreviations."""
@@ -65,7 +68,7 @@ def list_recipe_options(parser: Parser) -> None:
     top = parser.add_argument_group(
         "recipe", "Any key can be overridden; values are YAML, and a hyphen in a key equals an underscore."
     )
-    for name in ("model", "description"):
+    for name in TOP_KEYS:
         _list_option(top, name, name, Recipe)
     for section, record in SECTIONS.items():
         group = parser.add_argument_group(section, record.__doc__)
@@ -109,7 +112,7 @@ def take_overrides(words: list[str]) -> tuple[list[str], dict[str, str]]:
     queue = deque(words)
     while queue:
         word = queue.popleft()
-        match = re.fullmatch(r"--(model|description|\w[\w-]*\..*?)(?:=(.*))?", word, re.DOTALL)
+        match = re.fullmatch(rf"--({'|'.join(TOP_KEYS)}|\w[\w-]*\..*?)(?:=(.*))?", word, re.DOTALL)
         if match is None:
             rest.append(word)
             continue

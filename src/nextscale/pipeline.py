@@ -7,14 +7,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nextscale.class_names import imagenet_names
 from nextscale.errors import CheckpointError, ConfigError, NextscaleError
-from nextscale.models import official, zoo
+from nextscale.model_card import write_model_card
+from nextscale.models import hub, official, zoo
 from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
 from nextscale.policy import SamplingConfig
@@ -57,11 +60,13 @@ class VARPipeline:
         transformer: the VAR; the part that is fine-tuned.
         tokenizer: the VQVAE; always frozen.
         class_names: the name of each class, or None where they are unknown.
+        source: the name or path it was loaded by, or None.
     """
 
     def __init__(self, transformer: VAR, tokenizer: VQVAE, class_names: Sequence[str] | None = None) -> None:
         self.transformer = transformer.eval()
         self.tokenizer = tokenizer.eval().requires_grad_(False)
+        self.source: str | None = None
         self.class_names = None if class_names is None else tuple(class_names)
         num_classes = transformer.config.num_classes
         if self.class_names is not None and len(self.class_names) != num_classes:
@@ -80,33 +85,69 @@ class VARPipeline:
         return self.transformer.pos_start.device
 
     def to(self, device: torch.device | str) -> "VARPipeline":
-        """Move both networks to a device; returns self."""
-        self.transformer.to(device)
-        self.tokenizer.to(device)
+        """Move both networks to a device; returns self.
+
+        Raises:
+            ConfigError: there is no such device.
+        """
+        try:
+            self.transformer.to(device)
+            self.tokenizer.to(device)
+        except (RuntimeError, AssertionError) as error:  # torch raises either, by device and build
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"device '{device}' cannot be used: {reason}") from None
         return self
 
     @classmethod
     def from_official(
-        cls, var: str | Path, vae: str | Path, dtype: torch.dtype = torch.float32
+        cls,
+        var: str | Path,
+        vae: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        class_names: Sequence[str] | None = None,
     ) -> "VARPipeline":
         """Load official checkpoints (`var_d16.pth`, `vae_ch160v4096z32.pth`); the tensors tell the sizes.
 
         Args:
             dtype: of the transformer; the tokenizer stays float32.
+            class_names: by default ImageNet's, where the model has 1000 classes: the files name none.
 
         Raises:
             CheckpointError: names the file and the first thing wrong with it.
+            ConfigError: another number of class names than of classes, or no such device.
         """
-        return cls(*official.load_official(var, vae, dtype))
+        transformer, tokenizer = official.load_official(var, vae, dtype)
+        if class_names is None and transformer.config.num_classes == len(imagenet_names()):
+            class_names = imagenet_names()
+        pipe = cls(transformer, tokenizer, class_names)
+        pipe.source = str(var)
+        return pipe.to(device)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, dtype: torch.dtype = torch.float32) -> "VARPipeline":
-        """Load a model by name ("toy") or from a folder that `save_pretrained` wrote.
+    def from_pretrained(
+        cls, name: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> "VARPipeline":
+        """Load a model by name.
+
+        Args:
+            name: "toy", or a published model such as "var-d16", which is taken from the hub's cache or
+                downloaded; a folder that `save_pretrained` wrote; or a hub repository ("owner/name") that
+                `push_to_hub` wrote.
+            dtype: of the transformer; the tokenizer stays float32.
 
         Raises:
-            CheckpointError: no such name or folder, or a file of it that cannot be used.
+            CheckpointError: no such model, it cannot be had, or a file of it cannot be used.
+            ConfigError: no such device.
         """
-        folder = zoo.folder_of(name)
+        if str(name) in zoo.OFFICIAL_MODELS:
+            return cls.from_official(*zoo.fetch_official(str(name)), dtype, device)
+        pipe = cls._from_folder(zoo.folder_of(name), dtype)
+        pipe.source = str(name)
+        return pipe.to(device)
+
+    @classmethod
+    def _from_folder(cls, folder: Path, dtype: torch.dtype) -> "VARPipeline":
         path = folder / "config.json"
         try:
             config = json.loads(path.read_text())
@@ -123,16 +164,10 @@ class VARPipeline:
         if config.get("format_version") != FORMAT_VERSION:
             found = config.get("format_version")
             raise CheckpointError(f"'{path}' has format_version {found}, expected {FORMAT_VERSION}")
-        transformer_path, tokenizer_path = (
-            folder / "transformer.safetensors",
-            folder / "tokenizer.safetensors",
+        transformer = official.load_strictly(
+            lambda: VAR(records[0]), folder / "transformer.safetensors", dtype
         )
-        transformer = official.build_strictly(
-            lambda: VAR(records[0]), official.read_state_dict(transformer_path), transformer_path, dtype
-        )
-        tokenizer = official.build_strictly(
-            lambda: VQVAE(records[1]), official.read_state_dict(tokenizer_path), tokenizer_path
-        )
+        tokenizer = official.load_strictly(lambda: VQVAE(records[1]), folder / "tokenizer.safetensors")
         try:
             return cls(transformer, tokenizer, config.get("class_names"))
         except (ConfigError, TypeError) as error:
@@ -147,14 +182,10 @@ class VARPipeline:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, model in (("transformer", self.transformer), ("tokenizer", self.tokenizer)):
-            state = {}
-            for key, value in model.state_dict().items():
-                value = value.detach().cpu()
-                state[key] = value.to(dtype) if dtype and value.is_floating_point() else value
             path = folder / f"{name}.safetensors"
             # Aside, then renamed: the file this very model was loaded from may still be mapped into memory.
             aside = path.with_suffix(".writing")
-            save_file({key: value.contiguous() for key, value in state.items()}, aside)
+            save_file(official.stored_state_dict(model, dtype), aside)
             aside.replace(path)
         config = {
             "format_version": FORMAT_VERSION,
@@ -165,9 +196,37 @@ class VARPipeline:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         return folder
 
-    def save_official(self, folder: str | Path) -> tuple[Path, Path]:
-        """Write `var.pth` and `vae.pth` for the official code; returns their paths."""
-        return official.save_official(self.transformer, self.tokenizer, folder)
+    def save_official(self, folder: str | Path, dtype: torch.dtype | None = None) -> tuple[Path, Path]:
+        """Write `var.pth` and `vae.pth` for the official code; returns their paths.
+
+        Args:
+            dtype: of the stored floating-point tensors; by default each tensor's own.
+        """
+        return official.save_official(self.transformer, self.tokenizer, folder, dtype)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        run: str | Path | None = None,
+        private: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> str:
+        """Push the model with a model card to a hub repository ("owner/name"); returns its page.
+
+        Args:
+            run: the folder of the run that trained it, for the card.
+            private: whether a new repository is for its owner only.
+            dtype: of the stored floating-point tensors; by default each tensor's own.
+
+        Raises:
+            CheckpointError: the hub does not take it.
+            ConfigError: `run` is no run folder.
+        """
+        with TemporaryDirectory() as name:
+            folder = self.save_pretrained(name, dtype)
+            write_model_card(folder, Path(run) if run else None, base=self.source, repository=repo_id)
+            return hub.upload(repo_id, folder, private)
 
     def conditions(self, labels: Sequence[int]) -> list[Condition]:
         """The conditions of these class labels.

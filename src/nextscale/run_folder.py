@@ -87,3 +87,17 @@ class RunFolder:
         to_pil(grid)[0].save(folder / f"step-{step:06d}.png")
         index = {"classes": row_names, "num_columns": images.shape[1]}
         (folder / "index.json").write_text(json.dumps(index) + "\n")
+
+
+def find_run(source: str) -> tuple[Path | None, str]:
+    """The run that trained a model, and the model, where `source` names a run's folder or its final model.
+
+    Returns:
+        (None, source) where it names neither.
+    """
+    path = Path(source)
+    for run in (path, path.parent):
+        is_named = path == run or path.name == "final"
+        if is_named and (run / "metrics.jsonl").is_file() and (run / "final" / "config.json").is_file():
+            return run, str(run / "final")
+    return None, source

@@ -29,6 +29,7 @@ from nextscale.grpo import GRPOConfig, GRPOLoss
 from nextscale.hacking import HackingWatch
 from nextscale.interrupt import StopOnInterrupt
 from nextscale.metrics import Means
+from nextscale.model_card import write_model_card
 from nextscale.models.var import VAR
 from nextscale.optimizer import OptimizerConfig, make_optimizer
 from nextscale.pipeline import VARPipeline
@@ -127,7 +128,7 @@ class GRPOTrainer:
         self._check_options()
         self.folder = RunFolder(Path(self.run.output_dir), self.accelerator.is_main_process)
         self.folder.open(
-            self._default_config() if config_yaml is None else config_yaml,
+            self._default_config(pipe.source) if config_yaml is None else config_yaml,
             resume=bool(self.run.resume),
             overwrite=self.run.overwrite,
         )
@@ -154,8 +155,9 @@ class GRPOTrainer:
                 "measures it: set run.eval_steps, or remove the reward"
             )
 
-    def _default_config(self) -> str:
+    def _default_config(self, model: str | None) -> str:
         sections = {
+            "model": model,
             "sampling": self.sampling.model_dump(),
             "rewards": self.rewards.roles(),
             "grpo": self.grpo.model_dump(),
@@ -210,6 +212,7 @@ class GRPOTrainer:
             tqdm.write(f"stopped after step {self.step_done}; continue with --run.resume auto")
         elif process.is_main_process:
             self.pipe.save_pretrained(self.folder.final)
+            write_model_card(self.folder.final, self.folder.path)
         process.wait_for_everyone()
         process.end_training()
         return self.folder.path

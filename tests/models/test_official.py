@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import zipfile
 
 import pytest
 import torch
@@ -328,3 +329,54 @@ def test_swapped_files(files):
     )
     message = refusal(var, var)
     assert message == f"'{var}' lacks 'encoder.conv_in.weight': is it the checkpoint of a VQVAE?"
+
+
+# How files are read
+
+
+def test_files_that_cannot_be_mapped_are_read(files, tmp_path):
+    """Of torch before 1.6, or packed again with compression."""
+    expected = state_of(files[0])
+    legacy, packed = tmp_path / "legacy.pth", tmp_path / "packed.pth"
+    torch.save(expected, legacy, _use_new_zipfile_serialization=False)
+    with zipfile.ZipFile(files[0]) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    for path in (legacy, packed):
+        assert_same_bits(read_state_dict(path), expected)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_every_format_is_converted_alike(files, tmp_path, suffix):
+    expected = state_of(files[0])
+    path = tmp_path / f"var{suffix}"
+    (torch.save if suffix == ".pth" else save_file)(expected, path)
+    for dtype in (torch.float32, torch.bfloat16):
+        found = read_state_dict(path, dtype=dtype)
+        assert set(found) == set(expected)
+        for key, value in expected.items():
+            assert torch.equal(found[key], value.to(dtype) if value.is_floating_point() else value), key
+
+
+def test_float32_is_mapped_and_not_copied(files, tmp_path):
+    """A mapped tensor shows what is written into the file after it was loaded."""
+    path = tmp_path / "var.pth"
+    torch.save({"a": torch.zeros(50_000)}, path)
+    value = read_state_dict(path)["a"]
+    copy = read_state_dict(path, dtype=torch.bfloat16)["a"]
+    whole = path.read_bytes()
+    with path.open("r+b") as file:
+        file.seek(whole.index(bytes(100_000)))
+        file.write(b"\x01" * 100_000)
+    assert value.count_nonzero() > 0 and copy.count_nonzero() == 0
+
+
+def test_writing_over_the_files_that_a_model_is_mapped_from(files, make_pipeline, tmp_path):
+    var, vae = make_pipeline().save_official(tmp_path)
+    pipe = VARPipeline.from_official(var, vae)
+    with torch.no_grad():
+        pipe.transformer.head.bias.add_(1)
+    pipe.save_official(tmp_path)
+    assert torch.equal(state_of(var)["head.bias"], state_of(files[0])["head.bias"] + 1)
+    assert torch.equal(state_of(var)["head.weight"], state_of(files[0])["head.weight"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["vae.pth", "var.pth"]

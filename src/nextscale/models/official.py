@@ -7,12 +7,14 @@ Source: github.com/FoundationVision/VAR; its trainer's checkpoints nest the two 
 import math
 import pickle
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -24,11 +26,18 @@ StateDict = dict[str, Tensor]
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def read_state_dict(path: str | Path, nested_key: str | None = None) -> StateDict:
+def read_state_dict(
+    path: str | Path, nested_key: str | None = None, dtype: torch.dtype = torch.float32
+) -> StateDict:
     """The tensors of a `.pth` or `.safetensors` file, on the CPU.
+
+    What is float32 in the file, and asked for so, stays mapped from it: pages come into memory when they are
+    used, and are never copied. For another dtype the tensors are read, and freed one by one as they are
+    converted, for mapped pages would stay in memory beside the result.
 
     Args:
         nested_key: where a trainer's checkpoint holds them ("var_wo_ddp" or "vae_local").
+        dtype: of the floating-point tensors.
 
     Raises:
         CheckpointError: the file is missing, truncated, no checkpoint, or holds anything but tensors.
@@ -36,10 +45,13 @@ def read_state_dict(path: str | Path, nested_key: str | None = None) -> StateDic
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no file '{path}': give the path of a checkpoint")
+    content: Any
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+            content = load_file(path) if dtype == torch.float32 else _read_each(path, dtype)
+        else:
+            is_mapped = dtype == torch.float32 and _can_be_mapped(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it wants to run {refused[1]}" if refused else "it is not a checkpoint of tensors"
@@ -57,7 +69,28 @@ def read_state_dict(path: str | Path, nested_key: str | None = None) -> StateDic
     for key, value in content.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"'{path}': entry '{key}' is {type(value).__name__}, expected a tensor")
+        content[key] = value.to(dtype) if value.is_floating_point() else value
     return content
+
+
+def _can_be_mapped(path: Path) -> bool:
+    """Whether a `.pth` file is a zip of plain entries: not one of torch before 1.6, nor packed again."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as file:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in file.infolist())
+
+
+def _read_each(path: Path, dtype: torch.dtype) -> StateDict:
+    """Converted copies of the tensors of a safetensors file."""
+    with safe_open(path, "pt") as file:
+        keys = list(file.keys())
+    state = {}
+    for key in keys:
+        with safe_open(path, "pt") as file:  # a mapping for each, which leaves the memory with its tensor
+            value = file.get_tensor(key)
+        state[key] = value.to(dtype if value.is_floating_point() else value.dtype, copy=True)
+    return state
 
 
 def read_var_config(state: StateDict, path: str | Path) -> VARConfig:
@@ -106,14 +139,11 @@ def read_vqvae_config(state: StateDict, path: str | Path, scale_sizes: tuple[int
     ))  # fmt: skip
 
 
-def build_strictly(
-    make: Callable[[], Model], state: StateDict, path: str | Path, dtype: torch.dtype = torch.float32
-) -> Model:
+def build_strictly(make: Callable[[], Model], state: StateDict, path: str | Path) -> Model:
     """A model that holds exactly these tensors: built without memory of its own, every key and shape checked.
 
     Args:
         make: makes the model; called on the meta device.
-        dtype: of the floating-point tensors.
 
     Raises:
         CheckpointError: names the file and the first key that is missing, unknown or of another shape.
@@ -137,9 +167,13 @@ def build_strictly(
     for key in state:
         if key not in expected:
             raise CheckpointError(f"'{path}' holds '{key}', which the model does not know")
-    typed = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
-    model.load_state_dict(typed, assign=True)
+    model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(True)
+
+
+def load_strictly(make: Callable[[], Model], path: Path, dtype: torch.dtype = torch.float32) -> Model:
+    """A model of known sizes with the tensors of a file; raises as the two that it calls do."""
+    return build_strictly(make, read_state_dict(path, dtype=dtype), path)
 
 
 def load_official(
@@ -150,7 +184,7 @@ def load_official(
     Raises:
         CheckpointError: a file that cannot be used, or two that do not belong together.
     """
-    var_state = read_state_dict(var_path, "var_wo_ddp")
+    var_state = read_state_dict(var_path, "var_wo_ddp", dtype)
     var_config = read_var_config(var_state, var_path)
     vae_state = read_state_dict(vae_path, "vae_local")
     vae_config = read_vqvae_config(vae_state, vae_path, var_config.scale_sizes)
@@ -160,18 +194,31 @@ def load_official(
             raise CheckpointError(
                 f"'{var_path}' has {name} {ours}, but '{vae_path}' has {theirs}: they do not belong together"
             )
-    transformer = build_strictly(lambda: VAR(var_config), var_state, var_path, dtype)
-    tokenizer = build_strictly(lambda: VQVAE(vae_config), vae_state, vae_path, torch.float32)
+    transformer = build_strictly(lambda: VAR(var_config), var_state, var_path)
+    tokenizer = build_strictly(lambda: VQVAE(vae_config), vae_state, vae_path)
     return transformer, tokenizer
 
 
-def save_official(transformer: nn.Module, tokenizer: nn.Module, folder: str | Path) -> tuple[Path, Path]:
+def stored_state_dict(model: nn.Module, dtype: torch.dtype | None = None) -> StateDict:
+    """A model's tensors as they are written: contiguous, on the CPU, the floating-point ones in `dtype`."""
+    state = {}
+    for key, value in model.state_dict().items():
+        value = value.detach().cpu().contiguous()
+        state[key] = value.to(dtype) if dtype and value.is_floating_point() else value
+    return state
+
+
+def save_official(
+    transformer: nn.Module, tokenizer: nn.Module, folder: str | Path, dtype: torch.dtype | None = None
+) -> tuple[Path, Path]:
     """Write `var.pth` and `vae.pth`, state dicts as the official code loads them; returns their paths."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "var.pth", folder / "vae.pth"
     for model, path in zip((transformer, tokenizer), paths, strict=True):
-        torch.save({key: value.detach().cpu() for key, value in model.state_dict().items()}, path)
+        aside = path.with_suffix(".writing")  # the file this very model was loaded from may still be mapped
+        torch.save(stored_state_dict(model, dtype), aside)
+        aside.replace(path)
     return paths
 
 
