@@ -84,7 +84,7 @@ def test_every_neural_kind_and_its_options():
     for values in (
         {"aesthetic": "laion-v2-l14", "clip": "a/b"},
         {"clip_score": ("a {label}", "a photo"), "negative": ("a moon",), "clip": "a/b"},
-        {"pick_score": "a {label}", "clip": "a/b", "tokenizer": "c/d"},
+        {"pick_score": "a {label}", "checkpoint": "a/b", "tokenizer": "c/d"},
         {"hps": "a {label}", "checkpoint": "a.pt", "tokenizer": "c/d"},
         {"image_reward": "a {label}", "checkpoint": "a.pt", "tokenizer": "c/d"},
         {"class_probability": "a/b", "match": "label"},

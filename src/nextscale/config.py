@@ -43,7 +43,7 @@ class RewardKind(NamedTuple):
 REWARD_KINDS: dict[str, RewardKind] = {
     "aesthetic": RewardKind(Aesthetic, ("clip",)),
     "clip_score": RewardKind(ClipScore, ("clip", "negative")),
-    "pick_score": RewardKind(PickScore, ("clip", "tokenizer")),
+    "pick_score": RewardKind(PickScore, ("checkpoint", "tokenizer")),
     "hps": RewardKind(HPSv2, ("checkpoint", "tokenizer")),
     "image_reward": RewardKind(ImageReward, ("checkpoint", "tokenizer")),
     "class_probability": RewardKind(ClassProbability, ("match",)),
@@ -87,11 +87,11 @@ class RewardConfig(Record):
     python: str | None = None
     """A function of your own, path/to/file.py:function."""
     clip: str | None = None
-    """The CLIP of an aesthetic, clip_score or pick_score reward: "toy", a folder or a hub repository."""
+    """The CLIP of an aesthetic or clip_score reward: "toy", a folder or a hub repository."""
     negative: str | tuple[str, ...] | None = None
     """Prompts whose mean CLIP score is taken off that of a clip_score reward."""
     checkpoint: str | None = None
-    """The local file of an hps or image_reward reward, in place of the hub's."""
+    """A local folder (pick_score) or file (hps, image_reward) in place of the hub's."""
     tokenizer: str | None = None
     """The tokenizer of a pick_score, hps or image_reward reward: a folder or a hub repository."""
     match: Literal["name", "label"] | None = None

@@ -81,6 +81,13 @@ def test_texts_are_remembered_in_any_order(clip_folder: Path):
     assert list(clip._texts) == ["a star", "a moon", "a fish"]
 
 
+def test_a_text_s_embedding_does_not_depend_on_the_others_to_the_bit(clip_folder: Path):
+    texts = [f"a {'neon ' * count}star" for count in range(6)]
+    together = Clip.from_pretrained(clip_folder).embed_texts(texts)
+    for i, text in enumerate(texts):
+        assert torch.equal(Clip.from_pretrained(clip_folder).embed_texts([text])[0], together[i])
+
+
 def test_a_text_longer_than_the_model_takes_is_cut(clip_folder: Path):
     clip = Clip.from_pretrained(clip_folder)
     long, longer = ("star " * count for count in (40, 60))

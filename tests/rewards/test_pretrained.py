@@ -9,6 +9,7 @@ from huggingface_hub import constants
 from transformers import CLIPConfig, PreTrainedModel
 
 from nextscale.cli import main
+from nextscale.commands import _rewards_of_words
 from nextscale.errors import CheckpointError
 from nextscale.rewards import Aesthetic, ClassProbability, ClipScore, HPSv2, ImageReward, PickScore
 from nextscale.rewards.pretrained import build_frozen, count_layers
@@ -87,3 +88,9 @@ def test_layers_are_counted():
         key: torch.zeros(1) for key in ("blocks.0.a", "blocks.11.a", "blocks.2.a", "blocks.x.a", "b.20.a")
     }
     assert count_layers(state, "blocks.") == 12 and count_layers(state, "none.") == 0
+
+
+def test_a_named_head_keeps_its_clip_on_the_command_line():
+    words = ["aesthetic=toy", "aesthetic=head.pth", "clip_score=a {label}", "pick_score=a {label}"]
+    rewards = _rewards_of_words(words, "toy")
+    assert [each.clip for each in rewards.values()] == [None, "toy", "toy", None]

@@ -66,20 +66,20 @@ class Clip:
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """N texts to (N, E); each distinct text is run once and remembered."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
-        if new:
-            length = self.max_text_length
-            tokens = self.tokenizer(
-                new, padding=True, truncation=True, max_length=length, return_tensors="pt"
-            )
-            pooled = self.model.text_model(
-                input_ids=tokens["input_ids"].to(self.model.device),
-                attention_mask=tokens["attention_mask"].to(self.model.device),
-            ).pooler_output
-            embeddings = F.normalize(self.model.text_projection(pooled).float(), dim=-1)
-            self._texts.update(zip(new, embeddings, strict=True))
+        """N texts to (N, E); each distinct text is run once and remembered.
+
+        It is run alone: in a batch its last bits would depend on the other texts, and so on whether a run was
+        resumed.
+        """
+        for text in dict.fromkeys(texts):
+            if text not in self._texts:
+                self._texts[text] = self._embed_text(text)
         return torch.stack([self._texts[text] for text in texts])
+
+    def _embed_text(self, text: str) -> Tensor:
+        tokens = self.tokenizer(text, truncation=True, max_length=self.max_text_length, return_tensors="pt")
+        pooled = self.model.text_model(tokens["input_ids"].to(self.model.device)).pooler_output
+        return F.normalize(self.model.text_projection(pooled).float(), dim=-1)[0]
 
     def cosines(self, images: Tensor, conditions: Sequence[Condition], prompts: Sequence[str]) -> Tensor:
         """(B, P) cosine of each image with each prompt, filled with the image's condition."""

@@ -21,7 +21,7 @@ DEFAULT_TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 class HPSv2:
     """Cosine of image and prompt under a ViT-H-14 trained on preferences, about 0.2 to 0.35.
 
-    The tokenizer's byte pairs are open_clip's. It pads with another token than open_clip's 0, to no effect:
+    The tokenizer has open_clip's byte pairs. It does not pad, where open_clip pads with 0, to no effect:
     attention is causal, and the features are those of the end of the text, before all padding.
 
     Args:

@@ -9,7 +9,7 @@ from nextscale.records import Condition
 from nextscale.rewards.clip import load_clip
 from nextscale.rewards.prompts import DEFAULT_PROMPT, check_prompts
 
-DEFAULT_CLIP = "yuvalkirstain/PickScore_v1"
+REPOSITORY = "yuvalkirstain/PickScore_v1"
 DEFAULT_TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
@@ -18,7 +18,7 @@ class PickScore:
 
     Args:
         prompt: a template; "{label}" becomes the condition's text.
-        clip: a CLIP trained on picks: a folder or a hub repository.
+        checkpoint: a CLIP trained on picks: a folder or a hub repository.
         tokenizer: a folder or a hub repository; PickScore's own repository holds none.
 
     Raises:
@@ -31,11 +31,11 @@ class PickScore:
     def __init__(
         self,
         prompt: str = DEFAULT_PROMPT,
-        clip: str | Path = DEFAULT_CLIP,
+        checkpoint: str | Path = REPOSITORY,
         tokenizer: str | Path = DEFAULT_TOKENIZER,
     ) -> None:
         self.prompts = check_prompts(prompt)
-        self.clip = load_clip(clip, tokenizer)
+        self.clip = load_clip(checkpoint, tokenizer)
 
     def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         cosines = self.clip.cosines(images, conditions, self.prompts)[:, 0]
