@@ -257,7 +257,8 @@ def test_a_named_head_offline_is_told_with_file_and_url_and_option(
     monkeypatch.setattr(torch.hub, "urlopen", fail)
     sentence = refusal(lambda: load_head(name))
     url = zoo.AESTHETIC_HEADS[name].source
-    assert unquote(str(url)).rpartition("/")[2] in sentence
+    assert f"{unquote(str(url)).rpartition('/')[2]}' is not in the cache" in sentence
+    assert "cannot be downloaded (no network): " in sentence
     assert f"get it from {url} and give its path as the aesthetic head, in place of '{name}'" in sentence
 
 

@@ -150,7 +150,7 @@ def _not_had(filename: str, url: str, option: str, error: Exception) -> Checkpoi
 
 
 def _first_sentence(error: Exception) -> str:
-    text = str(error).strip()
+    text = str(getattr(error, "reason", error)).strip()  # a URLError wraps its own in brackets
     return re.split(r"\.\s|\n", text)[0].rstrip(".")[:200] if text else type(error).__name__
 
 
