@@ -1,5 +1,6 @@
 """What holds for every reward that is a network: batches, devices, precision, photographs, gradients."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -57,6 +58,19 @@ def test_scores_are_float32_under_autocast_and_nearly_the_same(neural_reward: Re
         half = neural_reward(images, CONDITIONS[:8])
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, scores, rtol=0.05, atol=0.1 * scores.std().item() + 0.02)
+
+
+def test_a_reward_follows_the_images_to_another_device(neural_reward: Reward):
+    neural_reward(random_images(2), CONDITIONS[:2])  # so that what is remembered of texts has to follow too
+    moved = copy.deepcopy(neural_reward)
+    try:
+        scores = moved(random_images(2).to("meta"), CONDITIONS[:2])  # fails where anything stays behind
+    except RuntimeError as error:  # this device has no autocast, and no values that a mask could look at
+        assert "unsupported scalarType" in str(error) or "item() cannot be called" in str(error)
+    else:
+        assert scores.shape == (2,) and scores.device.type == "meta"
+    for network in networks(moved):
+        assert {each.device.type for each in network.parameters()} == {"meta"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
