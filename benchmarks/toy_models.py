@@ -29,7 +29,7 @@ def measure_reconstructions(assets: Path, num: int) -> None:
     """PSNR, judges and CLIP on what the tokenizer makes of fresh images, by style."""
     pipe = VARPipeline.from_pretrained(assets / "pipeline")
     judges = {kind: load_judge(kind, assets / "judges") for kind in ("class", "style")}
-    clip, head = Clip(assets / "clip"), load_head(assets / "aesthetic_head.safetensors")
+    clip, head = Clip.from_pretrained(assets / "clip"), load_head(assets / "aesthetic_head.safetensors")
     texts = clip.embed_texts([caption(label, style) for style in STYLES for label in CLASSES])
     print(
         "| style | PSNR | class judge, original | class judge | style judge | CLIP style | CLIP class | r |"

@@ -46,7 +46,7 @@ def test_a_reward_is_of_one_kind():
     reward = RewardConfig(clip_score="a {label}", clip="toy", weight=2)
     assert (reward.kind, reward.options(), reward.weight) == ("clip_score", {"clip": "toy"}, 2.0)
     for values in ({}, {"weight": 2.0}, {"aesthetic": "toy", "python": "a.py:f"}):
-        with pytest.raises(ConfigError, match=r"exactly one of aesthetic, clip_score, python"):
+        with pytest.raises(ConfigError, match=f"exactly one of {', '.join(REWARD_KINDS)}"):
             RewardConfig(**values)
 
 
@@ -78,6 +78,33 @@ def test_a_recipe_trains_on_a_reward():
     for role, value in (("at_least", "base"), ("held_out", "true")):
         with pytest.raises(ConfigError, match="every reward is a constraint or held out"):
             load_recipe("toy-aesthetic", {f"rewards.aesthetic.{role}": value})
+
+
+def test_every_neural_kind_and_its_options():
+    for values in (
+        {"aesthetic": "laion-v2-l14", "clip": "a/b"},
+        {"clip_score": ("a {label}", "a photo"), "negative": ("a moon",), "clip": "a/b"},
+        {"pick_score": "a {label}", "checkpoint": "a/b", "tokenizer": "c/d"},
+        {"hps": "a {label}", "checkpoint": "a.pt", "tokenizer": "c/d"},
+        {"image_reward": "a {label}", "checkpoint": "a.pt", "tokenizer": "c/d"},
+        {"class_probability": "a/b", "match": "label"},
+    ):
+        kind, *options = values
+        reward = RewardConfig(**values)
+        assert reward.kind == kind and set(reward.options()) == set(options)
+    with pytest.raises(ConfigError, match=r"'negative' has no effect on a pick_score reward"):
+        RewardConfig(pick_score="a {label}", negative="a moon")
+
+
+def test_prompts_are_one_or_several(write):
+    several = "rewards: {r: {clip_score: [a, 'b {label}'], negative: c, clip: toy}}"
+    reward = load_recipe(write(several)).rewards["r"]
+    assert reward.clip_score == ("a", "b {label}") and reward.negative == "c"
+    assert load_recipe(write(to_yaml(load_recipe(write(several))), "again.yaml")).rewards["r"] == reward
+    texts = {"rewards.r.clip_score": "{label}: no", "rewards.r.negative": "[a moon, '{label}']"}
+    reward = load_recipe(write(several), texts).rewards["r"]
+    assert reward.clip_score == "{label}: no" and reward.negative == ("a moon", "{label}")
+    assert load_recipe(write(several), {"rewards.r.negative": "null"}).rewards["r"].negative is None
 
 
 @pytest.mark.parametrize("weight", [".nan", ".inf"])

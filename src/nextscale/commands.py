@@ -202,6 +202,7 @@ def _sampling(args: Namespace, recipe: "Recipe | None") -> "SamplingConfig":
 
 def _rewards_of_words(words: list[str], clip: str | None) -> "dict[str, RewardConfig]":
     from nextscale.config import REWARD_KINDS, RewardConfig
+    from nextscale.models.zoo import AESTHETIC_HEADS
 
     rewards: dict[str, RewardConfig] = {}
     for word in words:
@@ -209,7 +210,8 @@ def _rewards_of_words(words: list[str], clip: str | None) -> "dict[str, RewardCo
         if kind not in REWARD_KINDS or not equals:
             hint = suggest(kind, [f"{each}=VALUE" for each in REWARD_KINDS])
             raise ConfigError(f"--reward '{word}' must be of the form KIND=VALUE{hint}")
-        options = {"clip": clip} if clip and "clip" in REWARD_KINDS[kind].options else {}
+        has_own = "clip" not in REWARD_KINDS[kind].options or value in AESTHETIC_HEADS
+        options = {"clip": clip} if clip and not has_own else {}
         name = kind if kind not in rewards else f"{kind}_{len(rewards) + 1}"
         rewards[name] = RewardConfig.from_mapping({kind: value, **options})
     return rewards

@@ -17,7 +17,16 @@ from nextscale.grpo import GRPOConfig
 from nextscale.optimizer import OptimizerConfig
 from nextscale.policy import SamplingConfig
 from nextscale.records import Record, suggest
-from nextscale.rewards import Aesthetic, ClipScore, Reward, load_function
+from nextscale.rewards import (
+    Aesthetic,
+    ClassProbability,
+    ClipScore,
+    HPSv2,
+    ImageReward,
+    PickScore,
+    Reward,
+    load_function,
+)
 from nextscale.trainer import RunConfig
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -33,7 +42,11 @@ class RewardKind(NamedTuple):
 # A new kind is a line here and a field of the same name in RewardConfig.
 REWARD_KINDS: dict[str, RewardKind] = {
     "aesthetic": RewardKind(Aesthetic, ("clip",)),
-    "clip_score": RewardKind(ClipScore, ("clip",)),
+    "clip_score": RewardKind(ClipScore, ("clip", "negative")),
+    "pick_score": RewardKind(PickScore, ("checkpoint", "tokenizer")),
+    "hps": RewardKind(HPSv2, ("checkpoint", "tokenizer")),
+    "image_reward": RewardKind(ImageReward, ("checkpoint", "tokenizer")),
+    "class_probability": RewardKind(ClassProbability, ("match",)),
     "python": RewardKind(load_function),
 }
 
@@ -60,13 +73,29 @@ class RewardConfig(Record):
     """One reward: exactly one of its kinds, and exactly one of its roles, by default the weight 1."""
 
     aesthetic: str | None = None
-    """Aesthetic predictor: "toy", or the file of a head."""
-    clip_score: str | None = None
-    """CLIP score with a prompt such as "a painting of a {label}"."""
+    """Aesthetic predictor: "toy", LAION's by name such as "laion-v2-l14", or the file of a head."""
+    clip_score: str | tuple[str, ...] | None = None
+    """CLIP score with a prompt such as "a painting of a {label}", or the mean over several."""
+    pick_score: str | None = None
+    """PickScore with a prompt such as "a photo of a {label}"."""
+    hps: str | None = None
+    """Human preference score v2.1 with a prompt such as "a photo of a {label}"."""
+    image_reward: str | None = None
+    """ImageReward with a prompt such as "a photo of a {label}"."""
+    class_probability: str | None = None
+    """Probability of the class asked for, under an image classifier: a folder or a hub repository."""
     python: str | None = None
     """A function of your own, path/to/file.py:function."""
     clip: str | None = None
     """The CLIP of an aesthetic or clip_score reward: "toy", a folder or a hub repository."""
+    negative: str | tuple[str, ...] | None = None
+    """Prompts whose mean CLIP score is taken off that of a clip_score reward."""
+    checkpoint: str | None = None
+    """A local folder (pick_score) or file (hps, image_reward) in place of the hub's."""
+    tokenizer: str | None = None
+    """The tokenizer of a pick_score, hps or image_reward reward: a folder or a hub repository."""
+    match: Literal["name", "label"] | None = None
+    """How a class_probability reward finds the class: by its "name" (default) or by its "label"."""
     weight: float | None = Field(default=None, allow_inf_nan=False)
     """Weight in the sum of rewards that is trained on; 1 for a reward of no other role."""
     at_least: Bound = None
@@ -313,7 +342,8 @@ def _suggest_key(path: list[str], record: type[pydantic.BaseModel]) -> str:
 
 
 def _parse_value(key: str, text: str, annotation: Any) -> Any:
-    if takes_text(annotation):
+    is_one_of_several = tuple[str, ...] in get_args(annotation) and not text.lstrip().startswith("[")
+    if takes_text(annotation) or is_one_of_several:
         is_optional = type(None) in get_args(annotation)
         return None if is_optional and text in ("null", "~") else text
     return _parse_yaml(text, f"value '{text}' of '{key}'")

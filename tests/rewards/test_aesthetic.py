@@ -1,7 +1,10 @@
 """Aesthetic predictors: published scores of real embeddings, and heads that cannot be used."""
 
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -11,9 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nextscale.errors import CheckpointError
+from nextscale.models import zoo
 from nextscale.records import Condition
-from nextscale.rewards import Aesthetic
+from nextscale.rewards import Aesthetic, aesthetic
 from nextscale.rewards.aesthetic import LINEAR_LAYERS, RELU_LAYERS, load_head
+from nextscale.rewards.clip import load_clip
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Of the ten embeddings, as LAION's own heads rate them.
@@ -134,7 +139,7 @@ def refusal(action: Callable[[], object]) -> str:
 
 
 def test_a_missing_or_broken_file_is_told(tmp_path: Path):
-    assert "no file" in refusal(lambda: load_head(tmp_path / "none.pth"))
+    assert "laion-v2-l14" in refusal(lambda: load_head(tmp_path / "none.pth"))
     for name in ("broken.pth", "broken.safetensors"):
         (tmp_path / name).write_bytes(b"not a checkpoint")
         assert name in refusal(lambda name=name: load_head(tmp_path / name))
@@ -181,3 +186,90 @@ def test_a_head_of_another_width_than_its_clip_is_told(tmp_path: Path, clip_fold
     path = saved(tmp_path / "head.pth", mlp_state(RELU_LAYERS))
     sentence = refusal(lambda: Aesthetic(path, clip=clip_folder))
     assert "width 12" in sentence and "24" in sentence
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which a downloaded head is kept."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, file: Path) -> list[str]:
+    """Answer every download with this file; the URLs that were asked for."""
+    asked = []
+    opened = urllib.request.urlopen
+
+    def answer(request: urllib.request.Request):
+        asked.append(request.full_url)
+        return opened(file.as_uri())
+
+    monkeypatch.setattr(torch.hub, "urlopen", answer)
+    return asked
+
+
+def test_the_default_head_is_laion_v2_and_is_downloaded_once(
+    cache: Path, clip_folder: Path, shared_rewards: Path, monkeypatch: pytest.MonkeyPatch
+):
+    name = "sac+logos+ava1-l14-linearMSE.pth"
+    asked = serve(monkeypatch, shared_rewards / name)
+    for _ in range(2):  # its CLIP is not at hand here; that it is asked for, the error tells
+        assert "width 768" in refusal(lambda: Aesthetic(clip=clip_folder))
+    assert [unquote(url).rpartition("/")[2] for url in asked] == [name]
+    assert (cache / name).read_bytes() == (shared_rewards / name).read_bytes()
+
+
+def test_another_file_than_the_published_one_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    serve(monkeypatch, saved(cache.parent / "other.pth", mlp_state(LINEAR_LAYERS)))
+    assert "is another file than expected" in refusal(lambda: load_head("laion-v2-l14"))
+    assert not any(cache.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "clip"),
+    [
+        ("laion-v1-l14", "sa_0_4_vit_l_14_linear.pth", "openai/clip-vit-large-patch14"),
+        ("laion-v1-b32", "sa_0_4_vit_b_32_linear.pth", "openai/clip-vit-base-patch32"),
+        ("laion-v1-b16", "sa_0_4_vit_b_16_linear.pth", "openai/clip-vit-base-patch16"),
+        ("laion-v2-l14", "sac+logos+ava1-l14-linearMSE.pth", "openai/clip-vit-large-patch14"),
+        ("laion-v2-l14-relu", "ava+logos-l14-reluMSE.pth", "openai/clip-vit-large-patch14"),
+    ],
+)
+def test_a_named_head_comes_with_its_clip(
+    name: str, file: str, clip: str, cache: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    saved(cache / file, mlp_state(LINEAR_LAYERS, width=24))
+    asked = []
+    monkeypatch.setattr(aesthetic, "load_clip", lambda name: asked.append(name) or load_clip(clip_folder))
+    Aesthetic(name)
+    assert asked == [clip]
+
+
+@pytest.mark.parametrize("name", [name for name in zoo.AESTHETIC_HEADS if name != "toy"])
+def test_a_named_head_offline_is_told_with_file_and_url_and_option(
+    name: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(request: object):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "urlopen", fail)
+    sentence = refusal(lambda: load_head(name))
+    url = zoo.AESTHETIC_HEADS[name].source
+    assert f"{unquote(str(url)).rpartition('/')[2]}' is not in the cache" in sentence
+    assert "cannot be downloaded (no network): " in sentence
+    assert f"get it from {url} and give its path as the aesthetic head, in place of '{name}'" in sentence
+
+
+def test_the_toy_head_knows_its_clip():
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    conditions = [Condition(0, "star")] * 2
+    assert torch.equal(Aesthetic("toy")(images, conditions), Aesthetic("toy", "toy")(images, conditions))
+
+
+def test_a_head_is_computed_in_float32_under_autocast(tmp_path: Path):
+    head, x = load_head(saved(tmp_path / "head.pth", mlp_state(RELU_LAYERS))), random_embeddings()
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = head(x)
+    assert torch.equal(scores, head(x))

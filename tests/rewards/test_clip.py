@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pil_processors import ImageProcessor, to_tensor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
@@ -15,12 +16,8 @@ from transformers import AutoTokenizer, CLIPModel
 from nextscale.errors import CheckpointError, ConfigError
 from nextscale.records import Condition
 from nextscale.rewards import ClipScore
-from nextscale.rewards.clip import MEAN, STD, Clip, load_clip, preprocess
-
-try:  # since transformers 5; before, the processor of this name was the one that uses PIL
-    from transformers import CLIPImageProcessorPil as ImageProcessor
-except ImportError:
-    from transformers import CLIPImageProcessor as ImageProcessor
+from nextscale.rewards.clip import Clip, load_clip
+from nextscale.rewards.preprocessing import MEAN, STD, clip_preprocessing
 
 CLASSES = ("star", "orange heart", "neon moon")
 CONDITIONS = [Condition(i, name) for i, name in enumerate(CLASSES)]
@@ -38,10 +35,6 @@ def smooth_image(height: int, width: int) -> Image.Image:
     blue = 0.5 + 0.3 * np.cos(20 * x * y) * (np.hypot(x - 0.6, y - 0.4) < 0.3)
     pixels = np.stack([red, green, blue], -1).clip(0, 1)
     return Image.fromarray((255 * pixels).round().astype(np.uint8))
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float() / 255
 
 
 def cosines(folder: Path, images: Tensor, texts: list[str]) -> Tensor:
@@ -80,7 +73,7 @@ def test_an_image_scores_the_same_alone_and_in_a_batch(clip_folder: Path):
 
 
 def test_texts_are_remembered_in_any_order(clip_folder: Path):
-    clip = Clip(clip_folder)
+    clip = Clip.from_pretrained(clip_folder)
     first = clip.embed_texts(["a star", "a moon", "a star"])
     assert torch.equal(first[0], first[2]) and not torch.equal(first[0], first[1])
     again = clip.embed_texts(["a moon", "a fish", "a star"])
@@ -88,8 +81,15 @@ def test_texts_are_remembered_in_any_order(clip_folder: Path):
     assert list(clip._texts) == ["a star", "a moon", "a fish"]
 
 
+def test_a_text_s_embedding_does_not_depend_on_the_others_to_the_bit(clip_folder: Path):
+    texts = [f"a {'neon ' * count}star" for count in range(6)]
+    together = Clip.from_pretrained(clip_folder).embed_texts(texts)
+    for i, text in enumerate(texts):
+        assert torch.equal(Clip.from_pretrained(clip_folder).embed_texts([text])[0], together[i])
+
+
 def test_a_text_longer_than_the_model_takes_is_cut(clip_folder: Path):
-    clip = Clip(clip_folder)
+    clip = Clip.from_pretrained(clip_folder)
     long, longer = ("star " * count for count in (40, 60))
     torch.testing.assert_close(clip.embed_texts([long]), clip.embed_texts([longer]))
 
@@ -99,7 +99,7 @@ def test_a_text_longer_than_the_model_takes_is_cut(clip_folder: Path):
 def test_preprocessing_agrees_with_that_of_transformers(clip_folder: Path, shape: tuple[int, int]):
     image = smooth_image(*shape)
     theirs = ImageProcessor.from_pretrained(clip_folder)(image, return_tensors="pt")["pixel_values"]
-    ours = preprocess(to_tensor(image), 64)
+    ours = clip_preprocessing(64)(to_tensor(image))
     assert ours.shape == theirs.shape == (1, 3, 64, 64)
     difference = (ours - theirs).abs() * torch.tensor(STD).view(3, 1, 1)
     assert difference.mean() < 1 / 255
@@ -109,7 +109,7 @@ def test_preprocessing_agrees_with_that_of_transformers(clip_folder: Path, shape
 def test_images_of_the_right_size_are_only_normalised():
     images = random_images()
     expected = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    assert torch.equal(preprocess(images, 64), expected)
+    assert torch.equal(clip_preprocessing(64)(images), expected)
 
 
 def test_images_of_any_size_are_scored(clip_folder: Path):
@@ -162,12 +162,12 @@ def test_a_clip_with_broken_or_missing_weights_is_told(clip_folder: Path, tmp_pa
     state = load_file(clip_folder / weights.name)
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="cannot be loaded"):
-        Clip(folder)
+        Clip.from_pretrained(folder)
     del state["text_projection.weight"]  # transformers would fill it with random numbers
     save_file(state, weights, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"text_projection\.weight"):
-        Clip(folder)
+        Clip.from_pretrained(folder)
     state["text_projection.weight"] = torch.zeros(24, 63)
     save_file(state, weights, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="cannot be loaded"):
-        Clip(folder)
+        Clip.from_pretrained(folder)

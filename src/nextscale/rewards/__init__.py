@@ -3,7 +3,24 @@
 from nextscale.constraints import AtLeast, AtMost
 from nextscale.rewards.aesthetic import Aesthetic
 from nextscale.rewards.base import Reward, WeightedSum, score
+from nextscale.rewards.class_probability import ClassProbability
 from nextscale.rewards.clip_score import ClipScore
+from nextscale.rewards.hps import HPSv2
+from nextscale.rewards.image_reward import ImageReward
+from nextscale.rewards.pick_score import PickScore
 from nextscale.rewards.user import load_function
 
-__all__ = ["Aesthetic", "AtLeast", "AtMost", "ClipScore", "Reward", "WeightedSum", "load_function", "score"]
+__all__ = [
+    "Aesthetic",
+    "AtLeast",
+    "AtMost",
+    "ClassProbability",
+    "ClipScore",
+    "HPSv2",
+    "ImageReward",
+    "PickScore",
+    "Reward",
+    "WeightedSum",
+    "load_function",
+    "score",
+]

@@ -18,8 +18,10 @@ from nextscale.models import zoo
 from nextscale.models.official import read_state_dict
 from nextscale.records import Condition
 from nextscale.rewards.clip import load_clip
+from nextscale.rewards.pretrained import follow, web_file
 
-DEFAULT_CLIP = "openai/clip-vit-large-patch14"
+DEFAULT_HEAD = "laion-v2-l14"
+DEFAULT_CLIP = "openai/clip-vit-large-patch14"  # of a head that is given as a file
 LINEAR_LAYERS = (0, 2, 4, 6, 7)  # with dropout between: in eval mode one affine map
 RELU_LAYERS = (0, 3, 6, 9, 11)  # with ReLU and dropout between
 
@@ -45,7 +47,11 @@ class AestheticHead(nn.Module):
         return self.weights[0].shape[1]
 
     def forward(self, embeddings_NE: Tensor) -> Tensor:
-        x = F.normalize(embeddings_NE.float(), dim=-1)
+        # in float32 under autocast too: bfloat16 has steps of 0.03 where scores are about 5
+        with torch.autocast(embeddings_NE.device.type, enabled=False):
+            return self._forward(F.normalize(embeddings_NE.float(), dim=-1))
+
+    def _forward(self, x: Tensor) -> Tensor:
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = F.linear(x, weight, bias)
             if self.has_relu and i + 1 < len(self.weights):
@@ -57,12 +63,13 @@ def load_head(path: str | Path) -> AestheticHead:
     """The head of an aesthetic predictor alone; its kind is told by its keys.
 
     Args:
-        path: "toy", or a `.pth` or `.safetensors` file with the keys of LAION's v1, v2 or v2 with ReLU.
+        path: a name of the zoo such as "toy" or "laion-v2-l14", downloaded once, or a `.pth` or
+            `.safetensors` file with the keys of LAION's v1, v2 or v2 with ReLU.
 
     Raises:
-        CheckpointError: the file is missing, broken, or of none of these kinds.
+        CheckpointError: the file cannot be had, is broken, or of none of these kinds.
     """
-    path = zoo.AESTHETIC_HEADS.get(str(path), Path(path))
+    path = _find_head(path)
     state = read_state_dict(path)
     kinds = (
         (["weight"], False),
@@ -74,10 +81,22 @@ def load_head(path: str | Path) -> AestheticHead:
         if set(state) == {*names, *bias_names}:
             weights, biases = [state[name] for name in names], [state[name] for name in bias_names]
             _check_chain(path, names, weights, biases)
-            return AestheticHead(weights, biases, has_relu=has_relu)
+            return AestheticHead(weights, biases, has_relu=has_relu).eval()
     raise CheckpointError(
         f"'{path}' is no aesthetic head: its keys {sorted(state)[:4]} fit none of LAION's kinds"
     )
+
+
+def _find_head(name: str | Path) -> Path:
+    entry = zoo.AESTHETIC_HEADS.get(str(name))
+    if entry is None:
+        if not Path(name).is_file():
+            known = ", ".join(zoo.AESTHETIC_HEADS)
+            raise CheckpointError(f"no aesthetic head '{name}': it is neither a file nor one of {known}")
+        return Path(name)
+    if isinstance(entry.source, Path):
+        return entry.source
+    return web_file(entry.source, entry.sha256, f"the aesthetic head, in place of '{name}'")
 
 
 def _check_chain(path: Path, names: list[str], weights: list[Tensor], biases: list[Tensor]) -> None:
@@ -94,16 +113,19 @@ class Aesthetic:
     """Predicted human rating of an image, about 1 to 10.
 
     Args:
-        head: a file that `load_head` takes, or "toy".
-        clip: the CLIP it was trained on.
+        head: a name or a file that `load_head` takes.
+        clip: the CLIP it was trained on; known of a head with a name, ViT-L/14 for a file by default.
 
     Raises:
         CheckpointError: either cannot be had, or their widths differ.
     """
 
-    def __init__(self, head: str | Path, clip: str | Path = DEFAULT_CLIP) -> None:
-        self.clip = load_clip(clip)
+    def __init__(self, head: str | Path = DEFAULT_HEAD, clip: str | Path | None = None) -> None:
         self.head = load_head(head)
+        if clip is None:
+            entry = zoo.AESTHETIC_HEADS.get(str(head))
+            clip = entry.clip if entry else DEFAULT_CLIP
+        self.clip = load_clip(clip)
         width = self.clip.model.config.projection_dim
         if self.head.width != width:
             raise CheckpointError(
@@ -112,5 +134,5 @@ class Aesthetic:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
-        embeddings = self.clip.embed_images(images)
-        return self.head.to(embeddings.device)(embeddings)
+        follow(self.head, images)
+        return self.head(self.clip.embed_images(images))

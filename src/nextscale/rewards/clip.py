@@ -1,6 +1,6 @@
-"""A CLIP of transformers, loaded by name, path or hub repository, and one preprocessing for its images.
+"""A CLIP of transformers, loaded by name, path or hub repository.
 
-Shapes: B images · N texts · E width of the embedding
+Shapes: B images · N texts · P prompts · E width of the embedding
 """
 
 from collections.abc import Sequence
@@ -10,106 +10,95 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPModel
-from transformers.utils import logging as transformers_logging
+from typing_extensions import Self
 
-from nextscale.errors import CheckpointError
 from nextscale.models import zoo
-
-# OpenAI's CLIP, and most of its kin.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
+from nextscale.records import Condition
+from nextscale.rewards.preprocessing import Preprocessing, clip_preprocessing
+from nextscale.rewards.pretrained import follow, load_frozen, loading
+from nextscale.rewards.prompts import fill
 
 
 class Clip:
-    """Image and text towers, frozen; embeddings are L2-normalised.
+    """Image and text towers, frozen; embeddings are L2-normalised float32, under autocast too.
 
     Args:
-        model: "toy", a folder, or a hub repository such as "openai/clip-vit-large-patch14".
-
-    Raises:
-        CheckpointError: the model cannot be had, or some of its weights are missing.
+        model: frozen.
+        tokenizer: that of its texts.
+        prepare: what is done to images; CLIP's own by default.
     """
 
-    def __init__(self, model: str | Path) -> None:
-        source = str(zoo.CLIPS.get(str(model), model))
-        level = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        try:
-            found = CLIPModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-            loaded, info = cast("tuple[CLIPModel, dict[str, Any]]", found)
-            self.tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"CLIP '{model}' cannot be loaded: {reason}") from None
-        finally:
-            transformers_logging.set_verbosity(level)
-            transformers_logging.enable_progress_bar()
-        if missing := sorted(info["missing_keys"]):  # transformers fills them with random numbers
-            raise CheckpointError(f"CLIP '{model}' cannot be loaded: it has no '{missing[0]}'")
-        self.model: CLIPModel = loaded.eval().requires_grad_(False)
-        config: Any = self.model.config
-        self.image_size: int = config.vision_config.image_size
+    def __init__(self, model: CLIPModel, tokenizer: Any, prepare: Preprocessing | None = None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        config: Any = model.config
+        self.prepare = prepare or clip_preprocessing(config.vision_config.image_size)
         self.max_text_length: int = config.text_config.max_position_embeddings
         self._texts: dict[str, Tensor] = {}
 
+    @classmethod
+    def from_pretrained(cls, name: str | Path, tokenizer: str | Path | None = None) -> Self:
+        """A CLIP of its own, not shared.
+
+        Args:
+            name: "toy", a folder, or a hub repository such as "openai/clip-vit-large-patch14".
+            tokenizer: the same of its tokenizer; where the model lies by default.
+
+        Raises:
+            CheckpointError: either cannot be had, or some of the weights are missing.
+        """
+        source = zoo.CLIPS.get(str(name), name)
+        model = load_frozen(CLIPModel, "CLIP", source)
+        return cls(model, load_tokenizer(source if tokenizer is None else tokenizer))
+
     def _follow(self, images: Tensor) -> None:
-        if self.model.device != images.device:
-            cast("nn.Module", self.model).to(images.device)
+        if follow(cast("nn.Module", self.model), images):
             self._texts.clear()
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to (B, E), on the images' device."""
         self._follow(images)
-        pixels = preprocess(images.float(), self.image_size)
-        pooled = self.model.vision_model(pixel_values=pixels).pooler_output
-        return F.normalize(self.model.visual_projection(pooled), dim=-1)
+        pooled = self.model.vision_model(pixel_values=self.prepare(images)).pooler_output
+        return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """N texts to (N, E); each distinct text is run once and remembered."""
-        new = [text for text in dict.fromkeys(texts) if text not in self._texts]
-        if new:
-            length = self.max_text_length
-            tokens = self.tokenizer(
-                new, padding=True, truncation=True, max_length=length, return_tensors="pt"
-            )
-            pooled = self.model.text_model(
-                input_ids=tokens["input_ids"].to(self.model.device),
-                attention_mask=tokens["attention_mask"].to(self.model.device),
-            ).pooler_output
-            embeddings = F.normalize(self.model.text_projection(pooled), dim=-1)
-            self._texts.update(zip(new, embeddings, strict=True))
+        """N texts to (N, E); each distinct text is run once and remembered.
+
+        It is run alone: in a batch its last bits would depend on the other texts, and so on whether a run was
+        resumed.
+        """
+        for text in dict.fromkeys(texts):
+            if text not in self._texts:
+                self._texts[text] = self._embed_text(text)
         return torch.stack([self._texts[text] for text in texts])
+
+    def _embed_text(self, text: str) -> Tensor:
+        tokens = self.tokenizer(text, truncation=True, max_length=self.max_text_length, return_tensors="pt")
+        pooled = self.model.text_model(tokens["input_ids"].to(self.model.device)).pooler_output
+        return F.normalize(self.model.text_projection(pooled).float(), dim=-1)[0]
+
+    def cosines(self, images: Tensor, conditions: Sequence[Condition], prompts: Sequence[str]) -> Tensor:
+        """(B, P) cosine of each image with each prompt, filled with the image's condition."""
+        image_BE = self.embed_images(images)
+        texts = [self.embed_texts(fill(prompt, conditions)) for prompt in prompts]
+        return torch.stack([(image_BE * text_BE).sum(-1) for text_BE in texts], dim=1)
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """The tokenizer in a folder or hub repository.
+
+    Raises:
+        CheckpointError: it cannot be had.
+    """
+    with loading("tokenizer", name):
+        return AutoTokenizer.from_pretrained(str(name))
 
 
 @lru_cache(maxsize=4)
-def load_clip(model: str | Path) -> Clip:
+def load_clip(name: str | Path, tokenizer: str | Path | None = None) -> Clip:
     """A CLIP that all rewards of a process share."""
-    return Clip(model)
-
-
-def preprocess(images: Tensor, size: int) -> Tensor:
-    """Resize the shorter side to `size` (antialiased bicubic), crop the centre, normalise.
-
-    The longer side is cut to whole pixels, not rounded, as OpenAI's and transformers' preprocessing do.
-
-    Args:
-        images: (B, 3, H, W) in [0, 1].
-
-    Returns:
-        (B, 3, size, size).
-    """
-    height, width = images.shape[-2:]
-    if (height, width) != (size, size):
-        shorter = min(height, width)
-        shape = height * size // shorter, width * size // shorter
-        images = F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(0, 1)
-        top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
-        images = images[..., top : top + size, left : left + size]
-    mean, std = (torch.tensor(each, device=images.device).view(3, 1, 1) for each in (MEAN, STD))
-    return (images - mean) / std
+    return Clip.from_pretrained(name, tokenizer)

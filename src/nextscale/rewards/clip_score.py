@@ -2,45 +2,40 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from string import Formatter
 
 from torch import Tensor
 
-from nextscale.errors import ConfigError
 from nextscale.records import Condition
 from nextscale.rewards.clip import load_clip
+from nextscale.rewards.prompts import DEFAULT_PROMPT, check_prompts
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 
 
 class ClipScore:
-    """Cosine between an image and a prompt, in [-1, 1].
+    """Mean cosine between an image and some prompts, in [-1, 1]; with negative prompts, less theirs.
 
     Args:
-        prompt: a template; "{label}" becomes the condition's text, as in "a painting of a {label}".
+        prompt: a template or several; "{label}" becomes the condition's text: "a painting of a {label}".
         clip: "toy", a folder, or a hub repository.
+        negative: templates of what the image should not show.
 
     Raises:
-        ConfigError: the template is empty or broken, or has a field other than {label}.
+        ConfigError: no prompt, or one that is empty or broken, or has a field other than {label}.
+        CheckpointError: the CLIP cannot be had.
     """
 
-    def __init__(self, prompt: str = "a photo of a {label}", clip: str | Path = DEFAULT_CLIP) -> None:
-        try:
-            fields = {field for _, field, _, _ in Formatter().parse(prompt) if field is not None}
-            if fields <= {"label"}:
-                prompt.format(
-                    label=""
-                )  # so that a format such as {label:d} is found here, not while training
-        except (ValueError, LookupError) as error:
-            raise ConfigError(f"prompt '{prompt}' is not a template: {error}") from None
-        if not prompt or fields - {"label"}:
-            raise ConfigError(
-                f"prompt '{prompt}' may hold the field {{label}} and no other, and must not be empty"
-            )
-        self.prompt = prompt
+    def __init__(
+        self,
+        prompt: str | Sequence[str] = DEFAULT_PROMPT,
+        clip: str | Path = DEFAULT_CLIP,
+        negative: str | Sequence[str] = (),
+    ) -> None:
+        self.positive = check_prompts(prompt)
+        self.negative = check_prompts(negative) if negative else ()
         self.clip = load_clip(clip)
 
     def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
-        image_embeddings = self.clip.embed_images(images)
-        texts = [self.prompt.format(label=condition.text) for condition in conditions]
-        return (image_embeddings * self.clip.embed_texts(texts)).sum(-1)
+        cosines = self.clip.cosines(images, conditions, [*self.positive, *self.negative])
+        scores = cosines[:, : len(self.positive)].mean(1)
+        return scores - cosines[:, len(self.positive) :].mean(1) if self.negative else scores

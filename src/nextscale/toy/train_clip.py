@@ -20,7 +20,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from nextscale.models.vqvae import VQVAE
 from nextscale.rewards.aesthetic import RELU_LAYERS
-from nextscale.rewards.clip import MEAN, STD, preprocess
+from nextscale.rewards.preprocessing import MEAN, STD, clip_preprocessing
 from nextscale.seeding import generator_for
 from nextscale.toy.optimizer import Optimizer
 from nextscale.toy.scenes import CONTRAST, RATED_CONTRAST
@@ -131,7 +131,7 @@ def train_clip(
     """A CLIP in the hub's layout in `folder`: weights in float16, configuration and text tokenizer."""
     torch.manual_seed(seed)
     generator = generator_for("toy", "clip", seed)
-    words = text_tokenizer(folder)
+    words, prepare = text_tokenizer(folder), clip_preprocessing(IMAGE_SIZE)
     scenes, images = pool_with_reconstructions(tokenizer, pool_size, generator)
     model = CLIPModel(clip_config(words))
     optimizer = Optimizer(model, matrix_rate=0.01, other_rate=1e-3, num_steps=num_steps, warmup=50)
@@ -141,7 +141,7 @@ def train_clip(
         texts = captions(scenes[chosen], generator)
         tokens = words(texts, padding=True, return_tensors="pt")
         with torch.autocast("cpu", torch.bfloat16):
-            pooled = model.vision_model(preprocess(images[chosen].float() / 255, IMAGE_SIZE)).pooler_output
+            pooled = model.vision_model(prepare(images[chosen].float() / 255)).pooler_output
             image_BE = F.normalize(model.visual_projection(pooled).float(), dim=-1)
             pooled = model.text_model(**tokens).pooler_output
             text_BE = F.normalize(model.text_projection(pooled).float(), dim=-1)
@@ -185,13 +185,12 @@ def train_aesthetic_head(
     generator = generator_for("toy", "aesthetic", seed)
     scenes, images = pool_with_reconstructions(tokenizer, num_images, generator, RATED_CONTRAST)
     target_N = ratings(scenes, generator)
+    prepare = clip_preprocessing(IMAGE_SIZE)
     with torch.no_grad():
         embeddings_NE = torch.cat(
             [
                 F.normalize(
-                    clip.visual_projection(
-                        clip.vision_model(preprocess(part.float() / 255, IMAGE_SIZE)).pooler_output
-                    ),
+                    clip.visual_projection(clip.vision_model(prepare(part.float() / 255)).pooler_output),
                     dim=-1,
                 )
                 for part in images.split(250)

@@ -1,0 +1,79 @@
+"""Class probability: how sure an image classifier is that an image shows what was asked for."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageClassification
+
+from nextscale.errors import ConfigError
+from nextscale.records import Condition, suggest
+from nextscale.rewards.preprocessing import read_preprocessing
+from nextscale.rewards.pretrained import follow, load_frozen
+
+
+class ClassProbability:
+    """Softmax probability of the condition's class under an image classifier, in [0, 1].
+
+    Args:
+        classifier: one of transformers: a folder, or a hub repository such as "google/vit-base-patch16-224".
+        match: how the condition's class is found among the classifier's: by its "name" (the whole name, or
+            one of several between commas; case does not matter), or by its "label", where both count alike.
+
+    Raises:
+        CheckpointError: the classifier cannot be had, or needs another preprocessing than ours.
+    """
+
+    def __init__(self, classifier: str | Path, match: Literal["name", "label"] = "name") -> None:
+        self.classifier = str(classifier)
+        self.model = load_frozen(AutoModelForImageClassification, "classifier", classifier)
+        self.prepare = read_preprocessing(classifier)
+        self.match = match
+        names = self.model.config.id2label
+        self.names = [str(names[i]) for i in range(len(names))]
+        self._indices: dict[str, list[int]] = {}
+        for i, name in enumerate(self.names):
+            for each in dict.fromkeys(map(_plain, [name, *name.split(",")])):
+                self._indices.setdefault(each, []).append(i)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        indices = torch.tensor([self.index(condition) for condition in conditions], device=images.device)
+        follow(self.model, images)
+        logits = self.model(pixel_values=self.prepare(images)).logits
+        return logits.float().softmax(-1).gather(1, indices[:, None]).squeeze(1)
+
+    def index(self, condition: Condition) -> int:
+        """The classifier's class for a condition.
+
+        Raises:
+            ConfigError: there is none, or more than one.
+        """
+        if self.match == "label":
+            if condition.label is None or not 0 <= condition.label < len(self.names):
+                raise ConfigError(
+                    f"classifier '{self.classifier}' has no class {condition.label}: it has {len(self.names)}"
+                )
+            return condition.label
+        found = self._indices.get(_plain(condition.text), [])
+        if condition.label in found:  # such as the two cranes of ImageNet
+            return condition.label
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ConfigError(
+                f"classifier '{self.classifier}' has several classes '{condition.text}' ({found}), and none "
+                f"is the condition's label {condition.label}; match by label"
+            )
+        near = suggest(_plain(condition.text), list(self._indices))
+        hint = near if "did you mean" in near else f" among its {len(self.names)}, such as '{self.names[0]}'"
+        raise ConfigError(
+            f"classifier '{self.classifier}' has no class '{condition.text}'{hint}; where its classes count "
+            "as the model's do, match by label"
+        )
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.casefold().replace("_", " ").split())

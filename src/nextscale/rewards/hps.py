@@ -1,0 +1,59 @@
+"""Human preference score v2.1."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nextscale.errors import CheckpointError
+from nextscale.records import Condition
+from nextscale.rewards.clip import Clip, load_tokenizer
+from nextscale.rewards.open_clip import load_open_clip
+from nextscale.rewards.preprocessing import Preprocessing
+from nextscale.rewards.pretrained import hub_file
+from nextscale.rewards.prompts import DEFAULT_PROMPT, check_prompts
+
+REPOSITORY, FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
+DEFAULT_TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+
+class HPSv2:
+    """Cosine of image and prompt under a ViT-H-14 trained on preferences, about 0.2 to 0.35.
+
+    The tokenizer has open_clip's byte pairs. It does not pad, where open_clip pads with 0, to no effect:
+    attention is causal, and the features are those of the end of the text, before all padding.
+
+    Args:
+        prompt: a template; "{label}" becomes the condition's text.
+        checkpoint: the file `HPS_v2.1_compressed.pt`; from the hub by default.
+        tokenizer: a folder or a hub repository.
+
+    Raises:
+        ConfigError: the prompt is empty or broken.
+        CheckpointError: the weights or the tokenizer cannot be had, or do not belong together.
+
+    Source: Wu et al., "Human Preference Score v2", 2023; github.com/tgxs002/HPSv2 hpsv2/img_score.py
+    """
+
+    def __init__(
+        self,
+        prompt: str = DEFAULT_PROMPT,
+        checkpoint: str | Path | None = None,
+        tokenizer: str | Path = DEFAULT_TOKENIZER,
+    ) -> None:
+        self.prompts = check_prompts(prompt)
+        path = hub_file(REPOSITORY, FILE, "'checkpoint'") if checkpoint is None else Path(checkpoint)
+        model, words = load_open_clip(path), load_tokenizer(tokenizer)
+        config: Any = model.config
+        end = config.text_config.eos_token_id
+        if words.eos_token_id != end:
+            raise CheckpointError(
+                f"tokenizer '{tokenizer}' ends a text with token {words.eos_token_id}, the CLIP in '{path}' "
+                f"with {end}: they do not belong together"
+            )
+        prepare = Preprocessing(size=config.vision_config.image_size, edge="longest")
+        self.clip = Clip(model, words, prepare)
+
+    def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        return self.clip.cosines(images, conditions, self.prompts)[:, 0]

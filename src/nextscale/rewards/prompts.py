@@ -1,0 +1,39 @@
+"""Prompts: templates of what an image is asked to show."""
+
+from collections.abc import Sequence
+from string import Formatter
+
+from nextscale.errors import ConfigError
+from nextscale.records import Condition
+
+DEFAULT_PROMPT = "a photo of a {label}"
+
+
+def check_prompts(prompts: str | Sequence[str]) -> tuple[str, ...]:
+    """One template or several, in which "{label}" stands for the condition's text.
+
+    Raises:
+        ConfigError: there is no template, or one is empty or broken, or has a field other than {label}.
+    """
+    prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+    if not prompts:
+        raise ConfigError('no prompt given: give at least one, such as "a photo of a {label}"')
+    for prompt in prompts:
+        try:
+            fields = {field for _, field, _, _ in Formatter().parse(prompt) if field is not None}
+            if fields <= {"label"}:
+                prompt.format(
+                    label=""
+                )  # so that a format such as {label:d} is found here, not while training
+        except (ValueError, LookupError) as error:
+            raise ConfigError(f"prompt '{prompt}' is not a template: {error}") from None
+        if not prompt or fields - {"label"}:
+            raise ConfigError(
+                f"prompt '{prompt}' may hold the field {{label}} and no other, and must not be empty"
+            )
+    return prompts
+
+
+def fill(prompt: str, conditions: Sequence[Condition]) -> list[str]:
+    """A template's text for each condition."""
+    return [prompt.format(label=condition.text) for condition in conditions]
