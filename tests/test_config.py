@@ -1,4 +1,5 @@
 import re
+from typing import get_args
 
 import pytest
 import yaml
@@ -17,6 +18,8 @@ from nextscale.config import (
     to_yaml,
 )
 from nextscale.errors import ConfigError
+from nextscale.rewards.jpeg import JPEG_REWARDS
+from nextscale.rewards.pixels import PIXEL_REWARDS
 
 PAINTING = "rewards: {painting: {clip_score: 'a painting of a {label}', clip: toy}}\n"
 
@@ -50,6 +53,16 @@ def test_a_reward_is_of_one_kind():
 def test_an_option_without_effect_is_an_error():
     with pytest.raises(ConfigError, match=r"'clip' has no effect on a python reward"):
         RewardConfig(python="a.py:f", clip="toy")
+
+
+@pytest.mark.parametrize(("kind", "table"), [("jpeg", JPEG_REWARDS), ("pixels", PIXEL_REWARDS)])
+def test_every_word_of_a_kind_is_in_its_table(kind, table):
+    (words, _) = get_args(RewardConfig.model_fields[kind].annotation)
+    assert get_args(words) == tuple(table)
+    with pytest.raises(
+        ConfigError, match=rf"{kind} = 'size' cannot be used: input should be '{next(iter(table))}'"
+    ):
+        RewardConfig(**{kind: "size"})
 
 
 @pytest.mark.parametrize("weight", [".nan", ".inf"])

@@ -17,6 +17,8 @@ from nextscale.optimizer import OptimizerConfig
 from nextscale.policy import SamplingConfig
 from nextscale.records import Record, suggest
 from nextscale.rewards import Aesthetic, ClipScore, Reward, load_function
+from nextscale.rewards.jpeg import JPEG_REWARDS
+from nextscale.rewards.pixels import PIXEL_REWARDS
 from nextscale.trainer import RunConfig
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -34,6 +36,8 @@ REWARD_KINDS: dict[str, RewardKind] = {
     "aesthetic": RewardKind(Aesthetic, ("clip",)),
     "clip_score": RewardKind(ClipScore, ("clip",)),
     "python": RewardKind(load_function),
+    "jpeg": RewardKind(lambda name: JPEG_REWARDS[name]()),
+    "pixels": RewardKind(lambda name: PIXEL_REWARDS[name]),
 }
 
 
@@ -46,6 +50,10 @@ class RewardConfig(Record):
     """CLIP score with a prompt such as "a painting of a {label}"."""
     python: str | None = None
     """A function of your own, path/to/file.py:function."""
+    jpeg: Literal["compressibility", "incompressibility"] | None = None
+    """Kilobytes of the image as a JPEG, negated for compressibility."""
+    pixels: Literal["colourfulness", "sharpness", "brightness"] | None = None
+    """A statistic of the pixels."""
     clip: str | None = None
     """The CLIP of an aesthetic or clip_score reward: "toy", a folder or a hub repository."""
     weight: float = Field(default=1.0, allow_inf_nan=False)

@@ -3,6 +3,20 @@
 from nextscale.rewards.aesthetic import Aesthetic
 from nextscale.rewards.base import Reward, WeightedSum, score
 from nextscale.rewards.clip_score import ClipScore
+from nextscale.rewards.jpeg import JpegCompressibility, JpegIncompressibility
+from nextscale.rewards.pixels import brightness, colourfulness, sharpness
 from nextscale.rewards.user import load_function
 
-__all__ = ["Aesthetic", "ClipScore", "Reward", "WeightedSum", "load_function", "score"]
+__all__ = [
+    "Aesthetic",
+    "ClipScore",
+    "JpegCompressibility",
+    "JpegIncompressibility",
+    "Reward",
+    "WeightedSum",
+    "brightness",
+    "colourfulness",
+    "load_function",
+    "score",
+    "sharpness",
+]
