@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from nextscale.config import (
+    COMMON_OPTIONS,
     RECIPES,
     REWARD_KINDS,
     SECTIONS,
@@ -39,7 +40,7 @@ def write(tmp_path):
 
 def test_every_kind_of_reward_has_a_field_and_every_field_a_use():
     options = {name for kind in REWARD_KINDS.values() for name in kind.options}
-    assert set(RewardConfig.model_fields) == {*REWARD_KINDS, *options, "weight"}
+    assert set(RewardConfig.model_fields) == {*REWARD_KINDS, *options, *COMMON_OPTIONS}
 
 
 def test_a_reward_is_of_one_kind():
@@ -140,6 +141,19 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "binary").write_bytes(b"\x89PNG")
     with pytest.raises(ConfigError, match=r"cannot be read"):
         load_recipe(tmp_path / "binary")
+
+
+def test_a_python_file_beside_the_recipe_is_found(write, tmp_path, monkeypatch):
+    """Before one of the working directory; an override is typed there, and means that one."""
+    path = write("rewards: {a: {python: 'mine.py:f'}, b: {python: 'other.py:f'}, c: {python: '/mine.py:f'}}")
+    (tmp_path / "mine.py").touch()
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "mine.py").touch()
+    monkeypatch.chdir(tmp_path / "work")
+    found = {name: reward.python for name, reward in load_recipe(path).rewards.items()}
+    assert found == {"a": f"{tmp_path}/mine.py:f", "b": "other.py:f", "c": "/mine.py:f"}
+    assert load_recipe("../mine.yaml").rewards["a"].python == "../mine.py:f"
+    assert load_recipe(path, {"rewards.a.python": "mine.py:f"}).rewards["a"].python == "mine.py:f"
 
 
 # Overriding

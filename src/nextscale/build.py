@@ -65,9 +65,11 @@ def build_rewards(recipe: Recipe) -> WeightedSum:
 
 
 def make_rewards(configs: dict[str, RewardConfig]) -> WeightedSum:
-    """Named rewards with their weights."""
+    """Named rewards with their weights and timeouts."""
+    rewards = {name: _make_reward(name, config) for name, config in configs.items()}
     weights = {name: config.weight for name, config in configs.items()}
-    return WeightedSum({name: _make_reward(name, config) for name, config in configs.items()}, weights)
+    timeouts = {name: config.timeout for name, config in configs.items() if config.timeout is not None}
+    return WeightedSum(rewards, weights, timeouts)
 
 
 def _make_reward(name: str, config: RewardConfig) -> Reward:

@@ -41,6 +41,9 @@ REWARD_KINDS: dict[str, RewardKind] = {
 }
 
 
+COMMON_OPTIONS = ("weight", "timeout")  # of a reward of any kind
+
+
 class RewardConfig(Record):
     """One reward: exactly one of its kinds, and its weight."""
 
@@ -49,7 +52,7 @@ class RewardConfig(Record):
     clip_score: str | None = None
     """CLIP score with a prompt such as "a painting of a {label}"."""
     python: str | None = None
-    """A function of your own, path/to/file.py:function."""
+    """A function of your own, path/to/file.py:function; beside the recipe, or else from where you are."""
     jpeg: Literal["compressibility", "incompressibility"] | None = None
     """Kilobytes of the image as a JPEG, negated for compressibility."""
     pixels: Literal["colourfulness", "sharpness", "brightness"] | None = None
@@ -58,6 +61,8 @@ class RewardConfig(Record):
     """The CLIP of an aesthetic or clip_score reward: "toy", a folder or a hub repository."""
     weight: float = Field(default=1.0, allow_inf_nan=False)
     """Weight in the sum of rewards."""
+    timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Seconds after which the run stops if the reward has not answered; by default it waits."""
 
     @property
     def kind(self) -> str:
@@ -65,8 +70,8 @@ class RewardConfig(Record):
         return next(name for name in REWARD_KINDS if getattr(self, name) is not None)
 
     def options(self) -> dict[str, Any]:
-        """What is set besides the kind and the weight."""
-        others = (name for name in type(self).model_fields if name not in {*REWARD_KINDS, "weight"})
+        """What is set besides the kind and what every kind has."""
+        others = (name for name in type(self).model_fields if name not in {*REWARD_KINDS, *COMMON_OPTIONS})
         return {name: getattr(self, name) for name in others if getattr(self, name) is not None}
 
     @model_validator(mode="after")
@@ -172,6 +177,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     if not isinstance(mapping, dict):
         found_kind = "nothing" if mapping is None else f"a {type(mapping).__name__}"
         raise ConfigError(f"recipe '{name}' holds {found_kind}, expected keys such as 'rewards:' with values")
+    _find_python_files(mapping, found.parent)
     return mapping
 
 
@@ -228,6 +234,15 @@ def takes_text(annotation: Any) -> bool:
     if get_origin(annotation) in (Union, types.UnionType):
         return all(takes_text(each) for each in get_args(annotation) if each is not type(None))
     return annotation is str or get_origin(annotation) is Literal
+
+
+def _find_python_files(mapping: dict[str, Any], folder: Path) -> None:
+    """Let rewards of kind `python` name the file beside the recipe, where there is one; in place."""
+    rewards = mapping.get("rewards")
+    for reward in rewards.values() if isinstance(rewards, dict) else ():
+        reference = reward.get("python") if isinstance(reward, dict) else None
+        if isinstance(reference, str) and (folder / reference.rpartition(":")[0]).is_file():
+            reward["python"] = str(folder / reference)
 
 
 def _resolve(key: str, known_rewards: list[str]) -> tuple[list[str], Any]:

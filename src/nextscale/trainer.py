@@ -31,7 +31,8 @@ from nextscale.optimizer import OptimizerConfig, make_optimizer
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.records import Record
-from nextscale.rewards.base import Reward, WeightedSum
+from nextscale.rewards.base import Reward, WeightedSum, require_scores
+from nextscale.rewards.processes import fail_together
 from nextscale.rollout import Clock, Rollout, collect, step_labels
 from nextscale.run_folder import RunFolder
 
@@ -217,12 +218,13 @@ class GRPOTrainer:
         """One batch of rollouts and its updates; returns its metrics."""
         begin = time.perf_counter()
         rollout = self.rollout(step)
+        reward_metrics = self._reward_metrics(rollout)
         advantages_NG = self.advantages(rollout)
         means, clock = Means(), Clock(self.accelerator.device)
         with clock("update"):
             for _ in range(self.grpo.num_iterations):
                 grad_norm = self.update(rollout, advantages_NG.flatten(), means)
-        metrics = self._gathered(means) | self._reward_metrics(rollout)
+        metrics = self._gathered(means) | reward_metrics
         metrics |= self.loss.finish_step(metrics)
         seconds = rollout.seconds | clock.seconds
         elapsed = time.perf_counter() - begin
@@ -240,7 +242,7 @@ class GRPOTrainer:
         """This process's groups of a step."""
         labels = step_labels(self.labels, self.grpo.num_groups, self.run.seed, step)
         mine = range(self.accelerator.process_index, len(labels), self.accelerator.num_processes)
-        with self.accelerator.autocast():
+        with fail_together(), self.accelerator.autocast():
             return collect(
                 self.pipe,
                 [labels[group] for group in mine],
@@ -286,22 +288,22 @@ class GRPOTrainer:
         begin = time.perf_counter()
         self.accelerator.wait_for_everyone()
         result: list[Evaluation | None] = [None]
-        if self.accelerator.is_main_process:
-            with self.accelerator.autocast():
-                result[0] = evaluate(
-                    self.pipe,
-                    self.rewards,
-                    self.sampling,
-                    num_images=self.run.eval_num_images,
-                    seed=self.run.eval_seed,
-                    labels=self.grpo.class_labels,
-                    judges=self.judges,
-                    embed=self.embed,
-                    batch_size=self.run.per_device_eval_batch_size,
-                )
-            names = [condition.text for condition in self.pipe.conditions(result[0].labels)]
-            self.folder.save_grid(step, result[0].samples, names)
-        self.accelerator.wait_for_everyone()
+        with fail_together():
+            if self.accelerator.is_main_process:
+                with self.accelerator.autocast():
+                    result[0] = evaluate(
+                        self.pipe,
+                        self.rewards,
+                        self.sampling,
+                        num_images=self.run.eval_num_images,
+                        seed=self.run.eval_seed,
+                        labels=self.grpo.class_labels,
+                        judges=self.judges,
+                        embed=self.embed,
+                        batch_size=self.run.per_device_eval_batch_size,
+                    )
+                names = [condition.text for condition in self.pipe.conditions(result[0].labels)]
+                self.folder.save_grid(step, result[0].samples, names)
         metrics = result[0].metrics if result[0] else {}
         return {f"eval_{name}": value for name, value in metrics.items()} | {
             "eval_time": time.perf_counter() - begin
@@ -323,11 +325,13 @@ class GRPOTrainer:
         )
 
     def _reward_metrics(self, rollout: Rollout) -> dict[str, float]:
+        """Over all processes; raises where a reward scored none of the step's images."""
         names = list(rollout.components)
         mine_KNG = torch.stack([rollout.components[name] for name in names]).to(self.accelerator.device)
         all_NKG = self.accelerator.gather(mine_KNG.transpose(0, 1).contiguous())
         assert isinstance(all_NKG, Tensor)
         all_KNG = all_NKG.transpose(0, 1).cpu()
+        require_scores(dict(zip(names, all_KNG, strict=True)))
         total_NG = self.rewards.total(dict(zip(names, all_KNG, strict=True)))
         deviation_N = torch.tensor([_deviation(group) for group in total_NG])
         metrics = {
