@@ -1,5 +1,5 @@
-"""Run under torchrun by test_processes.py: a reward that fails in the last process alone, and one that fails in an
-evaluation, which the first process does alone. Each process writes what stopped it."""
+"""Run under torchrun by test_processes.py: a reward that fails in the last process alone, and one that fails
+in an evaluation, which the first process does alone. Each process writes what stopped it."""
 
 import sys
 from pathlib import Path

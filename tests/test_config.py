@@ -4,6 +4,7 @@ from typing import get_args
 import pytest
 import yaml
 
+from nextscale.build import make_rewards
 from nextscale.config import (
     COMMON_OPTIONS,
     RECIPES,
@@ -64,6 +65,27 @@ def test_every_word_of_a_kind_is_in_its_table(kind, table):
         ConfigError, match=rf"{kind} = 'size' cannot be used: input should be '{next(iter(table))}'"
     ):
         RewardConfig(**{kind: "size"})
+
+
+def test_options_reach_their_reward(monkeypatch):
+    monkeypatch.setenv("KEY", "sesame")
+    request = {"request_timeout": 7.0, "retries": 5, "api_key_env": "KEY"}
+    asking = {"vlm_model": "m", "question": "{label}?", "score_range": (1, 5), "concurrency": 3}
+    configs = {
+        "far": RewardConfig(remote="http://h/score", batch_size=9, timeout=60, **request),
+        "judge": RewardConfig(vlm_judge="http://h/v1", weight=2, **request, **asking),
+    }
+    made = make_rewards(configs)
+    far, judge = made.rewards.values()
+    assert (made.timeouts, made.weights) == ({"far": 60.0}, {"far": 1.0, "judge": 2.0})
+    assert (far.batch_size, judge.concurrency, judge.vlm_model) == (9, 3, "m")
+    assert judge.question == "{label}?" and "1 to 5" in judge.instruction
+    for server in (far.server, judge.server):
+        assert (server.retries, server._client.timeout.read) == (5, 7.0)
+        assert server._client.headers["Authorization"] == "Bearer sesame"
+    assert "sesame" not in to_yaml(Recipe(rewards=configs))
+    with pytest.raises(ConfigError, match="reward 'judge': a judge needs vlm_model"):
+        make_rewards({"judge": RewardConfig(vlm_judge="http://h/v1")})
 
 
 @pytest.mark.parametrize("weight", [".nan", ".inf"])

@@ -69,7 +69,7 @@ def make_rewards(configs: dict[str, RewardConfig]) -> WeightedSum:
     rewards = {name: _make_reward(name, config) for name, config in configs.items()}
     weights = {name: config.weight for name, config in configs.items()}
     timeouts = {name: config.timeout for name, config in configs.items() if config.timeout is not None}
-    return WeightedSum(rewards, weights, timeouts)
+    return WeightedSum(rewards, weights, timeouts=timeouts)
 
 
 def _make_reward(name: str, config: RewardConfig) -> Reward:

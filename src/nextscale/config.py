@@ -16,7 +16,7 @@ from nextscale.grpo import GRPOConfig
 from nextscale.optimizer import OptimizerConfig
 from nextscale.policy import SamplingConfig
 from nextscale.records import Record, suggest
-from nextscale.rewards import Aesthetic, ClipScore, Reward, load_function
+from nextscale.rewards import Aesthetic, ClipScore, Remote, Reward, VlmJudge, load_function
 from nextscale.rewards.jpeg import JPEG_REWARDS
 from nextscale.rewards.pixels import PIXEL_REWARDS
 from nextscale.trainer import RunConfig
@@ -31,6 +31,8 @@ class RewardKind(NamedTuple):
     options: tuple[str, ...] = ()
 
 
+REQUEST_OPTIONS = ("request_timeout", "retries", "api_key_env")
+
 # A new kind is a line here and a field of the same name in RewardConfig.
 REWARD_KINDS: dict[str, RewardKind] = {
     "aesthetic": RewardKind(Aesthetic, ("clip",)),
@@ -38,6 +40,10 @@ REWARD_KINDS: dict[str, RewardKind] = {
     "python": RewardKind(load_function),
     "jpeg": RewardKind(lambda name: JPEG_REWARDS[name]()),
     "pixels": RewardKind(lambda name: PIXEL_REWARDS[name]),
+    "remote": RewardKind(Remote, ("batch_size", *REQUEST_OPTIONS)),
+    "vlm_judge": RewardKind(
+        VlmJudge, ("vlm_model", "question", "score_range", "concurrency", *REQUEST_OPTIONS)
+    ),
 }
 
 
@@ -57,8 +63,28 @@ class RewardConfig(Record):
     """Kilobytes of the image as a JPEG, negated for compressibility."""
     pixels: Literal["colourfulness", "sharpness", "brightness"] | None = None
     """A statistic of the pixels."""
+    remote: str | None = None
+    """The URL of a server of yours that scores images (docs/rewards.md has the protocol)."""
+    vlm_judge: str | None = None
+    """A vision-language model: the URL of an OpenAI-compatible API, such as http://localhost:8000/v1."""
     clip: str | None = None
     """The CLIP of an aesthetic or clip_score reward: "toy", a folder or a hub repository."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Images of one request of a remote reward; 32 by default."""
+    vlm_model: str | None = None
+    """The name by which the server of a vlm_judge reward knows its model."""
+    question: str | None = None
+    """What a vlm_judge reward asks of each image, such as "How well drawn is this {label}?"."""
+    score_range: tuple[float, float] | None = None
+    """The lowest and highest score that a vlm_judge reward asks for; [0, 10] by default."""
+    concurrency: int | None = Field(default=None, ge=1)
+    """Requests of a vlm_judge reward under way at once; 8 by default."""
+    request_timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Seconds that a request of a remote or vlm_judge reward waits for the server; 60 by default."""
+    retries: int | None = Field(default=None, ge=0)
+    """Further tries of such a request where one may help; 3 by default."""
+    api_key_env: str | None = None
+    """The environment variable that holds the API key of a remote or vlm_judge reward."""
     weight: float = Field(default=1.0, allow_inf_nan=False)
     """Weight in the sum of rewards."""
     timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)

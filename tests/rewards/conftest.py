@@ -1,9 +1,11 @@
-"""A random CLIP for the tests of rewards, in the hub's layout and small enough for a unit test."""
+"""For the tests of rewards: a random CLIP in the hub's layout, small enough for a unit test; a server."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from http_server import FakeServer, serve
 from transformers import CLIPModel
 
 from nextscale.toy.train_clip import clip_config, text_tokenizer, write_preprocessor
@@ -29,3 +31,10 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     write_preprocessor(folder)
     return folder
+
+
+@pytest.fixture
+def fake_server() -> Iterator[FakeServer]:
+    """A server on this machine that answers as the test tells it to."""
+    with serve() as server:
+        yield server

@@ -147,6 +147,7 @@ class WeightedSum:
         self,
         rewards: Mapping[str, Reward],
         weights: Mapping[str, float] | None = None,
+        *,
         timeouts: Mapping[str, float] | None = None,
     ) -> None:
         weights, timeouts = weights or {}, timeouts or {}
