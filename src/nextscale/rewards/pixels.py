@@ -36,8 +36,8 @@ def colourfulness(images: Tensor, conditions: Sequence[Condition] = ()) -> Tenso
 
 
 def sharpness(images: Tensor, conditions: Sequence[Condition] = ()) -> Tensor:
-    """Variance of the luma's Laplacian, on the scale of 8-bit images: 0 for a plain image; below about 100 an
-    image looks blurred, noise gives some 10,000. It depends on the size of the image.
+    """Variance of the luma's Laplacian, on the scale of 8-bit images: 0 for a plain image, hundreds for a
+    photograph of 256 px, 50,000 for uniform noise. It depends on the size of the image.
 
     Args:
         images: (B, 3, H, W) in [0, 1], H and W at least 2.

