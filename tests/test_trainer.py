@@ -1,6 +1,7 @@
 """GRPO as a whole: it learns, it is invariant to how the work is cut, and it resumes to the same bits."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,17 @@ def test_a_bad_reward_stops_the_run_after_a_checkpoint(
 
     with pytest.raises(RewardError, match=f"reward 'bad' {sentence}"):
         make_trainer(tiny_pipeline, tmp_path / "run", bad).train()
+    assert (tmp_path / "run" / "checkpoints" / "step-000000").is_dir()
+
+
+def test_a_reward_that_hangs_stops_the_run_after_a_checkpoint(
+    tiny_pipeline: VARPipeline, tmp_path: Path
+) -> None:
+    over = threading.Event()
+    rewards = WeightedSum({"slow": lambda images, conditions: over.wait(600)}, timeouts={"slow": 0.1})
+    with pytest.raises(RewardError, match=r"^reward 'slow': no answer within its timeout of 0\.1 s$"):
+        make_trainer(tiny_pipeline, tmp_path / "run", rewards).train()
+    over.set()
     assert (tmp_path / "run" / "checkpoints" / "step-000000").is_dir()
 
 

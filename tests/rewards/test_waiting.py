@@ -155,31 +155,32 @@ def test_a_timeout_changes_nothing_of_what_a_reward_sees():
 HANGING = """
 import time
 
+import torch
+
+from nextscale.errors import RewardError
+from nextscale.rewards import WeightedSum
+
 def hang(images, conditions):
     time.sleep(600)
 
 async def hang_async(images, conditions):
-    time.sleep(600)
+    time.sleep(600)  # blocks the loop, as it should not
+
+for reward in (hang, hang_async):
+    try:
+        WeightedSum({"slow": reward}, timeouts={"slow": 0.1})(torch.zeros(1, 3, 4, 4), [])
+    except RewardError as error:
+        print(error)
 """
 
 
-def test_a_run_whose_reward_hangs_ends_after_a_checkpoint(tmp_path: Path):
-    (tmp_path / "mine.py").write_text(HANGING)
-    (tmp_path / "mine.yaml").write_text(
-        "rewards: {slow: {python: 'mine.py:hang', timeout: 0.5}, other: {python: 'mine.py:hang_async'}}\n"
-        "grpo: {num_groups: 1, num_generations: 2}\n"
-        "run: {output_dir: run, max_steps: 1, eval_steps: 0, report_to: none}\n"
-    )
+def test_a_reward_that_hangs_does_not_keep_the_process_from_ending():
     done = subprocess.run(
-        [sys.executable, "-m", "nextscale", "train", "mine.yaml"],
-        cwd=tmp_path,
+        [sys.executable, "-c", HANGING],
         env=os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1] == (
-        "nextscale: error: reward 'slow': no answer within its timeout of 0.5 s"
-    )
-    assert (tmp_path / "run" / "checkpoints" / "step-000000").is_dir()
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout == 2 * "reward 'slow': no answer within its timeout of 0.1 s\n"
