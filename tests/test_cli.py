@@ -365,6 +365,7 @@ def test_resuming_with_another_recipe(folder, trained, fails, change, says):
 
 def test_what_may_change_on_resume(folder, trained):
     changes = {"run.max_steps": "9", "run.save_steps": "1", "run.eval_steps": "1", "description": "x"}
+    changes["rewards.bright.timeout"] = "60"
     check_resumable(load_recipe(folder / "recipe.yaml", changes), folder / "run" / "config.yaml")
     linear = load_recipe(folder / "recipe.yaml", {"optimizer.lr_scheduler_type": "linear"})
     path = folder / "linear.yaml"

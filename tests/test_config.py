@@ -1,10 +1,13 @@
 import itertools
 import re
+from typing import get_args
 
 import pytest
 import yaml
 
+from nextscale.build import make_rewards
 from nextscale.config import (
+    COMMON_OPTIONS,
     RECIPES,
     REWARD_KINDS,
     ROLES,
@@ -20,6 +23,8 @@ from nextscale.config import (
 )
 from nextscale.constraints import AtLeast, AtMost
 from nextscale.errors import ConfigError
+from nextscale.rewards.jpeg import JPEG_REWARDS
+from nextscale.rewards.pixels import PIXEL_REWARDS
 
 PAINTING = "rewards: {painting: {clip_score: 'a painting of a {label}', clip: toy}}\n"
 
@@ -39,7 +44,7 @@ def write(tmp_path):
 
 def test_every_kind_of_reward_has_a_field_and_every_field_a_use():
     options = {name for kind in REWARD_KINDS.values() for name in kind.options}
-    assert set(RewardConfig.model_fields) == {*REWARD_KINDS, *options, *ROLES}
+    assert set(RewardConfig.model_fields) == {*REWARD_KINDS, *options, *COMMON_OPTIONS}
 
 
 def test_a_reward_is_of_one_kind():
@@ -105,6 +110,37 @@ def test_prompts_are_one_or_several(write):
     reward = load_recipe(write(several), texts).rewards["r"]
     assert reward.clip_score == "{label}: no" and reward.negative == ("a moon", "{label}")
     assert load_recipe(write(several), {"rewards.r.negative": "null"}).rewards["r"].negative is None
+
+
+@pytest.mark.parametrize(("kind", "table"), [("jpeg", JPEG_REWARDS), ("pixels", PIXEL_REWARDS)])
+def test_every_word_of_a_kind_is_in_its_table(kind, table):
+    (words, _) = get_args(RewardConfig.model_fields[kind].annotation)
+    assert get_args(words) == tuple(table)
+    with pytest.raises(
+        ConfigError, match=rf"{kind} = 'size' cannot be used: input should be '{next(iter(table))}'"
+    ):
+        RewardConfig(**{kind: "size"})
+
+
+def test_options_reach_their_reward(monkeypatch):
+    monkeypatch.setenv("KEY", "sesame")
+    request = {"request_timeout": 7.0, "retries": 5, "api_key_env": "KEY"}
+    asking = {"vlm_model": "m", "question": "{label}?", "score_range": (1, 5), "concurrency": 3}
+    configs = {
+        "far": RewardConfig(remote="http://h/score", batch_size=9, timeout=60, **request),
+        "judge": RewardConfig(vlm_judge="http://h/v1", weight=2, **request, **asking),
+    }
+    made = make_rewards(configs)
+    far, judge = made.rewards.values()
+    assert (made.timeouts, made.weights) == ({"far": 60.0}, {"far": 1.0, "judge": 2.0})
+    assert (far.batch_size, judge.concurrency, judge.vlm_model) == (9, 3, "m")
+    assert judge.question == "{label}?" and "1 to 5" in judge.instruction
+    for server in (far.server, judge.server):
+        assert (server.retries, server._client.timeout.read) == (5, 7.0)
+        assert server._client.headers["Authorization"] == "Bearer sesame"
+    assert "sesame" not in to_yaml(Recipe(rewards=configs))
+    with pytest.raises(ConfigError, match="reward 'judge': a judge needs vlm_model"):
+        make_rewards({"judge": RewardConfig(vlm_judge="http://h/v1")})
 
 
 @pytest.mark.parametrize("weight", [".nan", ".inf"])
@@ -182,6 +218,19 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "binary").write_bytes(b"\x89PNG")
     with pytest.raises(ConfigError, match=r"cannot be read"):
         load_recipe(tmp_path / "binary")
+
+
+def test_a_python_file_beside_the_recipe_is_found(write, tmp_path, monkeypatch):
+    """Before one of the working directory; an override is typed there, and means that one."""
+    path = write("rewards: {a: {python: 'mine.py:f'}, b: {python: 'other.py:f'}, c: {python: '/mine.py:f'}}")
+    (tmp_path / "mine.py").touch()
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "mine.py").touch()
+    monkeypatch.chdir(tmp_path / "work")
+    found = {name: reward.python for name, reward in load_recipe(path).rewards.items()}
+    assert found == {"a": f"{tmp_path}/mine.py:f", "b": "other.py:f", "c": "/mine.py:f"}
+    assert load_recipe("../mine.yaml").rewards["a"].python == "../mine.py:f"
+    assert load_recipe(path, {"rewards.a.python": "mine.py:f"}).rewards["a"].python == "mine.py:f"
 
 
 # Overriding

@@ -1,4 +1,5 @@
-"""One process with 4 groups = two processes with 2 each: the same images, the same gradient."""
+"""One process with 4 groups = two processes with 2 each: the same images, the same gradient. What stops one
+process stops both."""
 
 import os
 import subprocess
@@ -11,9 +12,9 @@ import torch
 TESTS = Path(__file__).parent
 
 
-def launch(folder: Path, num_processes: int) -> list[dict[str, torch.Tensor]]:
+def run(num_processes: int, script: str, *arguments: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += [str(num_processes), str(TESTS / "two_processes.py"), str(folder)]
+    command += [str(num_processes), str(TESTS / script), *arguments]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent / "src")]),
         "OMP_NUM_THREADS": "1",
@@ -21,10 +22,16 @@ def launch(folder: Path, num_processes: int) -> list[dict[str, torch.Tensor]]:
     }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def launch(folder: Path, num_processes: int) -> list[dict[str, torch.Tensor]]:
+    run(num_processes, "two_processes.py", str(folder))
     return [torch.load(folder / f"{num_processes}-{rank}.pt") for rank in range(num_processes)]
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+
+
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     (one,) = launch(tmp_path, 1)
     first, second = launch(tmp_path, 2)
@@ -36,3 +43,13 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         largest = expected.abs().max().clamp_min(1e-8)
         assert torch.equal(first[name], second[name]), name
         assert (first[name] - expected).abs().max() / largest < 1e-4, name
+
+
+def test_a_reward_that_fails_in_one_process_stops_both(tmp_path: Path) -> None:
+    """After a checkpoint, which both have to write."""
+    run(2, "bad_reward.py", str(tmp_path))
+    for name, key in (("fails_in_one", "one"), ("fails_in_evaluation", "evaluation")):
+        first, second = [(tmp_path / f"{name}-{rank}.txt").read_text() for rank in range(2)]
+        assert first == second
+        assert first.startswith(f"reward '{name}' raised KeyError: '{key}' (")
+        assert (tmp_path / name / "checkpoints" / "step-000000").is_dir()

@@ -1,6 +1,7 @@
 """GRPO as a whole: it learns, it is invariant to how the work is cut, and it resumes to the same bits."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nextscale.errors import ConfigError, RewardError
+from nextscale.evaluation import evaluate
 from nextscale.grpo import GRPOConfig
 from nextscale.optimizer import OptimizerConfig
 from nextscale.pipeline import VARPipeline
@@ -346,6 +348,17 @@ def test_a_bad_reward_stops_the_run_after_a_checkpoint(
     assert (tmp_path / "run" / "checkpoints" / "step-000000").is_dir()
 
 
+def test_a_reward_that_hangs_stops_the_run_after_a_checkpoint(
+    tiny_pipeline: VARPipeline, tmp_path: Path
+) -> None:
+    over = threading.Event()
+    rewards = WeightedSum({"slow": lambda images, conditions: over.wait(600)}, timeouts={"slow": 0.1})
+    with pytest.raises(RewardError, match=r"^reward 'slow': no answer within its timeout of 0\.1 s$"):
+        make_trainer(tiny_pipeline, tmp_path / "run", rewards).train()
+    over.set()
+    assert (tmp_path / "run" / "checkpoints" / "step-000000").is_dir()
+
+
 def test_a_run_is_never_overwritten_unasked(make_pipeline: MakePipeline, tmp_path: Path) -> None:
     make_trainer(make_pipeline(), tmp_path / "run", max_steps=1).train()
     with pytest.raises(ConfigError, match="already holds a run"):
@@ -370,3 +383,37 @@ def test_one_score_in_a_group_gives_no_gradient(tiny_pipeline: VARPipeline, tmp_
 
     taken = gradient(make_trainer(tiny_pipeline, tmp_path / "run", first_of_each_group, beta=0.0))
     assert all(each.abs().max() == 0 for each in taken.values())
+
+
+def test_images_that_are_not_scored_do_not_count(tiny_pipeline: VARPipeline, tmp_path: Path) -> None:
+    """Neither in the log nor, of two rewards, in their sum."""
+    given: list[Tensor] = []
+
+    def all_but_the_first_group(images: Tensor, conditions: list) -> Tensor:
+        given.append(torch.where(torch.arange(len(images)) < 4, torch.nan, images[:, 0].mean((1, 2))))
+        return given[-1]
+
+    def all_but_the_last(images: Tensor, conditions: list) -> list[float | None]:
+        return [2.0] * (len(images) - 1) + [None]
+
+    rewards = {"a": all_but_the_first_group, "b": all_but_the_last}
+    make_trainer(tiny_pipeline, tmp_path / "run", rewards, max_steps=1).train()
+    (metrics,) = metrics_of(tmp_path / "run")
+    assert metrics["rewards/a/mean"] == pytest.approx(given[0][4:].mean().item())
+    assert metrics["rewards/a/std"] == pytest.approx(given[0][4:].std().item())
+    assert (metrics["rewards/b/mean"], metrics["rewards/b/std"]) == (2.0, 0.0)
+    assert metrics["reward"] == pytest.approx(given[0][4:-1].mean().item() + 2)
+    assert metrics["frac_reward_zero_std"] == 0.25  # the first group has no score at all
+
+
+def test_an_evaluation_needs_a_score_of_some_image_not_of_every_class(tiny_pipeline: VARPipeline) -> None:
+    """It draws and scores class by class, and with many classes one image of each."""
+
+    def of_class_2(images: Tensor, conditions: list) -> list[float | None]:
+        return [0.5 + i if each.label == 2 else None for i, each in enumerate(conditions)]
+
+    rewards = WeightedSum({"mine": of_class_2})
+    metrics = evaluate(tiny_pipeline, rewards, GUIDED, num_images=8).metrics
+    assert (metrics["rewards/mine/mean"], metrics["num_images"]) == (1.0, 8.0)
+    with pytest.raises(RewardError, match="reward 'mine' returned NaN for all 6 images"):
+        evaluate(tiny_pipeline, rewards, GUIDED, num_images=6, labels=[0, 1, 3])

@@ -30,6 +30,8 @@ FREE_ON_RESUME = {
     *(f"run.{name}" for name in ("output_dir", "max_steps", "resume", "overwrite", "disable_tqdm")),
     *(f"run.{name}" for name in ("eval_steps", "save_steps", "save_total_limit", "report_to")),
 }
+# The same of a reward: how it is asked, not what.
+REWARD_FREE_ON_RESUME = ("timeout", "request_timeout", "retries", "batch_size", "concurrency", "api_key_env")
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def make_rewards(configs: dict[str, RewardConfig]) -> WeightedSum:
         {name: config.weight for name, config in configs.items() if config.weight is not None},
         {name: config.constraint for name, config in configs.items() if config.constraint},
         [name for name, config in configs.items() if config.held_out],
+        timeouts={name: config.timeout for name, config in configs.items() if config.timeout is not None},
     )
 
 
@@ -162,7 +165,8 @@ def check_resumable(recipe: Recipe, path: Path) -> None:
         free.remove("run.max_steps")  # it shapes the schedule
     for key in [*present, *(key for key in earlier if key not in present)]:
         was, now = earlier.get(key), present.get(key)
-        if was != now and key not in free:
+        asks = key.startswith("rewards.") and key.split(".")[-1] in REWARD_FREE_ON_RESUME
+        if was != now and key not in free and not asks:
             raise ConfigError(
                 f"{key} is {now!r}, but the run in '{path.parent}' has {was!r}: resume it with that value, "
                 "replace it with --run.overwrite true, or choose another --run.output_dir"

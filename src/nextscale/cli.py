@@ -123,7 +123,7 @@ def _add_evaluate(subparsers: Any) -> None:
     which = parser.add_mutually_exclusive_group()
     text = "its rewards and its sampling (default for the miniature world: toy-combined)"
     which.add_argument("--recipe", metavar="RECIPE", help=text)
-    text = "aesthetic=, clip_score= or python=; may be repeated"
+    text = "such as aesthetic=, clip_score=, pixels= or python=; may be repeated"
     which.add_argument("--reward", action="append", metavar="KIND=VALUE", help=text)
     parser.option("--clip", str, "the CLIP of the rewards given by --reward, and of the diversity")
     parser.option("--classes", str, CLASS_LIST, shown="those of the recipe, or all")

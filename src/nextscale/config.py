@@ -24,9 +24,13 @@ from nextscale.rewards import (
     HPSv2,
     ImageReward,
     PickScore,
+    Remote,
     Reward,
+    VlmJudge,
     load_function,
 )
+from nextscale.rewards.jpeg import JPEG_REWARDS
+from nextscale.rewards.pixels import PIXEL_REWARDS
 from nextscale.trainer import RunConfig
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -39,6 +43,8 @@ class RewardKind(NamedTuple):
     options: tuple[str, ...] = ()
 
 
+REQUEST_OPTIONS = ("request_timeout", "retries", "api_key_env")
+
 # A new kind is a line here and a field of the same name in RewardConfig.
 REWARD_KINDS: dict[str, RewardKind] = {
     "aesthetic": RewardKind(Aesthetic, ("clip",)),
@@ -48,11 +54,18 @@ REWARD_KINDS: dict[str, RewardKind] = {
     "image_reward": RewardKind(ImageReward, ("checkpoint", "tokenizer")),
     "class_probability": RewardKind(ClassProbability, ("match",)),
     "python": RewardKind(load_function),
+    "jpeg": RewardKind(lambda name: JPEG_REWARDS[name]()),
+    "pixels": RewardKind(lambda name: PIXEL_REWARDS[name]),
+    "remote": RewardKind(Remote, ("batch_size", *REQUEST_OPTIONS)),
+    "vlm_judge": RewardKind(
+        VlmJudge, ("vlm_model", "question", "score_range", "concurrency", *REQUEST_OPTIONS)
+    ),
 }
 
 
 # What a reward can be for: an objective with a weight, a constraint, or only measured.
 ROLES = ("weight", "at_least", "at_most", "held_out")
+COMMON_OPTIONS = (*ROLES, "timeout")  # of a reward of any kind
 
 
 def _check_bound(value: Any) -> Any:
@@ -85,7 +98,15 @@ class RewardConfig(Record):
     class_probability: str | None = None
     """Probability of the class asked for, under an image classifier: a folder or a hub repository."""
     python: str | None = None
-    """A function of your own, path/to/file.py:function."""
+    """A function of your own, path/to/file.py:function; beside the recipe, or else from where you are."""
+    jpeg: Literal["compressibility", "incompressibility"] | None = None
+    """Kilobytes of the image as a JPEG, negated for compressibility."""
+    pixels: Literal["colourfulness", "sharpness", "brightness"] | None = None
+    """A statistic of the pixels."""
+    remote: str | None = None
+    """The URL of a server of yours that scores images (docs/rewards.md has the protocol)."""
+    vlm_judge: str | None = None
+    """A vision-language model: the URL of an OpenAI-compatible API, such as http://localhost:8000/v1."""
     clip: str | None = None
     """The CLIP of an aesthetic or clip_score reward: "toy", a folder or a hub repository."""
     negative: str | tuple[str, ...] | None = None
@@ -96,6 +117,22 @@ class RewardConfig(Record):
     """The tokenizer of a pick_score, hps or image_reward reward: a folder or a hub repository."""
     match: Literal["name", "label"] | None = None
     """How a class_probability reward finds the class: by its "name" (default) or by its "label"."""
+    batch_size: int | None = Field(default=None, ge=1)
+    """Images of one request of a remote reward; 32 by default."""
+    vlm_model: str | None = None
+    """The name by which the server of a vlm_judge reward knows its model."""
+    question: str | None = None
+    """What a vlm_judge reward asks of each image, such as "How well drawn is this {label}?"."""
+    score_range: tuple[float, float] | None = None
+    """The lowest and highest score that a vlm_judge reward asks for; [0, 10] by default."""
+    concurrency: int | None = Field(default=None, ge=1)
+    """Requests of a vlm_judge reward under way at once; 8 by default."""
+    request_timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Seconds that a request of a remote or vlm_judge reward waits for the server; 60 by default."""
+    retries: int | None = Field(default=None, ge=0)
+    """Further tries of such a request where one may help; 3 by default."""
+    api_key_env: str | None = None
+    """The environment variable that holds the API key of a remote or vlm_judge reward."""
     weight: float | None = Field(default=None, allow_inf_nan=False)
     """Weight in the sum of rewards that is trained on; 1 for a reward of no other role."""
     at_least: Bound = None
@@ -104,6 +141,8 @@ class RewardConfig(Record):
     """A constraint: its mean stays at this number or below; "base" as for at_least."""
     held_out: bool = Field(default=False, strict=True)
     """Measured in evaluations and never trained on; a fall while the trained reward rises gives a warning."""
+    timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Seconds after which the run stops if the reward has not answered; by default it waits."""
 
     @property
     def kind(self) -> str:
@@ -118,8 +157,8 @@ class RewardConfig(Record):
         return None if self.at_most is None else AtMost(self.at_most)
 
     def options(self) -> dict[str, Any]:
-        """What is set besides the kind and the role."""
-        others = (name for name in type(self).model_fields if name not in {*REWARD_KINDS, *ROLES})
+        """What is set besides the kind and what every kind has."""
+        others = (name for name in type(self).model_fields if name not in {*REWARD_KINDS, *COMMON_OPTIONS})
         return {name: getattr(self, name) for name in others if getattr(self, name) is not None}
 
     @model_validator(mode="before")
@@ -249,6 +288,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     if not isinstance(mapping, dict):
         found_kind = "nothing" if mapping is None else f"a {type(mapping).__name__}"
         raise ConfigError(f"recipe '{name}' holds {found_kind}, expected keys such as 'rewards:' with values")
+    _find_python_files(mapping, found.parent)
     return mapping
 
 
@@ -305,6 +345,15 @@ def takes_text(annotation: Any) -> bool:
     if get_origin(annotation) in (Union, types.UnionType):
         return all(takes_text(each) for each in get_args(annotation) if each is not type(None))
     return annotation is str or get_origin(annotation) is Literal
+
+
+def _find_python_files(mapping: dict[str, Any], folder: Path) -> None:
+    """Let rewards of kind `python` name the file beside the recipe, where there is one; in place."""
+    rewards = mapping.get("rewards")
+    for reward in rewards.values() if isinstance(rewards, dict) else ():
+        reference = reward.get("python") if isinstance(reward, dict) else None
+        if isinstance(reference, str) and (folder / reference.rpartition(":")[0]).is_file():
+            reward["python"] = str(folder / reference)
 
 
 def _resolve(key: str, known_rewards: list[str]) -> tuple[list[str], Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
-from nextscale.rewards.base import WeightedSum
+from nextscale.rewards.base import WeightedSum, require_scores
 from nextscale.rollout import collect
 from nextscale.seeding import generator_for
 
@@ -61,6 +61,9 @@ def evaluate(
         metrics `reward`, `reward_std`, `reward_sem`, `rewards/{name}/mean`, `/std`, `/sem`, `num_images`, and
         where they apply `diversity` and what the judges say. A deviation (std) is over all images; the
         standard error of a mean (sem) counts those that were scored.
+
+    Raises:
+        RewardError: a reward that cannot be used, or that scored none of the images.
     """
     labels = _spread(list(range(pipe.num_classes)) if labels is None else list(labels), num_images, seed)
     per_class = -(-num_images // len(labels))
@@ -79,6 +82,7 @@ def evaluate(
             images_seen.append(rollout.images)
             labels_seen.append(rollout.labels)
     flat = {name: torch.cat(each) for name, each in scores.items()}
+    require_scores(flat)
     metrics = _score_metrics(rewards, flat) | {"num_images": float(per_class * len(labels))}
     if distances:
         metrics["diversity"] = sum(distances) / len(distances)

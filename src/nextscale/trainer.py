@@ -35,7 +35,8 @@ from nextscale.optimizer import OptimizerConfig, make_optimizer
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.records import Record
-from nextscale.rewards.base import Reward, WeightedSum
+from nextscale.rewards.base import Reward, WeightedSum, require_scores
+from nextscale.rewards.processes import fail_together
 from nextscale.rollout import Clock, Rollout, collect, step_labels
 from nextscale.run_folder import RunFolder
 
@@ -259,7 +260,7 @@ class GRPOTrainer:
         """This process's groups of a step."""
         labels = step_labels(self.labels, self.grpo.num_groups, self.run.seed, step)
         mine = range(self.accelerator.process_index, len(labels), self.accelerator.num_processes)
-        with self.accelerator.autocast():
+        with fail_together(), self.accelerator.autocast():
             return collect(
                 self.pipe,
                 [labels[group] for group in mine],
@@ -307,22 +308,23 @@ class GRPOTrainer:
         begin = time.perf_counter()
         self.accelerator.wait_for_everyone()
         metrics: dict[str, float] = {}
-        if self.accelerator.is_main_process:
-            with self.accelerator.autocast():
-                result = evaluate(
-                    self.pipe,
-                    self.rewards,
-                    self.sampling,
-                    num_images=self.run.eval_num_images,
-                    seed=self.run.eval_seed,
-                    labels=self.grpo.class_labels,
-                    judges=self.judges,
-                    embed=self.embed,
-                    batch_size=self.run.per_device_eval_batch_size,
-                )
-            names = [condition.text for condition in self.pipe.conditions(result.labels)]
-            self.folder.save_grid(step, result.samples, names)
-            metrics = result.metrics
+        with fail_together():
+            if self.accelerator.is_main_process:
+                with self.accelerator.autocast():
+                    result = evaluate(
+                        self.pipe,
+                        self.rewards,
+                        self.sampling,
+                        num_images=self.run.eval_num_images,
+                        seed=self.run.eval_seed,
+                        labels=self.grpo.class_labels,
+                        judges=self.judges,
+                        embed=self.embed,
+                        batch_size=self.run.per_device_eval_batch_size,
+                    )
+                names = [condition.text for condition in self.pipe.conditions(result.labels)]
+                self.folder.save_grid(step, result.samples, names)
+                metrics = result.metrics
         (metrics,) = broadcast_object_list([metrics])
         if step == 0:
             self.constraints.set_base(metrics)
@@ -353,11 +355,13 @@ class GRPOTrainer:
         )
 
     def _reward_metrics(self, rollout: Rollout) -> dict[str, float]:
+        """Over all processes; raises where a reward scored none of the step's images."""
         names = list(rollout.components)
         mine_KNG = torch.stack([rollout.components[name] for name in names]).to(self.accelerator.device)
         all_NKG = self.accelerator.gather(mine_KNG.transpose(0, 1).contiguous())
         assert isinstance(all_NKG, Tensor)
         all_KNG = all_NKG.transpose(0, 1).cpu()
+        require_scores(dict(zip(names, all_KNG, strict=True)))
         total_NG = self.rewards.total(dict(zip(names, all_KNG, strict=True)))
         deviation_N = torch.tensor([deviation(group) for group in total_NG])
         metrics = {

@@ -1,13 +1,14 @@
-"""Random networks for the tests of rewards, in the layout a user has them in, and small."""
+"""For the tests of rewards: random networks in the layout a user has them in, and small; a server."""
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import skimage.data
 import torch
+from http_server import FakeServer, serve
 from PIL import Image
 from safetensors.torch import save_file
 from small_checkpoints import image_reward_state, open_clip_state
@@ -146,3 +147,10 @@ def neural_reward(request: pytest.FixtureRequest) -> Reward:
         "class_probability": lambda: ClassProbability(path("classifier_folder")),
     }
     return makers[request.param]()
+
+
+@pytest.fixture
+def fake_server() -> Iterator[FakeServer]:
+    """A server on this machine that answers as the test tells it to."""
+    with serve() as server:
+        yield server

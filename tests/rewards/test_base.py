@@ -10,6 +10,7 @@ import torch
 from nextscale.errors import ConfigError, RewardError
 from nextscale.records import Condition
 from nextscale.rewards import AtLeast, AtMost, WeightedSum, score
+from nextscale.rewards.base import require_scores
 
 NAN = math.nan
 CONDITIONS = [Condition(i, name) for i, name in enumerate(("star", "heart", "moon"))]
@@ -56,9 +57,10 @@ def test_the_reward_sees_images_and_conditions_without_gradient():
 
 
 def test_some_images_may_stay_without_a_score():
-    scores = ask([1.0, NAN, 3.0])
-    assert scores.isnan().tolist() == [False, True, False]
-    assert scores[[0, 2]].tolist() == [1.0, 3.0]
+    for answer in ([1.0, NAN, 3.0], [1.0, None, 3.0], (1, None, 3), np.array([1.0, NAN, 3.0])):
+        scores = ask(answer)
+        assert scores.isnan().tolist() == [False, True, False]
+        assert scores[[0, 2]].tolist() == [1.0, 3.0]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,7 @@ def test_some_images_may_stay_without_a_score():
         ([1.0, math.inf, 0.0], "infinite"),
         ([1.0, -math.inf, NAN], "infinite"),
         ([NAN, NAN, NAN], "NaN for all 3 images"),
+        ([None, None, None], "NaN for all 3 images"),
         (None, "NoneType, expected 3 numbers"),
         ("abc", "str, expected 3 numbers"),
         (["a", "b", "c"], "list, expected 3 numbers"),
@@ -86,9 +89,22 @@ def test_a_reward_that_raises_is_told_by_name():
     def reward(images, conditions):
         raise KeyError("star")
 
-    with pytest.raises(RewardError, match="reward 'mine' raised KeyError: 'star'") as caught:
+    line = reward.__code__.co_firstlineno + 1
+    told = rf"reward 'mine' raised KeyError: 'star' \(.*test_base\.py:{line}\)$"
+    with pytest.raises(RewardError, match=told) as caught:
         score("mine", reward, IMAGES, CONDITIONS)
     assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_the_line_that_is_told_is_the_users_own():
+    """Not that of the library in which the error was raised."""
+
+    def reward(images, conditions):
+        return torch.stack([])
+
+    line = reward.__code__.co_firstlineno + 1
+    with pytest.raises(RewardError, match=rf"raised RuntimeError: .*test_base\.py:{line}\)$"):
+        score("mine", reward, IMAGES, CONDITIONS)
 
 
 def test_an_interrupt_is_no_fault_of_the_reward():
@@ -130,6 +146,8 @@ def test_a_sum_of_nothing_and_a_weight_of_nothing_are_told():
         WeightedSum({})
     with pytest.raises(ConfigError, match="weight for 'c', which is none of the rewards a, b"):
         WeightedSum({"a": answering(0), "b": answering(0)}, {"c": 1.0})
+    with pytest.raises(ConfigError, match="timeout for 'c', which is none of the rewards a, b"):
+        WeightedSum({"a": answering(0), "b": answering(0)}, timeouts={"c": 1.0})
 
 
 def three_roles() -> WeightedSum:
@@ -181,3 +199,13 @@ def test_training_asks_all_but_the_held_out_rewards():
 def test_roles_that_cannot_be(roles: dict, says: str):
     with pytest.raises(ConfigError, match=says):
         WeightedSum({"a": answering(0), "b": answering(0)}, **roles)
+
+
+def test_a_part_of_a_step_may_be_without_any_score():
+    """Only who sees all of a step or an evaluation can say that nothing was scored."""
+    rewards = WeightedSum({"a": answering([1.0, 2.0, 3.0]), "b": answering([NAN] * 3)})
+    components = rewards.components(IMAGES, CONDITIONS)
+    assert components["b"].isnan().all() and rewards(IMAGES, CONDITIONS).isnan().all()
+    with pytest.raises(RewardError, match="reward 'b' returned NaN for all 3 images"):
+        require_scores(components)
+    require_scores({"a": components["a"], "b": torch.tensor([[NAN, NAN], [NAN, 0.0]])})

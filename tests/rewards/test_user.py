@@ -1,5 +1,6 @@
 """A user's own reward, a function in a file."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from nextscale.rewards import load_function, score
 SOURCE = '''
 """A reward as a user would write one."""
 from __future__ import annotations
+import asyncio
 from dataclasses import dataclass
 
 FACTOR = 2.0
@@ -26,7 +28,16 @@ def redness(images, conditions):
 
 def broken(images, conditions):
     return {}[conditions[0].text]
+
+async def awaited(images, conditions):
+    await asyncio.sleep(0)
+    return [None if condition.label else 1.5 for condition in conditions]
+
+async def broken_async(images, conditions):
+    await asyncio.sleep(0)
+    return {}[conditions[0].text]
 '''
+LINE = 1 + SOURCE.splitlines().index("    return {}[conditions[0].text]")
 IMAGES = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 3, 4, 4)
 CONDITIONS = [Condition(0, "star"), Condition(1, "heart")]
 
@@ -64,10 +75,20 @@ def test_a_changed_file_is_read_anew(file: Path):
     assert load_function(f"{file}:redness")(IMAGES, CONDITIONS).tolist() == [0.0, 4.75]
 
 
-def test_a_function_that_raises_is_told_when_it_is_asked(file: Path):
-    reward = load_function(f"{file}:broken")
-    with pytest.raises(RewardError, match="reward 'mine' raised KeyError: 'star'"):
-        score("mine", reward, IMAGES, CONDITIONS)
+def test_an_async_function_is_a_reward(file: Path):
+    scores = score("mine", load_function(f"{file}:awaited"), IMAGES, CONDITIONS)
+    assert scores[0] == 1.5 and scores[1].isnan()
+
+
+@pytest.mark.parametrize(("name", "line"), [("broken", LINE), ("broken_async", LINE + 8)])
+@pytest.mark.parametrize("timeout", [None, 60])
+def test_a_function_that_raises_is_told_with_its_line(
+    file: Path, name: str, line: int, timeout: float | None
+):
+    reward = load_function(f"{file}:{name}")
+    told = rf"reward 'mine' raised KeyError: 'star' \({re.escape(str(file))}:{line}\)$"
+    with pytest.raises(RewardError, match=told):
+        score("mine", reward, IMAGES, CONDITIONS, timeout)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +116,7 @@ def test_a_file_that_is_no_python_is_told(tmp_path: Path):
 @pytest.mark.parametrize(
     ("source", "told"),
     [
-        ("raise RuntimeError('no weights')", "raised RuntimeError: no weights"),
+        ("x = 1\nraise RuntimeError('no weights')", r"raised RuntimeError: no weights \(.*faulty\.py:2\)"),
         ("import nextscale_none", "raised ModuleNotFoundError: No module named 'nextscale_none'"),
         ("def f(:", "raised SyntaxError"),
     ],

@@ -7,8 +7,12 @@ from nextscale.rewards.class_probability import ClassProbability
 from nextscale.rewards.clip_score import ClipScore
 from nextscale.rewards.hps import HPSv2
 from nextscale.rewards.image_reward import ImageReward
+from nextscale.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 from nextscale.rewards.pick_score import PickScore
+from nextscale.rewards.pixels import brightness, colourfulness, sharpness
+from nextscale.rewards.remote import Remote
 from nextscale.rewards.user import load_function
+from nextscale.rewards.vlm_judge import VlmJudge
 
 __all__ = [
     "Aesthetic",
@@ -18,9 +22,16 @@ __all__ = [
     "ClipScore",
     "HPSv2",
     "ImageReward",
+    "JpegCompressibility",
+    "JpegIncompressibility",
     "PickScore",
+    "Remote",
     "Reward",
+    "VlmJudge",
     "WeightedSum",
+    "brightness",
+    "colourfulness",
     "load_function",
     "score",
+    "sharpness",
 ]

@@ -7,7 +7,7 @@ from typing import cast
 
 from nextscale.errors import ConfigError
 from nextscale.records import suggest
-from nextscale.rewards.base import Reward
+from nextscale.rewards.base import Reward, where
 
 
 def load_function(reference: str) -> Reward:
@@ -32,7 +32,7 @@ def load_function(reference: str) -> Reward:
     except Exception as error:
         del sys.modules[spec.name]
         raise ConfigError(
-            f"python reward '{reference}': the file raised {type(error).__name__}: {error}"
+            f"python reward '{reference}': the file raised {type(error).__name__}: {error}{where(error)}"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
