@@ -118,7 +118,7 @@ class GRPOTrainer:
         )
         self.labels = list(self.grpo.class_labels or range(pipe.num_classes))
         pipe.conditions(self.labels)
-        self._check_processes()
+        check_processes(self.grpo, self.accelerator.num_processes)
         self.folder = RunFolder(Path(self.run.output_dir), self.accelerator.is_main_process)
         self.folder.open(
             self._default_config() if config_yaml is None else config_yaml,
@@ -134,13 +134,6 @@ class GRPOTrainer:
         self.loss = GRPOLoss(self.grpo, self.sampling, pipe.transformer, reference)
         self._prepare()
         self.step_done, self.seconds_done = 0, 0.0
-
-    def _check_processes(self) -> None:
-        processes = self.accelerator.num_processes
-        if self.grpo.num_groups % processes:
-            raise ConfigError(
-                f"num_groups {self.grpo.num_groups} cannot be shared by {processes} processes: use a multiple"
-            )
 
     def _default_config(self) -> str:
         sections = {
@@ -348,6 +341,18 @@ class GRPOTrainer:
             for name, value in part.items():
                 whole.put(name, value)
         return dict(whole.items())
+
+
+def check_processes(grpo: GRPOConfig, num_processes: int) -> None:
+    """Whether so many processes can share the groups of a step.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if num_processes < 1 or grpo.num_groups % num_processes:
+        raise ConfigError(
+            f"num_groups {grpo.num_groups} cannot be shared by {num_processes} processes: use a multiple"
+        )
 
 
 def _named(rewards: Reward | Mapping[str, Reward]) -> WeightedSum:
