@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 FLOAT32_ON_A_GPU = (F.normalize, F.group_norm)  # under autocast; on a CPU they are not
 
@@ -71,18 +71,20 @@ def count(forward: Callable[[], Any], *, bfloat16: bool = False) -> Count:
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata in live.sizes:  # not a parameter: that one was there before
+        if storage._cdata in tally.sizes:  # a parameter was there before
             saved[storage._cdata] = storage.nbytes()
         return tensor
 
-    with FlopCounterMode(display=False) as flops, _LiveBytes() as live:
+    with _Tally() as tally:
         with torch.autocast("cpu", torch.bfloat16, bfloat16), saved_tensors_hooks(keep, lambda kept: kept):
             result = forward()
-        forward_peak, live.peak = live.peak, live.now
+        forward_peak, tally.peak = tally.peak, tally.now
         if not (isinstance(result, Tensor) and result.requires_grad):
-            return Count(flops.get_total_flops(), forward_peak=forward_peak)
-        torch.autograd.backward(result)  # not `result.backward`, which hides recomputation from the modes
-    return Count(flops.get_total_flops(), sum(saved.values()), forward_peak, live.peak)
+            return Count(tally.flops, forward_peak=forward_peak)
+        # Not `result.backward()`: it leaves the mode of `without_data`, which recomputed blocks need.
+        engine, start = torch.autograd.Variable._execution_engine, (torch.ones_like(result),)
+        engine.run_backward((result,), start, False, False, (), allow_unreachable=True, accumulate_grad=True)
+    return Count(tally.flops, sum(saved.values()), forward_peak, tally.peak)
 
 
 class _WithoutData(TorchFunctionMode):
@@ -122,34 +124,43 @@ def _memory_efficient_attention(
     )[0]
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that were made within and are still alive; `sizes` has each, by its address."""
+class _Tally(TorchDispatchMode):
+    """Adds up the operations of what is called within, and the bytes of the storages that it makes.
+
+    `FlopCounterMode` has the same formulas, but its hooks on modules keep what a backward pass recomputes
+    alive, which would be counted as memory.
+
+    Attributes:
+        flops: by torch's formulas.
+        now, peak: bytes of the storages that are alive.
+        sizes: bytes of each of them, by its address.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.flops = self.now = self.peak = 0
         self.sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {
-            leaf.untyped_storage()._cdata
-            for leaf in tree_leaves((args, kwargs))
-            if isinstance(leaf, Tensor)
-        }
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._add(leaf.untyped_storage(), before)
+        kwargs = kwargs or {}
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        result = func(*args, **kwargs)
+        if formula := flop_registry.get(func._overloadpacket):
+            self.flops += formula(*args, **kwargs, out_val=result)
+        for storage in _storages(result):
+            if storage._cdata not in given and storage._cdata not in self.sizes:
+                self._add(storage)
         return result
 
-    def _add(self, storage: torch.UntypedStorage, before: set[int]) -> None:
-        address, size = storage._cdata, storage.nbytes()
-        if address in self.sizes or address in before:
-            return
-        self.sizes[address] = size
-        self.now += size
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        self.sizes[storage._cdata] = storage.nbytes()
+        self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._remove, address)
+        weakref.finalize(storage, self._remove, storage._cdata)
 
     def _remove(self, address: int) -> None:
         self.now -= self.sizes.pop(address)
+
+
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    return (leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
