@@ -7,15 +7,15 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "nextscale"
 
-MODELS = ("scales", "quantizer", "vqvae", "var", "official", "zoo", "__init__")
+MODELS = ("scales", "quantizer", "vqvae", "var", "official", "zoo", "sizes", "__init__")
 # From the ground up. "x.*" is the package x with all that is in it, free inside but for circles. A new file
 # has to be placed here, deliberately.
 FLOORS = (
-    ("errors", "records", "seeding", "metrics", "interrupt", "run_reader"),
+    ("errors", "records", "seeding", "metrics", "interrupt", "run_reader", "gpus", "counting"),
     ("policy", "objective", "advantages", "multipliers", "optimizer", *(f"models.{name}" for name in MODELS)),
     ("sampling", "log_probs", "pipeline", "rewards.*"),
     ("run_folder", "checkpoint", "rollout", "toy.*"),
-    ("evaluation", "report_text", "report_charts", "report", "grpo", "trainer", "ui"),
+    ("evaluation", "report_text", "report_charts", "report", "grpo", "trainer", "phases", "planning", "ui"),
     ("config", "build", "recipes.*"),
     ("__init__",),
     ("options", "commands", "cli", "__main__"),

@@ -157,6 +157,51 @@ def make_plan(
     )
 
 
+def describe(plan: Plan) -> str:
+    """A plan as text of a few lines."""
+    networks = [f"{name} {_with_unit(number)}" for name, number in plan.parameters.items()]
+    networks += [f"reward '{name}' unknown, not counted" for name in plan.unknown]
+    operations = [f"{name} {_with_unit(number)}" for name, number in plan.flops.items()]
+    total = sum(plan.flops.values())
+    names = {"update": "backward pass", "AdamW": "AdamW's step"}
+    details = {"rollout": f"keys and values {_gigabytes(plan.cache)}"}
+    details["update"] = f"activations {_gigabytes(plan.activations)}"
+    largest = max(plan.phases, key=plan.phases.__getitem__)
+    rows = [(name, number, "") for name, number in plan.resident.items() if number]
+    rows += [
+        (f"{'+' if name == largest else ' '} {names.get(name, name)}", number, details.get(name, ""))
+        for name, number in plan.phases.items()
+    ]
+    verdict = "fits" if plan.fits else "does not fit"
+    limit = f"{_gigabytes(USABLE_MEMORY * plan.memory)} of {_gigabytes(plan.memory)} GB"
+    lines = [
+        f"{plan.num_gpus} x {plan.gpu}, computed, not measured",
+        f"parameters  {' · '.join(networks)}",
+        f"step        {plan.num_images} images of {plan.tokens_per_image} tokens: "
+        f"{plan.num_images * plan.tokens_per_image:,} tokens",
+        f"FLOP        {' · '.join(operations)} · sum {_with_unit(total)}",
+        "memory      of one process, in GB; of the lines with a margin only the largest (+) counts",
+        *(
+            f"  {name:<22}{_gigabytes(number):>8}{f'  ({detail})' if detail else ''}"
+            for name, number, detail in rows
+        ),
+        f"  {'peak':<22}{_gigabytes(plan.peak):>8}  {verdict}: {limit} are planned with",
+        f"time        {plan.seconds:.2g} s a step, if {UTILISATION:.0%} of the peak in {plan.dtype} is reached",
+    ]
+    return "\n".join(lines)
+
+
+def _gigabytes(number: float) -> str:
+    return f"{number / 1e9:.2f}"
+
+
+def _with_unit(number: float) -> str:
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if number >= size:
+            return f"{number / size:.4g} {unit}"
+    return f"{number:.0f}"
+
+
 @dataclass(frozen=True)
 class _Size:
     """Of a network: the number of its parameters, and the bytes of parameters and buffers."""

@@ -9,6 +9,7 @@ from nextscale.models.var import VARConfig
 from nextscale.models.vqvae import VQVAEConfig
 from nextscale.records import suggest
 
+OFFICIAL_REPOSITORY = "FoundationVision/var"  # on the hub
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 
 
