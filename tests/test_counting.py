@@ -18,11 +18,13 @@ from nextscale.policy import SamplingConfig
 from nextscale.rollout import Rollout
 from nextscale.trainer import RunConfig
 
-SCALES = (1, 2, 3, 4, 6, 8)
+SCALES = (1, 2, 4)
 CONFIG = VARConfig(
     depth=3, width=64, num_heads=2, num_classes=4, codebook_size=96, codebook_width=8, scale_sizes=SCALES
 )
-TOKENIZER = VQVAEConfig(base_channels=32, codebook_size=96, codebook_width=8, scale_sizes=SCALES)
+TOKENIZER = VQVAEConfig(
+    base_channels=32, channel_multipliers=(1, 1), codebook_size=96, codebook_width=8, scale_sizes=SCALES
+)
 GUIDED = SamplingConfig(guidance_scale=1.5)
 BATCH = 3
 
@@ -37,7 +39,9 @@ def test_operations_of_a_linear_layer():
     with without_data():
         layer, x = torch.nn.Linear(5, 7), torch.zeros(3, 5)
         assert count(lambda: layer(x).detach()).flops == 2 * 3 * 5 * 7
-        assert count(lambda: layer(x).sum()).flops == 2 * (2 * 3 * 5 * 7)  # and those of the weight's gradient
+        assert count(lambda: layer(x).sum()).flops == 2 * (
+            2 * 3 * 5 * 7
+        )  # and those of the weight's gradient
 
 
 def test_bytes_of_a_few_operations():

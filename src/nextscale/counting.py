@@ -114,7 +114,7 @@ def _memory_efficient_attention(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """The kernel that CUDA takes with a mask: no weights (l, l) in memory, and hidden ones are computed too."""
+    """The kernel that CUDA takes with a mask: keeps no weights (l, l), but computes hidden ones too."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if attn_mask is not None:

@@ -5,6 +5,7 @@ Shapes: B images run at once · L tokens of all scales · D codebook width
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ class Phases:
             with without_data(as_on_gpu=self.as_on_gpu), torch.no_grad():
                 tower, size = CLIPModel(config).vision_model, config.vision_config.image_size
                 pixels = torch.zeros(self.num_images, 3, size, size)
-                each = self._count(lambda: tower(pixel_values=pixels), self.num_images)
+                each = self._count(partial(tower, pixel_values=pixels), self.num_images)
             total = Count(total.flops + each.flops, forward_peak=max(total.peak, each.peak))
         return total
 
@@ -100,7 +101,7 @@ class Phases:
         return self._by_depth(run)
 
     def update(self, has_reference: bool) -> Count:
-        """The loss and its backward pass, where there are gradients already; the reference's share included."""
+        """The loss, the reference's share included, and its backward pass where there are gradients already."""
         batch = self._trained_at_once
 
         def run(config: VARConfig) -> Count:

@@ -23,7 +23,7 @@ from nextscale.rewards.backbones import backbone_config
 from nextscale.trainer import RunConfig, check_processes
 
 UTILISATION = 0.3
-"""Share of a GPU's peak that is taken to be reached; well-tuned training of large transformers reaches more."""
+"""Share of a GPU's peak that is taken to be reached; well-tuned training of large models reaches more."""
 USABLE_MEMORY = 0.9
 """Share of a GPU's memory that is planned with; the rest is for CUDA, cuDNN and fragmentation."""
 FLOAT32 = 4  # bytes
@@ -186,7 +186,7 @@ def describe(plan: Plan) -> str:
             for name, number, detail in rows
         ),
         f"  {'peak':<22}{_gigabytes(plan.peak):>8}  {verdict}: {limit} are planned with",
-        f"time        {plan.seconds:.2g} s a step, if {UTILISATION:.0%} of the peak in {plan.dtype} is reached",
+        f"time        {plan.seconds:.2g} s a step, if {UTILISATION:.0%} of the {plan.dtype} peak is reached",
     ]
     return "\n".join(lines)
 

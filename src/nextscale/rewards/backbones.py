@@ -27,7 +27,7 @@ KNOWN_CLIPS = {
     "yuvalkirstain/PickScore_v1": _CLIP_H14,
     "xswu/HPSv2": _CLIP_H14,
 }
-"""Hub repository to the sizes of its image tower, of its text tower, and of the embedding; images of 224 px."""
+"""Hub repository to the sizes of its image tower (224 px), of its text tower, and of the embedding."""
 
 DEFAULT_BACKBONES = {
     "aesthetic": "openai/clip-vit-large-patch14",
