@@ -101,7 +101,7 @@ class Phases:
         return self._by_depth(run)
 
     def update(self, has_reference: bool) -> Count:
-        """The loss, the reference's share included, and its backward pass where there are gradients already."""
+        """The loss, reference included, and its backward pass where there are gradients already."""
         batch = self._trained_at_once
 
         def run(config: VARConfig) -> Count:
