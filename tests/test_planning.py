@@ -11,12 +11,13 @@ from nextscale.errors import ConfigError, RewardError
 from nextscale.gpus import GPUS, find_gpu
 from nextscale.grpo import GRPOConfig
 from nextscale.models.sizes import OFFICIAL_SIZES
-from nextscale.models.var import VARConfig
+from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAEConfig
 from nextscale.models.zoo import TOY_ASSETS
 from nextscale.phases import Phases
 from nextscale.planning import USABLE_MEMORY, UTILISATION, describe, make_plan
 from nextscale.policy import SamplingConfig
+from nextscale.rewards.clip import load_clip
 from nextscale.trainer import RunConfig
 
 GUIDED = SamplingConfig(guidance_scale=1.5)
@@ -80,8 +81,6 @@ def test_memory_by_hand():
     plan = small_plan(num_gpus=2)
     parameters, images, tokens = plan.parameters["transformer"], 4, 21
     with torch.device("meta"):
-        from nextscale.models.var import VAR
-
         model = VAR(SMALL)
     assert parameters == sum(each.numel() for each in model.parameters()) == plan.parameters["reference"]
     assert plan.resident["gradients"] == plan.resident["gradient buckets"] == 4 * parameters
@@ -162,15 +161,10 @@ def test_backbones_of_rewards():
 
 @pytest.mark.skipif(not TOY_ASSETS.is_dir(), reason=f"no miniature world in {TOY_ASSETS}")
 def test_rewards_share_a_backbone_but_run_it_each():
+    buffers = sum(each.nbytes for each in load_clip("toy").model.buffers())
     one, two = small_plan(backbones={"a": "toy"}), small_plan(backbones={"a": "toy", "b": "toy"})
     assert two.flops["reward"] == 2 * one.flops["reward"] > 0
-    assert two.resident["rewards"] == one.resident["rewards"] == 4 * one.parameters["toy"] + one_buffers()
-
-
-def one_buffers() -> int:
-    from nextscale.rewards.clip import load_clip
-
-    return sum(each.nbytes for each in load_clip("toy").model.buffers())
+    assert two.resident["rewards"] == one.resident["rewards"] == 4 * one.parameters["toy"] + buffers
 
 
 @pytest.mark.parametrize("name", PUBLISHED_RECIPES)
