@@ -64,9 +64,9 @@ run: {{output_dir: {folder}/run, max_steps: 2, save_steps: 2, eval_steps: 2, eva
 """
 
 
-def run(*words, **settings):
+def run(*words, env_changes=None, **settings):
     """A real process."""
-    environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"} | (env_changes or {})
     command = [sys.executable, "-m", "nextscale", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, **settings)
 
@@ -121,6 +121,7 @@ def metrics(folder):
         ["toy"],
         ["toy", "show"],
         ["toy", "train"],
+        ["plan"],
     ],
 )
 def test_help(words, capsys):
@@ -232,6 +233,13 @@ def test_types_as_the_help_writes_them():
         (["train", "toy-painting", "--grpo.num-groups", "-2"], "grpo.num_groups = -2 cannot be used"),
         (["train", "toy-painting", "--run.max_steps", "many"], "run.max_steps = 'many' cannot be used"),
         (["train", "toy-paintin"], "did you mean 'toy-painting'?"),
+        (["plan"], "required: RECIPE"),
+        (["plan", "toy-painting", "--gpu", "h100-80"], "unknown GPU 'h100-80'; did you mean 'h100-80gb'?"),
+        (["plan", "toy-painting", "--num-gpus", "3"], "num_groups 8 cannot be shared by 3 processes"),
+        (["plan", "toy-painting", "--num-gpus", "0"], "num_groups 8 cannot be shared by 0 processes"),
+        (["plan", "toy-painting", "--model", "var-d17"], "no model 'var-d17'"),
+        (["plan", "var-d16-aesthetics"], "did you mean 'var-d16-aesthetic'?"),
+        (["plan", "toy-painting", "--grpo.betta", "1"], "did you mean 'grpo.beta'?"),
         (["sample", "--modle", "x"], "unknown option '--modle'; did you mean '--model'?"),
         (["sample", "--model", "nowhere"], "no model 'nowhere'"),
         (["sample", "--num-images", "x"], "invalid int value: 'x'"),
@@ -260,6 +268,40 @@ def test_dry_run_prints_what_loads_back_and_writes_nothing(folder, tmp_path):
     assert recipe == load_recipe(folder / "recipe.yaml", changes)
     assert recipe.run.max_steps == 50 and recipe.rewards["bright"].weight == 0.5
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_prints_the_plan(folder, tmp_path):
+    words = ["train", folder / "recipe.yaml", "--run.output_dir", tmp_path / "run", "--dry-run"]
+    done = run(*words)
+    comments = [line for line in done.stdout.splitlines() if line.startswith("#")]
+    assert "# Plan:" in comments and "# 1 x h100-80gb, computed, not measured" in comments
+    assert any("reward 'bright' unknown, not counted" in line for line in comments)
+    assert "Not checked" not in done.stdout
+    shared = run(*words, env_changes={"WORLD_SIZE": "3"})
+    assert shared.returncode == 2 and "num_groups 2 cannot be shared by 3 processes" in shared.stderr
+
+
+def test_a_dry_run_of_a_published_model_needs_no_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("nextscale.models.hub.find_cached", lambda *words: None)
+    plan = load_recipe("var-d16-painting")
+    monkeypatch.setattr("nextscale.build.plan_recipe", lambda recipe, num_gpus: recipe.model)
+    monkeypatch.setattr("nextscale.planning.describe", lambda plan: f"the plan of {plan}")
+    assert main(["train", "var-d16-painting", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    (tmp_path / "printed.yaml").write_text(printed)
+    assert load_recipe(tmp_path / "printed.yaml") == plan
+    assert "# the plan of var-d16\n# Not checked: the weights of var-d16, openai/clip-vit" in printed
+
+
+def test_plan(folder):
+    words = ["plan", folder / "recipe.yaml", "--gpu", "a10-24gb", "--num-gpus", "2"]
+    done = run(*words, "--run.per_device_train_batch_size=1")
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.startswith("2 x a10-24gb, computed, not measured\nparameters  transformer ")
+    assert "8 images of 30 tokens" in done.stdout and "fits" in done.stdout
+    done = run(*words[:3], "a10-24g")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "nextscale: error: unknown GPU 'a10-24g'; did you mean 'a10-24gb'?\n"
 
 
 def test_a_run_folder_has_everything(folder, trained):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "nextscale"
 
-MODELS = ("scales", "quantizer", "vqvae", "var", "official", "hub", "zoo", "__init__")
+MODELS = ("scales", "quantizer", "vqvae", "var", "official", "hub", "zoo", "sizes", "__init__")
 # From the ground up. "x.*" is the package x with all that is in it, free inside but for circles. A new file
 # has to be placed here, deliberately.
 FLOORS = (
-    ("errors", "records", "seeding", "metrics", "interrupt", "run_reader", "class_names"),
+    ("errors", "records", "seeding", "metrics", "interrupt", "run_reader", "class_names", "gpus", "counting"),
     (
         "policy",
         "objective",
@@ -23,7 +23,18 @@ FLOORS = (
     ),
     ("sampling", "log_probs", "model_card", "pipeline", "rewards.*"),
     ("run_folder", "checkpoint", "rollout", "toy.*"),
-    ("evaluation", "report_text", "hacking", "report_charts", "report", "grpo", "trainer", "ui"),
+    (
+        "evaluation",
+        "report_text",
+        "hacking",
+        "report_charts",
+        "report",
+        "grpo",
+        "trainer",
+        "phases",
+        "planning",
+        "ui",
+    ),
     ("config", "build", "recipes.*"),
     ("__init__",),
     ("options", "commands", "cli", "__main__"),

@@ -14,15 +14,21 @@ from nextscale.checkpoint import find_checkpoint
 from nextscale.config import REWARD_KINDS, Recipe, RewardConfig, flatten, load_recipe, to_yaml
 from nextscale.errors import CheckpointError, ConfigError, NextscaleError
 from nextscale.evaluation import Embedder, Judges
-from nextscale.models.zoo import TOY_ASSETS
+from nextscale.gpus import DEFAULT_GPU
+from nextscale.models import hub, zoo
+from nextscale.models.sizes import sizes_of
+from nextscale.models.var import VAR
+from nextscale.models.vqvae import VQVAE
 from nextscale.objective import token_weights
 from nextscale.pipeline import VARPipeline
+from nextscale.planning import Plan, make_plan
 from nextscale.rewards import Reward, WeightedSum
+from nextscale.rewards.backbones import DEFAULT_BACKBONES, KNOWN_CLIPS
 from nextscale.rewards.clip import load_clip
 from nextscale.run_folder import RunFolder
 from nextscale.toy.judges import judge_metrics
 from nextscale.toy.world import CLASSES, IMAGE_SIZE
-from nextscale.trainer import GRPOTrainer
+from nextscale.trainer import GRPOTrainer, check_processes
 
 # What may differ between the two halves of a resumed run: how long it is, and what it writes when.
 FREE_ON_RESUME = {
@@ -93,7 +99,7 @@ def _make_reward(name: str, config: RewardConfig) -> Reward:
 def is_miniature(pipe: VARPipeline) -> bool:
     """Whether a model draws the miniature world, and that world's judges and CLIP are at hand."""
     draws_it = pipe.class_names == CLASSES and pipe.tokenizer.config.image_size == IMAGE_SIZE
-    return draws_it and TOY_ASSETS.is_dir()
+    return draws_it and zoo.TOY_ASSETS.is_dir()
 
 
 def judges_for(pipe: VARPipeline) -> Judges | None:
@@ -112,6 +118,14 @@ def build_parts(recipe: Recipe) -> Parts:
     Raises:
         NextscaleError: something cannot be loaded, or does not fit together.
     """
+    check_folder(recipe)
+    pipe = build_pipeline(recipe)
+    check_fit(recipe, pipe)
+    return Parts(pipe, build_rewards(recipe), judges_for(pipe), embedder(recipe.run.diversity_clip))
+
+
+def check_folder(recipe: Recipe) -> None:
+    """Whether the run's folder can be opened as the recipe says, and continued where it is to be."""
     run = recipe.run
     if run.resume and run.overwrite:
         raise ConfigError(
@@ -123,10 +137,68 @@ def build_parts(recipe: Recipe) -> Parts:
         find_checkpoint(run.resume, folder.checkpoints)
     if run.resume and folder.metrics.exists():
         check_resumable(recipe, folder.path / "config.yaml")
-    pipe = build_pipeline(recipe)
+
+
+def check_fit(recipe: Recipe, pipe: VARPipeline) -> None:
+    """Whether the recipe's classes and weights of scales are those of the model."""
     pipe.conditions(recipe.grpo.class_labels or range(pipe.num_classes))
     token_weights(pipe.transformer.schedule.lengths, recipe.grpo.scale_weighting)
-    return Parts(pipe, build_rewards(recipe), judges_for(pipe), embedder(run.diversity_clip))
+
+
+def rehearse(recipe: Recipe, num_processes: int) -> list[str]:
+    """Check a recipe without starting it: whole where all weights are on this machine, else all but them.
+
+    Returns:
+        the names of the published models whose weights are not there, which were not loaded.
+
+    Raises:
+        NextscaleError: something cannot be loaded, or does not fit together.
+    """
+    check_processes(recipe.grpo, num_processes)
+    backbones = {name: backbone_of(config) for name, config in recipe.rewards.items()}
+    names = [recipe.model, *backbones.values(), recipe.run.diversity_clip]
+    missing = [name for name in dict.fromkeys(names) if name and _has_to_be_downloaded(name)]
+    if not missing:
+        build_parts(recipe)
+        return []
+    check_folder(recipe)
+    transformer, tokenizer = sizes_of(recipe.model, recipe.vae)
+    with torch.device("meta"):
+        check_fit(recipe, VARPipeline(VAR(transformer.replace(depth=1)), VQVAE(tokenizer)))
+    for name, config in recipe.rewards.items():
+        if backbones[name] not in missing:
+            _make_reward(name, config)
+    return missing
+
+
+def _has_to_be_downloaded(name: str) -> bool:
+    """Whether this is a published model whose weights are not in the hub's cache."""
+    if name in zoo.OFFICIAL_MODELS:
+        model = zoo.OFFICIAL_MODELS[name]
+        return hub.find_cached(model.repository, [file.name for file in model.files]) is None
+    is_known = name in (*KNOWN_CLIPS, *DEFAULT_BACKBONES.values()) and not Path(name).is_dir()
+    return is_known and hub.find_cached(name, ["config.json"]) is None
+
+
+def plan_recipe(recipe: Recipe, gpu: str = DEFAULT_GPU, num_gpus: int = 1) -> Plan:
+    """What a recipe's run will take, from the sizes of its networks alone.
+
+    Raises:
+        NextscaleError: an unknown GPU or model, or groups that the GPUs cannot share.
+    """
+    backbones = {name: backbone_of(config) for name, config in recipe.rewards.items()}
+    sizes = sizes_of(recipe.model, recipe.vae)
+    return make_plan(*sizes, backbones, recipe.grpo, recipe.sampling, recipe.run, gpu, num_gpus)
+
+
+def backbone_of(config: RewardConfig) -> str | None:
+    """The network that a reward runs: a hub repository, a folder or "toy"; None where it has none by name."""
+    options = config.options()
+    if config.kind == "class_probability":
+        return config.class_probability
+    head = zoo.AESTHETIC_HEADS.get(config.aesthetic or "")
+    named = options.get("clip") or options.get("checkpoint") or (head and head.clip)
+    return named or DEFAULT_BACKBONES.get(config.kind)
 
 
 def build_trainer(recipe: Recipe, command: Sequence[str] = ()) -> GRPOTrainer:

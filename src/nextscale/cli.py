@@ -1,4 +1,4 @@
-"""The command line: `nextscale train | sample | evaluate | report | export | toy`."""
+"""The command line: `nextscale train | plan | sample | evaluate | report | export | toy`."""
 
 import os
 import sys
@@ -9,6 +9,7 @@ from typing import Any
 from nextscale import __version__, commands
 from nextscale.commands import INTERRUPTED, MAX_ROWS
 from nextscale.errors import NextscaleError
+from nextscale.gpus import DEFAULT_GPU, GPUS
 from nextscale.options import Parser, list_recipe_options, take_overrides
 
 MODEL = '"toy", a published model such as "var-d16", or a folder or hub repository that nextscale wrote'
@@ -41,7 +42,7 @@ def _fail(sentence: str) -> int:
 
 def _run(words: list[str]) -> int:
     command = next((word for word in words if not word.startswith("-")), None)
-    rest, overrides = take_overrides(words) if command == "train" else (words, {})
+    rest, overrides = take_overrides(words) if command in ("train", "plan") else (words, {})
     args, unknown = _parser(lists_recipe_options=command == "train").parse_known_args(rest)
     if unknown:
         raise args.parser.unknown(unknown[0])
@@ -60,6 +61,7 @@ def _parser(lists_recipe_options: bool) -> Parser:
     train = _add_train(subparsers)
     if lists_recipe_options:  # asks the records, which takes seconds to import
         list_recipe_options(train)
+    _add_plan(subparsers)
     _add_sample(subparsers)
     _add_evaluate(subparsers)
     _add_report(subparsers)
@@ -86,9 +88,23 @@ def _add_train(subparsers: Any) -> Parser:
     parser = _add(subparsers, "train", commands.train, "fine-tune a model as a recipe says", examples)
     parser.usage = "nextscale train RECIPE [--dry-run] [--KEY VALUE ...]"
     parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a packaged recipe")
-    text = "check everything and print the configuration, but run nothing"
+    text = "check everything, print the configuration and the plan, but run nothing"
     parser.add_argument("--dry-run", action="store_true", help=text)
     return parser
+
+
+def _add_plan(subparsers: Any) -> None:
+    examples = [
+        "plan var-d16-aesthetic",
+        "plan var-d30-combined --gpu a100-80gb --num-gpus 8",
+        "plan mine.yaml --run.per_device_train_batch_size 4 --run.gradient_checkpointing",
+    ]
+    summary = "compute what a recipe needs: parameters, operations, memory and time; needs no weights, no GPU"
+    parser = _add(subparsers, "plan", commands.plan, summary, examples)
+    parser.usage = "nextscale plan RECIPE [--gpu TEXT] [--num-gpus INT] [--KEY VALUE ...]"
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a packaged recipe")
+    parser.option("--gpu", str, f"one of {', '.join(GPUS)}", DEFAULT_GPU)
+    parser.option("--num-gpus", int, "with one process each", 1)
 
 
 def _add_sample(subparsers: Any) -> None:

@@ -4,6 +4,7 @@ What takes long to import is imported inside the commands, so that help and mist
 """
 
 import json
+import os
 import re
 from argparse import Namespace
 from pathlib import Path
@@ -23,14 +24,12 @@ INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 
 
 def train(args: Namespace) -> int:
-    from nextscale.build import build_parts, build_trainer
-    from nextscale.config import load_recipe, to_yaml
+    from nextscale.build import build_trainer
+    from nextscale.config import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
     if args.dry_run:
-        build_parts(recipe)
-        print(to_yaml(recipe), end="")
-        return 0
+        return _rehearse(recipe)
     from nextscale.report import summarize
 
     trainer = build_trainer(recipe, args.words)
@@ -39,6 +38,31 @@ def train(args: Namespace) -> int:
         return INTERRUPTED
     if trainer.accelerator.is_main_process:
         print(f"{summarize(folder)}\n{folder}")
+    return 0
+
+
+def _rehearse(recipe: "Recipe") -> int:
+    """Check a recipe, and print it with its plan in comments."""
+    from nextscale.build import plan_recipe, rehearse
+    from nextscale.config import to_yaml
+    from nextscale.planning import describe
+
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun and accelerate launch
+    missing = rehearse(recipe, num_processes)
+    print(to_yaml(recipe), end="")
+    plan = describe(plan_recipe(recipe, num_gpus=num_processes))
+    print("\n".join(f"# {line}" for line in ["", "Plan:", *plan.splitlines()]))
+    if missing:
+        print(f"# Not checked: the weights of {', '.join(missing)}, which were not found on this machine.")
+    return 0
+
+
+def plan(args: Namespace) -> int:
+    from nextscale.build import plan_recipe
+    from nextscale.config import load_recipe
+    from nextscale.planning import describe
+
+    print(describe(plan_recipe(load_recipe(args.recipe, args.overrides), args.gpu, args.num_gpus)))
     return 0
 
 

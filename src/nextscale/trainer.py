@@ -126,7 +126,8 @@ class GRPOTrainer:
         )
         self.labels = list(self.grpo.class_labels or range(pipe.num_classes))
         pipe.conditions(self.labels)
-        self._check_options()
+        check_processes(self.grpo, self.accelerator.num_processes)
+        self._check_held_out()
         self.folder = RunFolder(Path(self.run.output_dir), self.accelerator.is_main_process)
         self.folder.open(
             self._default_config(pipe.source) if config_yaml is None else config_yaml,
@@ -144,12 +145,7 @@ class GRPOTrainer:
         self.step_done, self.seconds_done = 0, 0.0
         self.watch = HackingWatch(self.rewards.held_out)
 
-    def _check_options(self) -> None:
-        processes = self.accelerator.num_processes
-        if self.grpo.num_groups % processes:
-            raise ConfigError(
-                f"num_groups {self.grpo.num_groups} cannot be shared by {processes} processes: use a multiple"
-            )
+    def _check_held_out(self) -> None:
         if self.rewards.held_out and not self.run.eval_steps:
             raise ConfigError(
                 f"reward '{self.rewards.held_out[0]}' is held out, but with run.eval_steps 0 nothing "
@@ -382,6 +378,18 @@ class GRPOTrainer:
             for name, value in part.items():
                 whole.put(name, value)
         return dict(whole.items())
+
+
+def check_processes(grpo: GRPOConfig, num_processes: int) -> None:
+    """Whether so many processes can share the groups of a step.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if num_processes < 1 or grpo.num_groups % num_processes:
+        raise ConfigError(
+            f"num_groups {grpo.num_groups} cannot be shared by {num_processes} processes: use a multiple"
+        )
 
 
 def _named(rewards: Reward | Mapping[str, Reward]) -> WeightedSum:

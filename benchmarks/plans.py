@@ -1,0 +1,48 @@
+"""The plans of all recipes for published models, as the table in docs/planning.md.
+
+python benchmarks/plans.py            # print it
+python benchmarks/plans.py --write    # put it into the page
+"""
+
+import sys
+from pathlib import Path
+
+from nextscale.build import plan_recipe
+from nextscale.config import load_recipe, packaged_recipes
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
+BEGIN, END = "<!-- benchmarks/plans.py writes from here -->", "<!-- to here -->"
+# Where each model's recipes are meant to run.
+PLACES = {
+    "var-d16": (("rtx-4090-24gb", 1),),
+    "var-d30": (("a100-80gb", 1), ("h100-80gb", 1)),
+    "var-d36": (("h100-80gb", 8),),
+}
+HEAD = """| recipe | GPUs | peak of one process, GB | fits | PFLOP a step | s a step | hours for all steps |
+| --- | --- | --- | --- | --- | --- | --- |"""
+
+
+def table() -> str:
+    rows = [HEAD]
+    for name in packaged_recipes():
+        recipe = load_recipe(name)
+        for gpu, num_gpus in PLACES.get(recipe.model, ()):
+            plan = plan_recipe(recipe, gpu, num_gpus)
+            hours = plan.seconds * recipe.run.max_steps / 3600
+            cells = [name, f"{num_gpus} x {gpu}", f"{plan.peak / 1e9:.1f}", "yes" if plan.fits else "no"]
+            cells += [f"{sum(plan.flops.values()) / 1e15:.2f}", f"{plan.seconds:.1f}", f"{hours:.1f}"]
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    if "--write" not in sys.argv[1:]:
+        print(table())
+        return
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()

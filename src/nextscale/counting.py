@@ -1,0 +1,166 @@
+"""Count the floating-point operations and the bytes of a computation without doing it.
+
+The computation runs as it is on tensors that have shapes but no data. Operations are counted by torch, bytes
+by the life of every storage.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+FLOAT32_ON_A_GPU = (F.normalize, F.group_norm)  # under autocast; on a CPU they are not
+
+
+@dataclass(frozen=True)
+class Count:
+    """What a computation costs; bytes are those of storages that it makes itself.
+
+    Attributes:
+        flops: floating-point operations of matrix products and convolutions, backward pass included.
+        saved: bytes that the forward pass keeps for the backward pass.
+        forward_peak, backward_peak: most bytes that are alive at once.
+    """
+
+    flops: float = 0.0
+    saved: float = 0.0
+    forward_peak: float = 0.0
+    backward_peak: float = 0.0
+
+    @property
+    def peak(self) -> float:
+        return max(self.forward_peak, self.backward_peak)
+
+    def extrapolate(self, next_one: "Count", steps: int) -> "Count":
+        """The count `steps` steps on, where each adds what `next_one` adds to this one."""
+        pairs = zip(astuple(self), astuple(next_one), strict=True)
+        return Count(*(here + steps * (there - here) for here, there in pairs))
+
+
+@contextmanager
+def without_data(*, as_on_gpu: bool = True) -> Iterator[None]:
+    """Tensors made within have shapes but no data.
+
+    They pass for tensors of a CPU, since torch knows CUDA's autocast only where there is CUDA.
+
+    Args:
+        as_on_gpu: keep for the backward pass what CUDA's kernels keep, which differ in attention.
+    """
+    with FakeTensorMode(), _WithoutData(as_on_gpu):
+        yield
+
+
+def count(forward: Callable[[], Any], *, bfloat16: bool = False) -> Count:
+    """Run a computation, and its backward pass where it returns a tensor that has one.
+
+    Args:
+        bfloat16: run the forward pass under autocast.
+    """
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata in tally.sizes:  # a parameter was there before
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with _Tally() as tally:
+        with torch.autocast("cpu", torch.bfloat16, bfloat16), saved_tensors_hooks(keep, lambda kept: kept):
+            result = forward()
+        forward_peak, tally.peak = tally.peak, tally.now
+        if not (isinstance(result, Tensor) and result.requires_grad):
+            return Count(tally.flops, forward_peak=forward_peak)
+        # Not `result.backward()`: it leaves the mode of `without_data`, which recomputed blocks need.
+        engine, start = torch.autograd.Variable._execution_engine, (torch.ones_like(result),)
+        engine.run_backward((result,), start, False, False, (), allow_unreachable=True, accumulate_grad=True)
+    return Count(tally.flops, sum(saved.values()), forward_peak, tally.peak)
+
+
+class _WithoutData(TorchFunctionMode):
+    def __init__(self, as_on_gpu: bool) -> None:
+        super().__init__()
+        self.as_on_gpu = as_on_gpu
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.__bool__:
+            return False  # the project asks this only of what must not be, such as logits that are NaN
+        if self.as_on_gpu and func is F.scaled_dot_product_attention:
+            return _memory_efficient_attention(*args, **kwargs)
+        if self.as_on_gpu and func in FLOAT32_ON_A_GPU:
+            return func(args[0].float(), *args[1:], **kwargs)
+        return func(*args, **kwargs)
+
+
+def _memory_efficient_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """The kernel that CUDA takes with a mask: keeps no weights (l, l), but computes hidden ones too."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if attn_mask is not None:
+        attn_mask = attn_mask.to(dtype).expand(*query.shape[:2], -1, -1)
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale
+    )[0]
+
+
+class _Tally(TorchDispatchMode):
+    """Adds up the operations of what is called within, and the bytes of the storages that it makes.
+
+    `FlopCounterMode` has the same formulas, but its hooks on modules keep what a backward pass recomputes
+    alive, which would be counted as memory.
+
+    Attributes:
+        flops: by torch's formulas.
+        now, peak: bytes of the storages that are alive.
+        sizes: bytes of each of them, by its address.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = self.now = self.peak = 0
+        self.sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        result = func(*args, **kwargs)
+        if formula := flop_registry.get(func._overloadpacket):
+            self.flops += formula(*args, **kwargs, out_val=result)
+        for storage in _storages(result):
+            if storage._cdata not in given and storage._cdata not in self.sizes:
+                self._add(storage)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        self.sizes[storage._cdata] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, storage._cdata)
+
+    def _remove(self, address: int) -> None:
+        self.now -= self.sizes.pop(address)
+
+
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    return (leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
