@@ -24,6 +24,8 @@ model: {model}
 rewards:
   bright: {{python: "/home/somebody/rewards.py:bright", weight: 0.5}}
   fit: {{clip_score: "a {{label}} | a boat", clip: toy}}
+  kept: {{aesthetic: toy, at_least: base}}
+  seen: {{aesthetic: toy, held_out: true}}
 run: {{output_dir: /home/somebody/runs/bright, max_steps: 2}}
 """
 RECORDS = [
@@ -91,8 +93,10 @@ def test_what_is_known_of_the_base_model(run, card, model, licence, base):
 
 def test_rewards_results_and_cost(card):
     _, body = card()
-    assert "| bright | python: rewards.py:bright | 0.5 |" in body
-    assert "| fit | clip_score: a {label} \\| a boat, clip: toy | 1 |" in body
+    assert "| bright | python: rewards.py:bright | weight 0.5 |" in body
+    assert "| fit | clip_score: a {label} \\| a boat, clip: toy | weight 1 |" in body
+    assert "| kept | aesthetic: toy | at least base |" in body
+    assert "| seen | aesthetic: toy | held out |" in body
     assert "| reward | 1.25 | 2.125 |" in body and "| rewards/bright/mean | 0.5 | 0.75 |" in body
     assert "| KL to the base model, nats an image |  | 3.75 |" in body
     assert "On the 64 images" in body and "2 steps, 2.0 minutes of training on cpu." in body

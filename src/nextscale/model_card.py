@@ -16,6 +16,7 @@ from nextscale.run_reader import Run, read_object, read_run
 
 TAGS = ["image-generation", "class-conditional", "var", "next-scale-prediction"]
 GRPO_TAGS = ["grpo", "reinforcement-learning"]
+ROLES = ("weight", "at_least", "at_most", "held_out")
 PAPER = "https://arxiv.org/abs/2505.23331"
 MAX_WIDTH = 1600  # of the picture of samples
 GAP = 16
@@ -146,14 +147,24 @@ def _training(run: Run, base: str | None) -> str:
     rewards = run.config.get("rewards")
     rows = []
     for name, each in (rewards if isinstance(rewards, dict) else {}).items():
-        told = {key: value for key, value in each.items() if key != "weight"}
+        told = {key: value for key, value in each.items() if key not in ROLES}
         what = ", ".join(f"{key}: {_public(value)}" for key, value in told.items())
-        rows.append((name, what, _number(each.get("weight", 1.0))))
+        rows.append((name, what, _role(each)))
     seconds = sum(run.values("step_time"))
     device = f" on {run.environment['device']}" if run.environment.get("device") else ""
     cost = f"{run.num_steps} steps, {seconds / 60:.1f} minutes of training{device}."
     start = f"Base model: {_base_link(base)}. " if base else ""
-    return f"## Training\n\n{start}{cost}\n\n{_table(('reward', 'what', 'weight'), rows)}"
+    return f"## Training\n\n{start}{cost}\n\n{_table(('reward', 'what', 'role'), rows)}"
+
+
+def _role(reward: dict[str, Any]) -> str:
+    """What a reward was for: trained on with a weight, kept to a bound, or only measured."""
+    if reward.get("held_out"):
+        return "held out"
+    for key in ("at_least", "at_most"):
+        if (bound := reward.get(key)) is not None:
+            return f"{key.replace('_', ' ')} {bound}"
+    return f"weight {_number(reward.get('weight', 1.0))}"
 
 
 def _results(run: Run) -> str:
