@@ -275,7 +275,7 @@ def test_a_dry_run_prints_the_plan(folder, tmp_path):
     done = run(*words)
     comments = [line for line in done.stdout.splitlines() if line.startswith("#")]
     assert "# Plan:" in comments and "# 1 x h100-80gb, computed, not measured" in comments
-    assert any("reward 'bright' unknown, not counted" in line for line in comments)
+    assert any("that of 'bright' unknown, not counted" in line for line in comments)
     assert "Not checked" not in done.stdout
     shared = run(*words, env_changes={"WORLD_SIZE": "3"})
     assert shared.returncode == 2 and "num_groups 2 cannot be shared by 3 processes" in shared.stderr

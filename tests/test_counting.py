@@ -18,7 +18,7 @@ from nextscale.policy import SamplingConfig
 from nextscale.rollout import Rollout
 from nextscale.trainer import RunConfig
 
-SCALES = (1, 2, 4)
+SCALES = (1, 3, 8)
 CONFIG = VARConfig(
     depth=3, width=64, num_heads=2, num_classes=4, codebook_size=96, codebook_width=8, scale_sizes=SCALES
 )
@@ -109,6 +109,7 @@ def test_an_update_as_measured_on_a_cpu(mixed_precision, gradient_checkpointing)
     for event in sorted(events, key=lambda each: each.start_ns()):
         now += event.nbytes()
         peak = max(peak, now)
+    # The kernels of a real run take some scratch memory besides.
     assert counted.peak == pytest.approx(peak, rel=0.04)
 
 

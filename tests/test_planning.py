@@ -29,9 +29,11 @@ WHERE = {"var-d16": ("rtx-4090-24gb", 1), "var-d30": ("h100-80gb", 1), "var-d36"
 PUBLISHED_RECIPES = [name for name in packaged_recipes() if name.startswith("var-")]
 
 
-def small_plan(gpu="h100-80gb", num_gpus=1, backbones=None, **run):
+def small_plan(gpu="h100-80gb", num_gpus=1, backbones=None, evaluated=None, **run):
     grpo = GRPOConfig(num_groups=4, num_generations=2)
-    return make_plan(SMALL, SMALL_VQVAE, backbones or {}, grpo, GUIDED, RunConfig(**run), gpu, num_gpus)
+    return make_plan(
+        SMALL, SMALL_VQVAE, backbones or {}, grpo, GUIDED, RunConfig(**run), gpu, num_gpus, evaluated
+    )
 
 
 def by_hand(config: VARConfig, lengths: list[int], seen: list[int], embedded: int) -> float:
@@ -156,7 +158,7 @@ def test_backbones_of_rewards():
     assert backbone_of(RewardConfig(python="f.py:f")) is None
     plan = small_plan(backbones={"mine": None, "other": "somebody/clip"})
     assert plan.unknown == ("mine", "other") and plan.resident["rewards"] == plan.flops["reward"] == 0
-    assert "reward 'mine' unknown, not counted" in describe(plan)
+    assert "that of 'mine' unknown, not counted" in describe(plan)
 
 
 @pytest.mark.skipif(not TOY_ASSETS.is_dir(), reason=f"no miniature world in {TOY_ASSETS}")
@@ -164,6 +166,8 @@ def test_rewards_share_a_backbone_but_run_it_each():
     buffers = sum(each.nbytes for each in load_clip("toy").model.buffers())
     one, two = small_plan(backbones={"a": "toy"}), small_plan(backbones={"a": "toy", "b": "toy"})
     assert two.flops["reward"] == 2 * one.flops["reward"] > 0
+    held_out = small_plan(evaluated={"a": "toy"})
+    assert held_out.flops["reward"] == 0 and held_out.resident["rewards"] == one.resident["rewards"]
     assert two.resident["rewards"] == one.resident["rewards"] == 4 * one.parameters["toy"] + buffers
 
 

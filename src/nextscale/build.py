@@ -186,9 +186,12 @@ def plan_recipe(recipe: Recipe, gpu: str = DEFAULT_GPU, num_gpus: int = 1) -> Pl
     Raises:
         NextscaleError: an unknown GPU or model, or groups that the GPUs cannot share.
     """
-    backbones = {name: backbone_of(config) for name, config in recipe.rewards.items()}
+    trained = {name: backbone_of(each) for name, each in recipe.rewards.items() if not each.held_out}
+    evaluated = {name: backbone_of(each) for name, each in recipe.rewards.items() if each.held_out}
+    if recipe.run.diversity_clip:
+        evaluated["run.diversity_clip"] = recipe.run.diversity_clip
     sizes = sizes_of(recipe.model, recipe.vae)
-    return make_plan(*sizes, backbones, recipe.grpo, recipe.sampling, recipe.run, gpu, num_gpus)
+    return make_plan(*sizes, trained, recipe.grpo, recipe.sampling, recipe.run, gpu, num_gpus, evaluated)
 
 
 def backbone_of(config: RewardConfig) -> str | None:

@@ -37,7 +37,7 @@ class Plan:
         gpu, num_gpus: where it is to run.
         dtype: of the matrix products.
         parameters: of each network.
-        unknown: rewards whose networks are not known here, and so not counted anywhere.
+        unknown: rewards (and what else has a network) whose network is not known here, nor counted anywhere.
         num_images: of a step, over all GPUs.
         tokens_per_image: L.
         flops: of a step, over all GPUs, by phase.
@@ -89,6 +89,7 @@ def make_plan(
     run: RunConfig,
     gpu: str,
     num_gpus: int = 1,
+    evaluated: Mapping[str, str | None] | None = None,
 ) -> Plan:
     """Plan a run.
 
@@ -96,6 +97,7 @@ def make_plan(
         backbones: each reward's network by name; None where it has none that is known.
         gpu: a name in `gpus.GPUS`.
         num_gpus: one process each.
+        evaluated: networks that are loaded as well, but run in evaluations only; by what they are for.
 
     Raises:
         ConfigError: an unknown GPU, or groups that the processes cannot share.
@@ -107,7 +109,8 @@ def make_plan(
     if has_reference := bool(grpo.beta or grpo.measure_kl):
         sizes["reference"] = sizes["transformer"]
     sizes["tokenizer"] = _size(lambda: VQVAE(tokenizer))
-    clips = {name: config for name in backbones.values() if name and (config := backbone_config(name))}
+    named = {**backbones, **(evaluated or {})}
+    clips = {name: config for name in named.values() if name and (config := backbone_config(name))}
     sizes |= {name: _size(lambda config=config: CLIPModel(config)) for name, config in clips.items()}
 
     of = Phases(transformer, tokenizer, grpo, sampling, run, num_images // num_gpus)
@@ -144,7 +147,7 @@ def make_plan(
         num_gpus=num_gpus,
         dtype="bfloat16" if in_bfloat16 else "float32",
         parameters={name: size.parameters for name, size in sizes.items()},
-        unknown=tuple(name for name, backbone in backbones.items() if backbone not in clips),
+        unknown=tuple(name for name, backbone in named.items() if backbone not in clips),
         num_images=num_images,
         tokens_per_image=ScaleSchedule(transformer.scale_sizes).num_tokens,
         flops=flops,
@@ -160,7 +163,7 @@ def make_plan(
 def describe(plan: Plan) -> str:
     """A plan as text of a few lines."""
     networks = [f"{name} {_with_unit(number)}" for name, number in plan.parameters.items()]
-    networks += [f"reward '{name}' unknown, not counted" for name in plan.unknown]
+    networks += [f"that of '{name}' unknown, not counted" for name in plan.unknown]
     operations = [f"{name} {_with_unit(number)}" for name, number in plan.flops.items()]
     total = sum(plan.flops.values())
     names = {"update": "backward pass", "AdamW": "AdamW's step"}
