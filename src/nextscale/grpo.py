@@ -150,9 +150,9 @@ class GRPOLoss:
     def _entropy_coef(self) -> float | Tensor:
         if self.entropy_floor is None:
             return self.config.entropy_coef
-        lengths = torch.tensor(self.transformer.schedule.lengths)
-        extra_S = torch.tensor(self.entropy_floor.values)
-        return (self.config.entropy_coef + extra_S.repeat_interleave(lengths)).to(self.weights_L)
+        pairs = zip(self.entropy_floor.values, self.transformer.schedule.lengths, strict=True)
+        extra_L = torch.tensor([extra for extra, length in pairs for _ in range(length)])
+        return (self.config.entropy_coef + extra_L).to(self.weights_L)
 
     def _kl(self, full_BLV: Tensor, labels_B: Tensor, inputs_BLD: Tensor) -> Tensor | None:
         if self.reference is None:
