@@ -56,7 +56,7 @@ def main() -> None:
         diversity = torch.stack([weighted_distance(*each) for each in pairs]).mean()
         base = diversity if base is None else base
         effective = (1 / weights_NG.square().sum(1)).mean()
-        print(f"| {mean:+.2f} | {diversity / base:.2f} | {effective:.0f} |")
+        print(f"| {round(mean.item(), 2) + 0.0:+.2f} | {diversity / base:.2f} | {effective:.0f} |")
 
 
 if __name__ == "__main__":
