@@ -176,7 +176,7 @@ def test_a_slow_server_is_given_up(fake_server: FakeServer):
     fake_server.answer = answer
     told = rf"^reward 'judge': {fake_server.url}/v1/chat/completions gave no .* 2 tries; .*ReadTimeout"
     with pytest.raises(RewardError, match=told):
-        score("judge", judge(fake_server, request_timeout=0.1), IMAGES, CONDITIONS)
+        score("judge", judge(fake_server, request_timeout=0.5), IMAGES, CONDITIONS)
     over.set()
 
 
