@@ -136,6 +136,19 @@ def test_what_the_options_change():
     assert 1.2 < recomputed.flops["update"] / plain.flops["update"] < 4 / 3
 
 
+@pytest.mark.parametrize(
+    ("grpo", "sampling"),
+    [
+        ({"entropy_floor": 0.8, "scale_weighting": "token"}, {"guidance_scale": 1.5}),
+        ({"entropy_coef": 0.1, "epsilon_high": 0.3}, {"top_k": 9, "top_p": 0.9, "temperature": 0.8}),
+    ],
+)
+def test_every_loss_and_policy_can_be_planned(grpo, sampling):
+    config = GRPOConfig(num_groups=2, num_generations=2, **grpo)
+    plan = make_plan(SMALL, SMALL_VQVAE, {}, config, SamplingConfig(**sampling), RunConfig(), "h100-80gb")
+    assert min(plan.flops["rollout"], plan.flops["update"], plan.activations) > 0
+
+
 def test_time_is_operations_by_the_share_of_the_peak():
     plan = small_plan("a100-40gb", mixed_precision="bf16")
     assert plan.seconds == pytest.approx(sum(plan.flops.values()) / (312e12 * UTILISATION))
