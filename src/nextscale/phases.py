@@ -6,6 +6,7 @@ Shapes: B images run at once · L tokens of all scales · D codebook width
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,8 @@ class Phases:
         total = Count()
         for config in clips:
             with without_data(as_on_gpu=self.as_on_gpu), torch.no_grad():
-                tower, size = CLIPModel(config).vision_model, config.vision_config.image_size
+                vision: Any = config.vision_config  # transformers types its sizes loosely
+                tower, size = CLIPModel(config).vision_model, vision.image_size
                 pixels = torch.zeros(self.num_images, 3, size, size)
                 each = self._count(partial(tower, pixel_values=pixels), self.num_images)
             total = Count(total.flops + each.flops, forward_peak=max(total.peak, each.peak))

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from nextscale.errors import CheckpointError, NextscaleError
 from nextscale.models import hub, zoo
@@ -12,7 +13,7 @@ from nextscale.models.vqvae import VQVAEConfig
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 
 
-def _official(depth: int, **others: object) -> VARConfig:
+def _official(depth: int, **others: Any) -> VARConfig:
     return VARConfig(depth=depth, width=64 * depth, num_heads=depth, **others)
 
 
