@@ -110,7 +110,7 @@ def test_an_update_as_measured_on_a_cpu(mixed_precision, gradient_checkpointing)
         now += event.nbytes()
         peak = max(peak, now)
     # The kernels of a real run take some scratch memory besides.
-    assert counted.peak == pytest.approx(peak, rel=0.08)
+    assert counted.peak == pytest.approx(peak, rel=0.04)
 
 
 def test_blocks_are_alike():
