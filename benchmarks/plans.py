@@ -7,8 +7,8 @@ python benchmarks/plans.py --write    # put it into the page
 import sys
 from pathlib import Path
 
-from nextscale.build import plan_recipe
-from nextscale.config import load_recipe, packaged_recipes
+from nextscale.config.build import plan_recipe
+from nextscale.config.recipe import load_recipe, packaged_recipes
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
 BEGIN, END = "<!-- benchmarks/plans.py writes from here -->", "<!-- to here -->"

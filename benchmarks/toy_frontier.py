@@ -14,10 +14,10 @@ import argparse
 import torch
 from torch import Tensor
 
-from nextscale.config import load_recipe
+from nextscale.config.recipe import load_recipe
 from nextscale.pipeline import VARPipeline
 from nextscale.rewards import Aesthetic
-from nextscale.rewards.clip import load_clip
+from nextscale.rewards.networks.clip import load_clip
 
 
 def weighted_distance(embeddings_GE: Tensor, weights_G: Tensor) -> Tensor:

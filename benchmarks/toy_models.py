@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nextscale.base.seeding import generator_for
 from nextscale.models.zoo import TOY_ASSETS
 from nextscale.pipeline import VARPipeline
 from nextscale.rewards.aesthetic import load_head
-from nextscale.rewards.clip import Clip
-from nextscale.seeding import generator_for
+from nextscale.rewards.networks.clip import Clip
 from nextscale.toy.judges import judge, load_judge
 from nextscale.toy.world import CLASSES, STYLES, beauty, caption, ratings, render, sample_scenes
 

@@ -8,7 +8,7 @@ from accelerate import PartialState
 from torch import Tensor
 
 from conftest import random_pipeline
-from nextscale.errors import RewardError
+from nextscale.base.errors import RewardError
 from test_trainer import make_trainer, redness
 
 folder = Path(sys.argv[1])

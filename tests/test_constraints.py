@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from nextscale.base.errors import ConfigError
 from nextscale.constraints import AtLeast, AtMost, Constraints
-from nextscale.errors import ConfigError
 
 
 def batch(mean: float, std: float = 2.0, name: str = "a") -> dict[str, float]:

@@ -10,8 +10,8 @@ import torch
 import yaml
 from transformers import CLIPModel
 
-from nextscale.class_names import imagenet_names
-from nextscale.cli import main
+from nextscale.cli.main import main
+from nextscale.models.class_names import imagenet_names
 from nextscale.models.var import VARConfig
 from nextscale.pipeline import VARPipeline
 from nextscale.toy.train_clip import clip_config, text_tokenizer, write_preprocessor

@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from nextscale.errors import CheckpointError, ConfigError
-from nextscale.pipeline import VARPipeline, to_pil
-from nextscale.records import Condition
+from nextscale.base.conditions import Condition
+from nextscale.base.errors import CheckpointError, ConfigError
+from nextscale.base.images import to_pil
+from nextscale.pipeline import VARPipeline
 
 FISH = ["fish", "hare", "boat", "tree"]
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 
-from nextscale.errors import ConfigError
+from nextscale.base.errors import ConfigError
 from nextscale.policy import (
     SamplingConfig,
     draw_tokens,

@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from nextscale.errors import CheckpointError
-from nextscale.log_probs import log_probs, teacher_forced_logits
+from nextscale.base.errors import CheckpointError
+from nextscale.base.seeding import group_uniforms
 from nextscale.models.var import KVCache
 from nextscale.policy import SamplingConfig
+from nextscale.rescoring import log_probs, teacher_forced_logits
 from nextscale.sampling import guided_forward, sample, with_null
-from nextscale.seeding import group_uniforms
 
 GUIDED = SamplingConfig(guidance_scale=1.5, top_k=30, top_p=0.95)
 

@@ -11,14 +11,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nextscale.errors import ConfigError, RewardError
+from nextscale.base.errors import ConfigError, RewardError
 from nextscale.evaluation import evaluate
 from nextscale.grpo import GRPOConfig
 from nextscale.optimizer import OptimizerConfig
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.rewards import AtLeast, AtMost, WeightedSum
-from nextscale.trainer import GRPOTrainer, RunConfig
+from nextscale.runs.config import RunConfig
+from nextscale.trainer import GRPOTrainer
 
 MakePipeline = Callable[..., VARPipeline]
 GUIDED = SamplingConfig(guidance_scale=1.5)

@@ -4,21 +4,20 @@ Source: Gallici & Sáez de Ocáriz Borde, "Fine-Tuning Next-Scale Visual Autoreg
 Relative Policy Optimization", arXiv 2505.23331.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nextscale import rewards
-    from nextscale.errors import CheckpointError, ConfigError, NextscaleError, RewardError
+    from nextscale.base.conditions import Condition
+    from nextscale.base.errors import CheckpointError, ConfigError, NextscaleError, RewardError
     from nextscale.grpo import GRPOConfig
-    from nextscale.log_probs import log_probs
     from nextscale.optimizer import OptimizerConfig
     from nextscale.pipeline import VAROutput, VARPipeline
     from nextscale.policy import SamplingConfig
-    from nextscale.records import Condition
-    from nextscale.trainer import GRPOTrainer, RunConfig
+    from nextscale.rescoring import log_probs
+    from nextscale.runs.config import RunConfig
+    from nextscale.trainer import GRPOTrainer
 
 __version__ = "0.1.0"
 
@@ -41,14 +40,15 @@ __all__ = [
 
 # Public names are imported when they are first asked for: torch takes seconds, `nextscale --help` should not.
 _HOMES = {
-    **dict.fromkeys(("CheckpointError", "ConfigError", "NextscaleError", "RewardError"), "errors"),
-    "log_probs": "log_probs",
+    **dict.fromkeys(("CheckpointError", "ConfigError", "NextscaleError", "RewardError"), "base.errors"),
+    "log_probs": "rescoring",
     **dict.fromkeys(("VAROutput", "VARPipeline"), "pipeline"),
     "SamplingConfig": "policy",
-    "Condition": "records",
+    "Condition": "base.conditions",
     "GRPOConfig": "grpo",
     "OptimizerConfig": "optimizer",
-    **dict.fromkeys(("GRPOTrainer", "RunConfig"), "trainer"),
+    "RunConfig": "runs.config",
+    "GRPOTrainer": "trainer",
 }
 
 
@@ -64,14 +64,3 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """The import system binds every imported submodule to its package: `log_probs` stays the function."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

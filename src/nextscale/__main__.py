@@ -2,7 +2,7 @@
 
 import sys
 
-from nextscale.cli import main
+from nextscale.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

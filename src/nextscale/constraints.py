@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from nextscale.errors import ConfigError
+from nextscale.base.errors import ConfigError
 from nextscale.multipliers import Multipliers
 
 BoundValue = float | Literal["base"]

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nextscale.base.seeding import generator_for
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
-from nextscale.rewards.base import WeightedSum, require_scores
+from nextscale.rewards.protocol import WeightedSum, require_scores
 from nextscale.rollout import collect
-from nextscale.seeding import generator_for
 
 Judges = Callable[[Tensor, Tensor], dict[str, float]]
 """(images (B, 3, H, W), labels (B,)) to named shares of images, such as `judge/class_accuracy`."""

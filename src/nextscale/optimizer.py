@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from nextscale.records import Record
+from nextscale.base.records import Record
 
 
 class OptimizerConfig(Record):

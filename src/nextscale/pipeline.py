@@ -14,16 +14,18 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nextscale.class_names import imagenet_names
-from nextscale.errors import CheckpointError, ConfigError, NextscaleError
-from nextscale.model_card import write_model_card
+from nextscale.base.conditions import Condition
+from nextscale.base.errors import CheckpointError, ConfigError, NextscaleError
+from nextscale.base.images import to_pil
+from nextscale.base.seeding import group_uniforms
+from nextscale.base.tensors import load_strictly, stored_state_dict
 from nextscale.models import hub, official, zoo
+from nextscale.models.class_names import imagenet_names
 from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
 from nextscale.policy import SamplingConfig
-from nextscale.records import Condition
+from nextscale.report.model_card import write_model_card
 from nextscale.sampling import Samples, sample
-from nextscale.seeding import group_uniforms
 
 FORMAT_VERSION = 1
 
@@ -45,12 +47,6 @@ class VAROutput:
     def pil(self) -> list[Image.Image]:
         """The images as PIL images."""
         return to_pil(self.images)
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [0, 1] to a list of PIL images."""
-    pixels = images.detach().clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(each) for each in pixels]
 
 
 class VARPipeline:
@@ -164,10 +160,8 @@ class VARPipeline:
         if config.get("format_version") != FORMAT_VERSION:
             found = config.get("format_version")
             raise CheckpointError(f"'{path}' has format_version {found}, expected {FORMAT_VERSION}")
-        transformer = official.load_strictly(
-            lambda: VAR(records[0]), folder / "transformer.safetensors", dtype
-        )
-        tokenizer = official.load_strictly(lambda: VQVAE(records[1]), folder / "tokenizer.safetensors")
+        transformer = load_strictly(lambda: VAR(records[0]), folder / "transformer.safetensors", dtype)
+        tokenizer = load_strictly(lambda: VQVAE(records[1]), folder / "tokenizer.safetensors")
         try:
             return cls(transformer, tokenizer, config.get("class_names"))
         except (ConfigError, TypeError) as error:
@@ -185,7 +179,7 @@ class VARPipeline:
             path = folder / f"{name}.safetensors"
             # Aside, then renamed: the file this very model was loaded from may still be mapped into memory.
             aside = path.with_suffix(".writing")
-            save_file(official.stored_state_dict(model, dtype), aside)
+            save_file(stored_state_dict(model, dtype), aside)
             aside.replace(path)
         config = {
             "format_version": FORMAT_VERSION,

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from nextscale.records import Record
+from nextscale.base.records import Record
 
 
 class SamplingConfig(Record):

@@ -3,20 +3,19 @@
 Shapes: N groups · G images of one group · B = N G images · L tokens of all scales · D codebook width
 """
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from nextscale.base.clock import Clock
+from nextscale.base.conditions import Condition
+from nextscale.base.seeding import generator_for, group_uniforms
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
-from nextscale.records import Condition
-from nextscale.rewards.base import WeightedSum
-from nextscale.seeding import generator_for, group_uniforms
+from nextscale.rewards.protocol import WeightedSum
 
 
 @dataclass(frozen=True)
@@ -42,25 +41,6 @@ class Rollout:
     images: Tensor
     components: dict[str, Tensor]
     seconds: dict[str, float]
-
-
-class Clock:
-    """Seconds spent under each name; waits for the device, so that a time belongs to its name."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        begin = self._now()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - begin
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
 
 def step_labels(labels: Sequence[int], num_groups: int, seed: int, step: int) -> list[int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nextscale.errors import CheckpointError
+from nextscale.base.errors import CheckpointError
 from nextscale.models.var import VAR, KVCache
 from nextscale.models.vqvae import VQVAE
 from nextscale.policy import SamplingConfig, draw_tokens, policy_log_probs, policy_logits, token_log_probs

@@ -10,74 +10,35 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
-from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from nextscale.advantages import add_constraints, combined_advantages
-from nextscale.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from nextscale.base.clock import Clock
+from nextscale.base.errors import ConfigError, RewardError
+from nextscale.base.interrupt import StopOnInterrupt
+from nextscale.base.metrics import Means
 from nextscale.constraints import Constraints
-from nextscale.errors import ConfigError, RewardError
 from nextscale.evaluation import Embedder, Judges, deviation, evaluate
-from nextscale.grpo import GRPOConfig, GRPOLoss
-from nextscale.hacking import HackingWatch
-from nextscale.interrupt import StopOnInterrupt
-from nextscale.metrics import Means
-from nextscale.model_card import write_model_card
+from nextscale.grpo import GRPOConfig
+from nextscale.grpo_loss import GRPOLoss
 from nextscale.models.var import VAR
 from nextscale.optimizer import OptimizerConfig, make_optimizer
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
-from nextscale.records import Record
-from nextscale.rewards.base import Reward, WeightedSum, require_scores
-from nextscale.rewards.processes import fail_together
-from nextscale.rollout import Clock, Rollout, collect, step_labels
-from nextscale.run_folder import RunFolder
-
-
-class RunConfig(Record):
-    """The run: how long, how often what, and where to."""
-
-    output_dir: str = "runs/run"
-    """The run's folder."""
-    max_steps: int = Field(default=100, ge=1)
-    """Steps of rollouts."""
-    seed: int = Field(default=0, ge=0)
-    """Of everything random."""
-    per_device_train_batch_size: int = Field(default=32, ge=1)
-    """Images of one backward pass; more are accumulated."""
-    per_device_eval_batch_size: int = Field(default=64, ge=1)
-    """Images drawn and scored at once, in rollouts and evaluations."""
-    eval_steps: int = Field(default=25, ge=0)
-    """Steps between evaluations; there is one before and one after in any case. 0 switches all off."""
-    eval_num_images: int = Field(default=512, ge=2)
-    """Images of an evaluation, at least."""
-    eval_seed: int = Field(default=1000, ge=0)
-    """Of the evaluation's images."""
-    diversity_clip: str | None = None
-    """The CLIP whose embeddings measure diversity: "toy", a folder or a hub repository."""
-    save_steps: int = Field(default=50, ge=0)
-    """Steps between checkpoints; 0 leaves only the final model."""
-    save_total_limit: int = Field(default=2, ge=1)
-    """Checkpoints kept."""
-    resume: str | None = None
-    """"auto" continues from the newest checkpoint, a path from that one."""
-    overwrite: bool = False
-    """Remove an earlier run in the same folder."""
-    mixed_precision: Literal["no", "bf16"] = "no"
-    """Autocast of every network, the decoder's and the rewards' too; head and log-softmax stay float32."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
-    report_to: Literal["tensorboard", "none"] = "tensorboard"
-    """Where metrics go besides metrics.jsonl."""
-    disable_tqdm: bool = False
-    """No progress bar."""
+from nextscale.report.model_card import write_model_card
+from nextscale.rewards.asking.processes import fail_together
+from nextscale.rewards.protocol import Reward, WeightedSum, require_scores
+from nextscale.rollout import Rollout, collect, step_labels
+from nextscale.runs.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from nextscale.runs.config import RunConfig
+from nextscale.runs.hacking import HackingWatch
+from nextscale.runs.writer import RunFolder
 
 
 class GRPOTrainer:

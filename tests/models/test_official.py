@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nextscale.errors import CheckpointError
-from nextscale.models.official import read_state_dict, read_var_config, read_vqvae_config
+from nextscale.base.errors import CheckpointError
+from nextscale.base.tensors import read_state_dict
+from nextscale.models.official import read_var_config, read_vqvae_config
 from nextscale.models.var import VARConfig
 from nextscale.models.vqvae import VQVAEConfig
 from nextscale.pipeline import VARPipeline

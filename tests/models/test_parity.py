@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from nextscale.log_probs import log_probs, teacher_forced_logits
 from nextscale.models.var import VAR, KVCache, VARConfig
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
 from nextscale.policy import SamplingConfig, kept_tokens, policy_log_probs
+from nextscale.rescoring import log_probs, teacher_forced_logits
 from nextscale.sampling import sample
 
 LOGITS = dict(rtol=0, atol=1e-4)

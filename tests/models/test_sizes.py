@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nextscale.errors import CheckpointError
+from nextscale.base.errors import CheckpointError
 from nextscale.models.sizes import OFFICIAL_SIZES, sizes_of
 from nextscale.models.var import VARConfig
 from nextscale.models.vqvae import VQVAEConfig

@@ -10,10 +10,10 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from nextscale.class_names import imagenet_names
-from nextscale.cli import main
-from nextscale.errors import CheckpointError
+from nextscale.base.errors import CheckpointError
+from nextscale.cli.main import main
 from nextscale.models import zoo
+from nextscale.models.class_names import imagenet_names
 from nextscale.pipeline import VARPipeline
 
 REPOSITORY = "FoundationVision/var"

@@ -5,7 +5,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from nextscale.rewards.preprocessing import MEAN, STD
+from nextscale.rewards.networks.preprocessing import MEAN, STD
 
 try:  # since transformers 5; before, the processor of this name was the one that uses PIL
     from transformers import CLIPImageProcessorPil as ImageProcessor

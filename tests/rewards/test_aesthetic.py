@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nextscale.errors import CheckpointError
+from nextscale.base.conditions import Condition
+from nextscale.base.errors import CheckpointError
 from nextscale.models import zoo
-from nextscale.records import Condition
 from nextscale.rewards import Aesthetic, aesthetic
 from nextscale.rewards.aesthetic import LINEAR_LAYERS, RELU_LAYERS, load_head
-from nextscale.rewards.clip import load_clip
+from nextscale.rewards.networks.clip import load_clip
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Of the ten embeddings, as LAION's own heads rate them.

@@ -11,8 +11,8 @@ from pil_processors import to_tensor
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, ViTForImageClassification
 
-from nextscale.errors import CheckpointError, ConfigError
-from nextscale.records import Condition
+from nextscale.base.conditions import Condition
+from nextscale.base.errors import CheckpointError, ConfigError
 from nextscale.rewards import ClassProbability
 
 
@@ -59,7 +59,7 @@ def test_a_class_is_found_by_its_label(classifier_folder: Path):
         (
             Condition(0, "xyzzy"),
             "name",
-            "no class 'xyzzy' among its 6, such as 'tench, Tinca tinca'; where its",
+            "no class 'xyzzy'; it has 6, such as 'tench, Tinca tinca'; where its",
         ),
         (
             Condition(0, "crane"),

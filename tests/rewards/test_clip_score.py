@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nextscale.errors import ConfigError
-from nextscale.records import Condition
+from nextscale.base.conditions import Condition
+from nextscale.base.errors import ConfigError
 from nextscale.rewards import ClipScore
 
 CONDITIONS = [Condition(i, name) for i, name in enumerate(("star", "orange heart", "neon moon"))]

@@ -10,10 +10,10 @@ from pil_processors import padded_by_pil, to_tensor
 from small_checkpoints import State, open_clip_cosines
 from transformers import AutoTokenizer
 
-from nextscale.errors import CheckpointError
-from nextscale.records import Condition
+from nextscale.base.conditions import Condition
+from nextscale.base.errors import CheckpointError
 from nextscale.rewards import HPSv2
-from nextscale.rewards.open_clip import load_open_clip
+from nextscale.rewards.networks.open_clip import load_open_clip
 
 CONDITIONS = [Condition(i, name) for i, name in enumerate(("star", "orange heart", "neon moon"))]
 

@@ -10,8 +10,8 @@ from pil_processors import to_tensor
 from small_checkpoints import State, image_reward_scores
 from transformers import AutoTokenizer
 
-from nextscale.errors import CheckpointError
-from nextscale.records import Condition
+from nextscale.base.conditions import Condition
+from nextscale.base.errors import CheckpointError
 from nextscale.rewards import ImageReward
 
 CONDITIONS = [Condition(i, name) for i, name in enumerate(("star", "orange heart", "very very neon moons"))]
@@ -64,7 +64,7 @@ CHANGES: dict[str, tuple[Callable[[State], object], str]] = {
     ),
     "lacks a layer of the head": (
         lambda state: state.pop("mlp.layers.4.weight"),
-        "holds no 'layers.4.weight'",
+        "lacks 'layers.4.weight'",
     ),
     "more": (
         lambda state: state.update({"blip.itm_head.weight": torch.zeros(2, 2)}),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from nextscale.records import Condition
+from nextscale.base.conditions import Condition
 from nextscale.rewards import JpegCompressibility, JpegIncompressibility, score
 
 CONDITIONS = [Condition(0, "star")] * 3

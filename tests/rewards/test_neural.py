@@ -10,9 +10,9 @@ from pil_processors import ImageProcessor, padded_by_pil, to_tensor
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
-from nextscale.records import Condition
+from nextscale.base.conditions import Condition
 from nextscale.rewards import Aesthetic, ClassProbability, ClipScore, HPSv2, ImageReward, Reward
-from nextscale.rewards.clip import Clip
+from nextscale.rewards.networks.clip import Clip
 
 NAMES = ("star", "orange heart", "neon moon")
 CONDITIONS = [Condition(i, NAMES[i % 3]) for i in range(64)]

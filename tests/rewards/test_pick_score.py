@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, CLIPModel
 
-from nextscale.errors import CheckpointError, ConfigError
-from nextscale.records import Condition
+from nextscale.base.conditions import Condition
+from nextscale.base.errors import CheckpointError, ConfigError
 from nextscale.rewards import PickScore
-from nextscale.rewards.preprocessing import clip_preprocessing
+from nextscale.rewards.networks.preprocessing import clip_preprocessing
 
 CONDITIONS = [Condition(i, name) for i, name in enumerate(("star", "orange heart", "neon moon"))]
 

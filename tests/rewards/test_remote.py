@@ -16,10 +16,10 @@ import torch
 from http_server import Answer, FakeServer, Request
 from PIL import Image
 
-from nextscale.errors import ConfigError, RewardError
-from nextscale.records import Condition
+from nextscale.base.conditions import Condition
+from nextscale.base.errors import ConfigError, RewardError
 from nextscale.rewards import Remote, score
-from nextscale.rewards import server as server_module
+from nextscale.rewards.asking import client as client_module
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "reward_server.py"
 IMAGES = torch.rand(5, 3, 8, 12, generator=torch.Generator().manual_seed(0)).mul(255).round() / 255
@@ -30,7 +30,7 @@ CONDITIONS = [Condition(i, name) for i, name in enumerate(("star", "heart", "moo
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds that were to be waited between tries, which a test does not."""
     asked: list[float] = []
-    monkeypatch.setattr(server_module.time, "sleep", asked.append)
+    monkeypatch.setattr(client_module.time, "sleep", asked.append)
     return asked
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nextscale.errors import ConfigError, RewardError
-from nextscale.records import Condition
+from nextscale.base.conditions import Condition
+from nextscale.base.errors import ConfigError, RewardError
 from nextscale.rewards import load_function, score
 
 SOURCE = '''

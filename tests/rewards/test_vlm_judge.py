@@ -14,10 +14,10 @@ import torch
 from http_server import Answer, FakeServer, Request
 from PIL import Image
 
-from nextscale.errors import ConfigError, RewardError
-from nextscale.records import Condition
+from nextscale.base.conditions import Condition
+from nextscale.base.errors import ConfigError, RewardError
 from nextscale.rewards import VlmJudge, score
-from nextscale.rewards import server as server_module
+from nextscale.rewards.asking import client as client_module
 
 # Image i is plain, of brightness i / 10, so that a score tells which image it belongs to.
 IMAGES = (torch.arange(6.0) / 10).view(6, 1, 1, 1).expand(6, 3, 8, 8)
@@ -53,7 +53,7 @@ def judge(server: FakeServer, **options: Any) -> VlmJudge:
 
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "FIRST_WAIT", 0.0)
+    monkeypatch.setattr(client_module, "FIRST_WAIT", 0.0)
 
 
 @pytest.mark.parametrize("concurrency", [1, 4, 64])

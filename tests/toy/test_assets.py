@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
+from nextscale.base.conditions import Condition
 from nextscale.models.zoo import TOY_ASSETS
 from nextscale.pipeline import VARPipeline
-from nextscale.records import Condition
 from nextscale.rewards import Aesthetic, ClipScore
 from nextscale.toy.judges import KINDS, judge, judge_metrics, load_judge
 from nextscale.toy.world import CLASSES, STYLES, Scenes, beauty, render, sample_scenes

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
+from nextscale.base.conditions import Condition
 from nextscale.models.vqvae import VQVAE
-from nextscale.records import Condition
 from nextscale.rewards import Aesthetic, ClipScore
 from nextscale.toy.judges import KINDS, judge, load_judge
 from nextscale.toy.train import write_hashes

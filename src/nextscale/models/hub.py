@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from nextscale.errors import CheckpointError
+from nextscale.base.errors import CheckpointError, first_sentence
 
 
 def url(repository: str) -> str:
@@ -42,7 +42,7 @@ def download(repository: str, names: Sequence[str]) -> Path:
     try:
         folder = Path(snapshot_download(repository, allow_patterns=list(names)))
     except Exception as error:  # whatever its transport raises, besides its own
-        raise CheckpointError(f"{url(repository)} cannot be had ({_reason(error)})") from None
+        raise CheckpointError(f"{url(repository)} cannot be had ({first_sentence(error)})") from None
     for name in names:
         if not (folder / name).is_file():  # not in the repository, or not in the cache that stood in for it
             raise CheckpointError(f"{url(repository)} gave no {name}")
@@ -66,11 +66,7 @@ def upload(repository: str, folder: Path, private: bool = False) -> str:
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload a nextscale model")
     except Exception as error:  # whatever its transport raises, besides its own
         raise CheckpointError(
-            f"'{repository}' was not pushed to the hub ({_reason(error)}): check its name and the connection,"
-            " and log in with 'hf auth login'"
+            f"'{repository}' was not pushed to the hub ({first_sentence(error)}): check its name and the "
+            "connection, and log in with 'hf auth login'"
         ) from None
     return url(repository)
-
-
-def _reason(error: Exception) -> str:
-    return re.split(r"\.\s|\n", str(error).strip())[0] or type(error).__name__

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nextscale.errors import CheckpointError, NextscaleError
+from nextscale.base.errors import CheckpointError, NextscaleError
+from nextscale.base.tensors import read_state_dict
 from nextscale.models import hub, zoo
-from nextscale.models.official import read_state_dict, read_var_config, read_vqvae_config
+from nextscale.models.official import read_var_config, read_vqvae_config
 from nextscale.models.var import VARConfig
 from nextscale.models.vqvae import VQVAEConfig
 

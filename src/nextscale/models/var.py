@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from nextscale.base.records import Record
 from nextscale.models.scales import ScaleSchedule
-from nextscale.records import Record
 
 MAX_LOG_ATTENTION_SCALE = math.log(100)
 

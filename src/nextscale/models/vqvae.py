@@ -14,9 +14,9 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
+from nextscale.base.records import Record
 from nextscale.models.quantizer import MultiScaleQuantizer
 from nextscale.models.scales import ScaleSchedule
-from nextscale.records import Record
 
 NORM_GROUPS = 32
 

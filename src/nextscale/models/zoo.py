@@ -4,10 +4,10 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from nextscale.errors import CheckpointError
+from nextscale.base.errors import CheckpointError
+from nextscale.base.records import did_you_mean
 from nextscale.models import hub
 from nextscale.policy import SamplingConfig
-from nextscale.records import suggest
 
 TOY_ASSETS = Path(__file__).parent.parent / "toy" / "assets"
 
@@ -222,7 +222,7 @@ def folder_of(name: str | Path) -> Path:
         )
     if not hub.is_repository(str(name)):
         raise CheckpointError(
-            f"no model '{name}': it is neither a folder nor a known name{suggest(str(name), names)}"
+            f"no model '{name}': it is neither a folder nor a known name{did_you_mean(str(name), names)}"
         )
     try:
         return hub.download(str(name), OWN_FILES)

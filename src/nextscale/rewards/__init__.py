@@ -2,7 +2,6 @@
 
 from nextscale.constraints import AtLeast, AtMost
 from nextscale.rewards.aesthetic import Aesthetic
-from nextscale.rewards.base import Reward, WeightedSum, score
 from nextscale.rewards.class_probability import ClassProbability
 from nextscale.rewards.clip_score import ClipScore
 from nextscale.rewards.hps import HPSv2
@@ -10,6 +9,7 @@ from nextscale.rewards.image_reward import ImageReward
 from nextscale.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 from nextscale.rewards.pick_score import PickScore
 from nextscale.rewards.pixels import brightness, colourfulness, sharpness
+from nextscale.rewards.protocol import Reward, WeightedSum, score
 from nextscale.rewards.remote import Remote
 from nextscale.rewards.user import load_function
 from nextscale.rewards.vlm_judge import VlmJudge

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextscale.errors import CheckpointError
+from nextscale.base.conditions import Condition
+from nextscale.base.errors import CheckpointError
+from nextscale.base.tensors import read_state_dict
 from nextscale.models import zoo
-from nextscale.models.official import read_state_dict
-from nextscale.records import Condition
-from nextscale.rewards.clip import load_clip
-from nextscale.rewards.pretrained import follow, web_file
+from nextscale.rewards.networks.clip import load_clip
+from nextscale.rewards.networks.pretrained import follow, web_file
 
 DEFAULT_HEAD = "laion-v2-l14"
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"  # of a head that is given as a file

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageClassification
 
-from nextscale.errors import ConfigError
-from nextscale.records import Condition, suggest
-from nextscale.rewards.preprocessing import read_preprocessing
-from nextscale.rewards.pretrained import follow, load_frozen
+from nextscale.base.conditions import Condition
+from nextscale.base.errors import ConfigError
+from nextscale.base.records import did_you_mean
+from nextscale.rewards.networks.preprocessing import read_preprocessing
+from nextscale.rewards.networks.pretrained import follow, load_frozen
 
 
 class ClassProbability:
@@ -67,8 +68,8 @@ class ClassProbability:
                 f"classifier '{self.classifier}' has several classes '{condition.text}' ({found}), and none "
                 f"is the condition's label {condition.label}; match by label"
             )
-        near = suggest(_plain(condition.text), list(self._indices))
-        hint = near if "did you mean" in near else f" among its {len(self.names)}, such as '{self.names[0]}'"
+        otherwise = f"it has {len(self.names)}, such as '{self.names[0]}'"
+        hint = did_you_mean(_plain(condition.text), self._indices, otherwise)
         raise ConfigError(
             f"classifier '{self.classifier}' has no class '{condition.text}'{hint}; where its classes count "
             "as the model's do, match by label"

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from nextscale.errors import CheckpointError
-from nextscale.records import Condition
-from nextscale.rewards.clip import Clip, load_tokenizer
-from nextscale.rewards.open_clip import load_open_clip
-from nextscale.rewards.preprocessing import Preprocessing
-from nextscale.rewards.pretrained import hub_file
+from nextscale.base.conditions import Condition
+from nextscale.base.errors import CheckpointError
+from nextscale.rewards.networks.clip import Clip, load_tokenizer
+from nextscale.rewards.networks.open_clip import load_open_clip
+from nextscale.rewards.networks.preprocessing import Preprocessing
+from nextscale.rewards.networks.pretrained import hub_file
 from nextscale.rewards.prompts import DEFAULT_PROMPT, check_prompts
 
 REPOSITORY, FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"

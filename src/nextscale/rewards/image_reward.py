@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextscale.errors import CheckpointError
-from nextscale.models.official import read_state_dict
-from nextscale.records import Condition
-from nextscale.rewards.blip import build_text_encoder, build_vision_encoder
-from nextscale.rewards.clip import load_tokenizer
-from nextscale.rewards.preprocessing import clip_preprocessing
-from nextscale.rewards.pretrained import follow, hub_file, shape_of
+from nextscale.base.conditions import Condition
+from nextscale.base.errors import CheckpointError
+from nextscale.base.tensors import read_state_dict, shape_of
+from nextscale.rewards.networks.blip import build_text_encoder, build_vision_encoder
+from nextscale.rewards.networks.clip import load_tokenizer
+from nextscale.rewards.networks.preprocessing import clip_preprocessing
+from nextscale.rewards.networks.pretrained import follow, hub_file
 from nextscale.rewards.prompts import DEFAULT_PROMPT, check_prompts, fill
 
 REPOSITORY, FILE = "THUDM/ImageReward", "ImageReward.pt"
@@ -124,8 +124,8 @@ def load_network(path: Path) -> Network:
     vision, text = build_vision_encoder(vision_state, path), build_text_encoder(text_state, path)
     head, width = [], text.config.hidden_size
     for i in HEAD_LAYERS:
-        out, found = shape_of(head_state, f"layers.{i}.weight", 2, path)
-        bias = shape_of(head_state, f"layers.{i}.bias", 1, path)
+        out, found = shape_of(head_state, path, "ImageReward", f"layers.{i}.weight", 2)
+        bias = shape_of(head_state, path, "ImageReward", f"layers.{i}.bias", 1)
         if found != width or bias != (out,):
             raise CheckpointError(
                 f"'{path}': layer {i} of the head has shapes {(out, found)} and {bias}, "

@@ -9,8 +9,8 @@ from io import BytesIO
 import torch
 from torch import Tensor
 
-from nextscale.pipeline import to_pil
-from nextscale.records import Condition
+from nextscale.base.conditions import Condition
+from nextscale.base.images import to_pil
 
 QUALITY = 95
 BYTES_PER_KILOBYTE = 1000

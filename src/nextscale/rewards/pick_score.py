@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nextscale.records import Condition
-from nextscale.rewards.clip import load_clip
+from nextscale.base.conditions import Condition
+from nextscale.rewards.networks.clip import load_clip
 from nextscale.rewards.prompts import DEFAULT_PROMPT, check_prompts
 
 REPOSITORY = "yuvalkirstain/PickScore_v1"

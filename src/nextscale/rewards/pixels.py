@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from nextscale.records import Condition
-from nextscale.rewards.base import Reward
+from nextscale.base.conditions import Condition
+from nextscale.rewards.protocol import Reward
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in JPEG, PIL's "L" and OpenCV's grey
 LEVELS = 255  # the published figures of colourfulness and sharpness are of 8-bit images

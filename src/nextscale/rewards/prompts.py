@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from string import Formatter
 
-from nextscale.errors import ConfigError
-from nextscale.records import Condition
+from nextscale.base.conditions import Condition
+from nextscale.base.errors import ConfigError
 
 DEFAULT_PROMPT = "a photo of a {label}"
 

@@ -8,10 +8,10 @@ import pydantic
 import torch
 from torch import Tensor
 
-from nextscale.errors import RewardError
-from nextscale.pipeline import to_pil
-from nextscale.records import Condition
-from nextscale.rewards.server import Server, png_base64
+from nextscale.base.conditions import Condition
+from nextscale.base.errors import RewardError
+from nextscale.base.images import to_pil
+from nextscale.rewards.asking.client import Server, png_base64
 
 
 class _Answer(pydantic.BaseModel):

@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 from typing import cast
 
-from nextscale.errors import ConfigError
-from nextscale.records import suggest
-from nextscale.rewards.base import Reward, where
+from nextscale.base.errors import ConfigError
+from nextscale.base.records import did_you_mean
+from nextscale.rewards.protocol import Reward, where
 
 
 def load_function(reference: str) -> Reward:
@@ -40,6 +40,6 @@ def load_function(reference: str) -> Reward:
             key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
         ]
         raise ConfigError(
-            f"python reward '{reference}': no function '{name}' in it{suggest(name, functions)}"
+            f"python reward '{reference}': no function '{name}' in it{did_you_mean(name, functions)}"
         )
     return cast("Reward", function)

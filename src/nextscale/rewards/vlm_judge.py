@@ -11,11 +11,11 @@ import pydantic
 import torch
 from torch import Tensor
 
-from nextscale.errors import ConfigError
-from nextscale.pipeline import to_pil
-from nextscale.records import Condition
-from nextscale.rewards.server import Server, png_base64
-from nextscale.rewards.waiting import start_thread
+from nextscale.base.conditions import Condition
+from nextscale.base.errors import ConfigError
+from nextscale.base.images import to_pil
+from nextscale.rewards.asking.client import Server, png_base64
+from nextscale.rewards.asking.waiting import start_thread
 
 logger = logging.getLogger(__name__)
 

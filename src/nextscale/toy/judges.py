@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nextscale.models.official import build_strictly, read_state_dict
+from nextscale.base.tensors import build_strictly, read_state_dict
 from nextscale.models.zoo import TOY_ASSETS
 from nextscale.toy.world import CLASSES, STYLES
 

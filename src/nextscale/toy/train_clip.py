@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from nextscale.base.seeding import generator_for
 from nextscale.models.vqvae import VQVAE
 from nextscale.rewards.aesthetic import RELU_LAYERS
-from nextscale.rewards.preprocessing import MEAN, STD, clip_preprocessing
-from nextscale.seeding import generator_for
+from nextscale.rewards.networks.preprocessing import MEAN, STD, clip_preprocessing
 from nextscale.toy.optimizer import Optimizer
 from nextscale.toy.scenes import CONTRAST, RATED_CONTRAST
 from nextscale.toy.train_tokenizer import render_pool

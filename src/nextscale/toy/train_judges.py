@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nextscale.base.seeding import generator_for
 from nextscale.models.vqvae import VQVAE
-from nextscale.seeding import generator_for
 from nextscale.toy.judges import KINDS, Judge
 from nextscale.toy.optimizer import Optimizer
 from nextscale.toy.train_clip import pool_with_reconstructions

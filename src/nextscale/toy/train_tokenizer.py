@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from nextscale.base.seeding import generator_for
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
-from nextscale.seeding import generator_for
 from nextscale.toy.optimizer import Optimizer
 from nextscale.toy.world import CONTRAST, Scenes, render, sample_scenes
 

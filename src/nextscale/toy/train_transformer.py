@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nextscale.base.seeding import generator_for
+from nextscale.losses import token_weights
 from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAE
-from nextscale.objective import token_weights
-from nextscale.seeding import generator_for
 from nextscale.toy.optimizer import Optimizer
 from nextscale.toy.train_tokenizer import TOKENIZER, render_pool
 from nextscale.toy.world import CLASSES, STYLES

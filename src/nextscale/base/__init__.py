@@ -1,0 +1,1 @@
+"""What every room stands on: errors, records, seeds, means; imports nothing of ours."""

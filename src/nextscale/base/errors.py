@@ -1,0 +1,25 @@
+"""The errors a user can meet. Each carries one sentence: what was found, what was expected, what to do."""
+
+import re
+
+
+class NextscaleError(ValueError):
+    """Something the user gave cannot be used. The command line prints the sentence and exits with 2."""
+
+
+class ConfigError(NextscaleError):
+    """A recipe, an option or a combination of options that cannot be used."""
+
+
+class CheckpointError(NextscaleError):
+    """A model file or folder that is missing, broken, or of another shape than expected."""
+
+
+class RewardError(NextscaleError):
+    """A reward that raised, or that returned something other than one number per image."""
+
+
+def first_sentence(error: BaseException) -> str:
+    """What another library's error says, cut to its first sentence."""
+    text = str(getattr(error, "reason", error)).strip()  # a URLError wraps its own in brackets
+    return re.split(r"\.\s|\n", text)[0].rstrip(".")[:200] if text else type(error).__name__

@@ -1,0 +1,91 @@
+"""Plain records: the base of every configuration record, and the nearest valid name to a wrong one."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args
+
+import pydantic
+from typing_extensions import Self
+
+from nextscale.base.errors import ConfigError
+
+
+class Record(pydantic.BaseModel):
+    """A frozen, keyword-only, validated record that rejects unknown keys and names the nearest valid one.
+
+    Raises:
+        ConfigError: when a key is unknown or a value is of the wrong type or out of its range.
+    """
+
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+    )
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except pydantic.ValidationError as error:
+            raise ConfigError(describe_validation_error(type(self), error)) from None
+
+    # Nested records are then validated by pydantic itself, so an error carries the whole path to its key.
+    __init__.__pydantic_base_init__ = True  # pyright: ignore[reportFunctionMemberAccess]
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """The record with these values, nested mappings becoming nested records."""
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{cls.__name__} needs keys with values, got {values!r}")
+        try:
+            return cls.model_validate(dict(values))
+        except pydantic.ValidationError as error:
+            raise ConfigError(describe_validation_error(cls, error)) from None
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated like a new one."""
+        return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
+
+
+def describe_validation_error(record: type[pydantic.BaseModel], error: pydantic.ValidationError) -> str:
+    """One sentence about the first thing wrong."""
+    first = error.errors()[0]
+    # pydantic adds which member of a union it tried, as in literal['token','scale']: no part of the key
+    path = [str(part) for part in first["loc"] if "[" not in str(part)]
+    key = ".".join(path) or record.__name__
+    if first["type"] == "extra_forbidden":
+        valid = list(_record_at(record, path[:-1]).model_fields)
+        return f"unknown key '{key}'{did_you_mean(path[-1], valid)}"
+    if first["type"] == "missing":
+        return f"'{key}' is missing"
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"{key} = {first['input']!r} cannot be used: {reason[0].lower()}{reason[1:]}"
+
+
+def suggest(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name nearest to `name`; None where none is near."""
+    return next(iter(difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)), None)
+
+
+def did_you_mean(name: str, valid: Iterable[str], otherwise: str | None = None) -> str:
+    """The tail of an error sentence about a wrong name: the nearest valid one.
+
+    Args:
+        otherwise: what to say where none is near; by default the names of all.
+    """
+    valid = list(valid)
+    if near := suggest(name, valid):
+        return f"; did you mean '{near}'?"
+    if otherwise is None and valid:
+        otherwise = f"valid are {', '.join(valid)}"
+    return f"; {otherwise}" if otherwise else ""
+
+
+def _record_at(record: type[pydantic.BaseModel], path: list[str]) -> type[pydantic.BaseModel]:
+    for name in path:
+        field = record.model_fields.get(name)
+        annotation = field.annotation if field else None
+        choices = get_args(annotation) or (annotation,)  # `Inner | None` holds an Inner
+        inner = [each for each in choices if isinstance(each, type) and issubclass(each, pydantic.BaseModel)]
+        if len(inner) != 1:
+            break
+        record = inner[0]
+    return record

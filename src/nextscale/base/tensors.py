@@ -1,0 +1,154 @@
+"""Tensors of files: read without running anything, checked key by key, written aside and renamed."""
+
+import pickle
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from nextscale.base.errors import CheckpointError, first_sentence
+
+StateDict = dict[str, Tensor]
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def read_state_dict(
+    path: str | Path, nested_key: str | None = None, dtype: torch.dtype = torch.float32
+) -> StateDict:
+    """The tensors of a `.pth` or `.safetensors` file, on the CPU.
+
+    What is float32 in the file, and asked for so, stays mapped from it: pages come into memory when they are
+    used, and are never copied. For another dtype the tensors are read, and freed one by one as they are
+    converted, for mapped pages would stay in memory beside the result.
+
+    Args:
+        nested_key: where a trainer's checkpoint holds them ("var_wo_ddp" or "vae_local").
+        dtype: of the floating-point tensors.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, no checkpoint, or holds anything but tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no file '{path}': give the path of a checkpoint")
+    content: Any
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path) if dtype == torch.float32 else _read_each(path, dtype)
+        else:
+            is_mapped = dtype == torch.float32 and _can_be_mapped(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it wants to run {refused[1]}" if refused else "it is not a checkpoint of tensors"
+        raise CheckpointError(f"'{path}' was not loaded: {what}; only tensors are read from a file") from None
+    except Exception as error:  # on a file that is no pickle the reader fails with whatever its bytes lead to
+        raise CheckpointError(
+            f"'{path}' cannot be read ({first_sentence(error)}): it is truncated or no checkpoint"
+        ) from None
+    for key in ("trainer", nested_key):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content:
+        raise CheckpointError(f"'{path}' holds {type(content).__name__}, expected a state dict of tensors")
+    for key, value in content.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"'{path}': entry '{key}' is {type(value).__name__}, expected a tensor")
+        content[key] = value.to(dtype) if value.is_floating_point() else value
+    return content
+
+
+def _can_be_mapped(path: Path) -> bool:
+    """Whether a `.pth` file is a zip of plain entries: not one of torch before 1.6, nor packed again."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as file:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in file.infolist())
+
+
+def _read_each(path: Path, dtype: torch.dtype) -> StateDict:
+    """Converted copies of the tensors of a safetensors file."""
+    with safe_open(path, "pt") as file:
+        keys = list(file.keys())
+    state = {}
+    for key in keys:
+        with safe_open(path, "pt") as file:  # a mapping for each, which leaves the memory with its tensor
+            value = file.get_tensor(key)
+        state[key] = value.to(dtype if value.is_floating_point() else value.dtype, copy=True)
+    return state
+
+
+def build_strictly(make: Callable[[], Model], state: StateDict, path: str | Path) -> Model:
+    """A model that holds exactly these tensors: built without memory of its own, every key and shape checked.
+
+    Args:
+        make: makes the model; called on the meta device.
+
+    Raises:
+        CheckpointError: names the file and the first key that is missing, unknown or of another shape.
+    """
+    try:
+        with torch.device("meta"):
+            model = make()
+    except ValueError as error:
+        raise CheckpointError(f"'{path}' has sizes that no model can have: {error}") from None
+    expected = model.state_dict()
+    for key, value in expected.items():
+        if key not in state:
+            unknown = [name for name in state if name not in expected]
+            renamed = f" ('{unknown[0]}' stands in the file and is not known)" if unknown else ""
+            raise CheckpointError(f"'{path}' lacks '{key}'{renamed}")
+        if state[key].shape != value.shape:
+            found, wanted = tuple(state[key].shape), tuple(value.shape)
+            raise CheckpointError(f"'{path}': '{key}' has shape {found}, expected {wanted}")
+        if state[key].is_floating_point() != value.is_floating_point():
+            raise CheckpointError(f"'{path}': '{key}' is {state[key].dtype}, expected {value.dtype}")
+    for key in state:
+        if key not in expected:
+            raise CheckpointError(f"'{path}' holds '{key}', which the model does not know")
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(True)
+
+
+def load_strictly(make: Callable[[], Model], path: Path, dtype: torch.dtype = torch.float32) -> Model:
+    """A model of known sizes with the tensors of a file; raises as the two that it calls do."""
+    return build_strictly(make, read_state_dict(path, dtype=dtype), path)
+
+
+def stored_state_dict(model: nn.Module, dtype: torch.dtype | None = None) -> StateDict:
+    """A model's tensors as they are written: contiguous, on the CPU, the floating-point ones in `dtype`."""
+    state = {}
+    for key, value in model.state_dict().items():
+        value = value.detach().cpu().contiguous()
+        state[key] = value.to(dtype) if dtype and value.is_floating_point() else value
+    return state
+
+
+def shape_of(state: StateDict, path: str | Path, kind: str, key: str, num_axes: int) -> tuple[int, ...]:
+    """The shape of a tensor that tells a size.
+
+    Args:
+        path: the file that the tensors come from, for the error.
+        kind: what the file should hold, such as "VQVAE".
+
+    Raises:
+        CheckpointError: the tensor is absent, or has another number of axes.
+    """
+    if key not in state:
+        raise CheckpointError(f"'{path}' lacks '{key}': is it the checkpoint of a {kind}?")
+    shape = tuple(state[key].shape)
+    if len(shape) != num_axes:
+        raise CheckpointError(f"'{path}': '{key}' has shape {shape}, expected {num_axes} axes")
+    return shape
+
+
+def count_layers(state: dict[str, Tensor], prefix: str) -> int:
+    """One more than the highest number that follows `prefix` in a key."""
+    numbers = [key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)]
+    return max((int(number) for number in numbers if number.isdigit()), default=-1) + 1

@@ -1,0 +1,1 @@
+"""What a run will need, computed without weights or a GPU."""

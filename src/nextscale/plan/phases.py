@@ -1,0 +1,167 @@
+"""What the phases of one training step cost, counted on tensors without data.
+
+Shapes: B images run at once · L tokens of all scales · D codebook width
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel
+
+from nextscale.base.metrics import Means
+from nextscale.grpo import GRPOConfig
+from nextscale.grpo_loss import GRPOLoss
+from nextscale.models.scales import ScaleSchedule
+from nextscale.models.var import VAR, VARConfig
+from nextscale.models.vqvae import VQVAE, VQVAEConfig
+from nextscale.plan.counting import Count, count, without_data
+from nextscale.policy import SamplingConfig
+from nextscale.rescoring import teacher_forced_logits
+from nextscale.rollout import Rollout
+from nextscale.runs.config import RunConfig
+from nextscale.sampling import sample
+
+
+class Unmeasured(Means):
+    """Takes what a loss measures, and does nothing with it."""
+
+    def put(self, name: str, value: Tensor | float) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Phases:
+    """The phases of a step in one process.
+
+    Each gives its operations for all images of the process, and its bytes for those that it runs at once.
+    Blocks are alike, so a transformer is run with one and with two of them: every further one adds what the
+    second did.
+
+    Attributes:
+        num_images: of the process.
+        as_on_gpu: see `without_data`.
+    """
+
+    transformer: VARConfig
+    tokenizer: VQVAEConfig
+    grpo: GRPOConfig
+    sampling: SamplingConfig
+    run: RunConfig
+    num_images: int
+    as_on_gpu: bool = True
+
+    def rollout(self) -> Count:
+        """Draw tokens, and make the inputs to be trained on."""
+        batch = self._drawn_at_once
+
+        def draw(config: VARConfig) -> Count:
+            transformer, tokenizer = VAR(config), VQVAE(self.tokenizer)
+            labels_B, uniforms_BL = torch.zeros(batch, dtype=torch.long), torch.zeros(batch, self._num_tokens)
+
+            def run() -> None:
+                drawn = sample(transformer, tokenizer, labels_B, uniforms_BL, self.sampling)
+                tokenizer.tokens_to_inputs(drawn.tokens)
+
+            return self._count(run, batch)
+
+        return self._by_depth(draw)
+
+    def decode(self) -> Count:
+        """Tokens to pixels."""
+        batch = self._drawn_at_once
+        with without_data(as_on_gpu=self.as_on_gpu), torch.no_grad():
+            tokenizer = VQVAE(self.tokenizer)
+            latent = tokenizer.quantize.empty_latent(batch)
+            return self._count(lambda: tokenizer.latent_to_images(latent), batch)
+
+    def reward(self, clips: Sequence[CLIPConfig]) -> Count:
+        """The image towers of all rewards, one after the other, each on all images at once."""
+        total = Count()
+        for config in clips:
+            with without_data(as_on_gpu=self.as_on_gpu), torch.no_grad():
+                vision: Any = config.vision_config  # transformers types its sizes loosely
+                tower, size = CLIPModel(config).vision_model, vision.image_size
+                pixels = torch.zeros(self.num_images, 3, size, size)
+                each = self._count(partial(tower, pixel_values=pixels), self.num_images)
+            total = Count(total.flops + each.flops, forward_peak=max(total.peak, each.peak))
+        return total
+
+    def reference(self) -> Count:
+        """The reference's share of the loss."""
+        batch = self._trained_at_once
+
+        def run(config: VARConfig) -> Count:
+            reference, labels_B, inputs_BLD = VAR(config), *self._inputs(batch)
+            with torch.no_grad():
+                return self._count(
+                    lambda: teacher_forced_logits(reference, labels_B, inputs_BLD, self.sampling), batch
+                )
+
+        return self._by_depth(run)
+
+    def update(self, has_reference: bool) -> Count:
+        """The loss, reference included, and its backward pass where there are gradients already."""
+        batch = self._trained_at_once
+
+        def run(config: VARConfig) -> Count:
+            model = VAR(config)
+            model.gradient_checkpointing = self.run.gradient_checkpointing
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            reference = VAR(config).requires_grad_(False) if has_reference else None
+            loss = GRPOLoss(self.grpo, self.sampling, model, reference)
+            labels_B, inputs_BLD = self._inputs(batch)
+            tokens_BL = torch.zeros(batch, self._num_tokens, dtype=torch.long)
+            rollout = Rollout(
+                labels_B, [], tokens_BL, torch.zeros(tokens_BL.shape), inputs_BLD, torch.empty(0), {}, {}
+            )
+            advantages_B = torch.zeros(batch)
+            return self._count(
+                lambda: loss(model, rollout, advantages_B, slice(0, batch), Unmeasured()), batch
+            )
+
+        return self._by_depth(run)
+
+    def scored_bytes(self) -> float:
+        """What a rollout holds until the end of the step: images, tokens, log-probs and inputs."""
+        float32, int64 = 4, 8
+        image = 3 * self.tokenizer.image_size**2 * float32
+        token = int64 + float32 + self.tokenizer.codebook_width * float32
+        return self.num_images * (image + self._num_tokens * token)
+
+    def cache_bytes(self) -> float:
+        """Keys and values of all blocks and tokens when the last scale is drawn."""
+        sequences = self._drawn_at_once * (2 if self.sampling.is_guided else 1)
+        width = 2 if self.run.mixed_precision == "bf16" else 4
+        return 2.0 * sequences * self._num_tokens * self.transformer.depth * self.transformer.width * width
+
+    @property
+    def _num_tokens(self) -> int:
+        return ScaleSchedule(self.transformer.scale_sizes).num_tokens
+
+    @property
+    def _drawn_at_once(self) -> int:
+        return min(self.num_images, self.run.per_device_eval_batch_size)
+
+    @property
+    def _trained_at_once(self) -> int:
+        return min(self.num_images, self.run.per_device_train_batch_size)
+
+    def _inputs(self, batch: int) -> tuple[Tensor, Tensor]:
+        inputs_BLD = torch.zeros(batch, self._num_tokens - 1, self.transformer.codebook_width)
+        return torch.zeros(batch, dtype=torch.long), inputs_BLD
+
+    def _count(self, run: Callable[[], object], batch: int) -> Count:
+        counted = count(run, bfloat16=self.run.mixed_precision == "bf16")
+        return replace(counted, flops=counted.flops * self.num_images / batch)
+
+    def _by_depth(self, run: Callable[[VARConfig], Count]) -> Count:
+        counts = []
+        for depth in (1, 2):
+            with without_data(as_on_gpu=self.as_on_gpu):
+                counts.append(run(self.transformer.replace(depth=depth)))
+        return counts[0].extrapolate(counts[1], self.transformer.depth - 1)

@@ -1,0 +1,1 @@
+"""What a run shows: the page, its charts, the model card."""

@@ -1,0 +1,166 @@
+"""The charts of a report: which a run has figures for, and each as the inside of an svg element."""
+
+import io
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from nextscale.base.numbers import number, percent
+from nextscale.report.text import Html, fill, join
+from nextscale.runs.reader import Run
+
+PARTS: tuple[str, ...] = ("rollout", "decode", "reward", "update")
+MAX_POINTS = 300  # of a curve; a longer run is averaged in equal pieces, so that the page stays small
+# Matplotlib draws in placeholders, which the page replaces by CSS variables that follow light and dark mode.
+INK, GRID, *COLOURS = (f"#fe02{i:02x}" for i in range(10))
+VARIABLES = dict(
+    zip((INK, GRID, *COLOURS), ("--soft", "--grid", *(f"--s{i}" for i in range(8))), strict=True)
+)
+STYLE: dict[Any, Any] = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.edgecolor", "grid.color"), GRID),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.spines.left"), False),
+    **dict.fromkeys(("xtick.major.size", "ytick.major.size", "ytick.minor.size"), 0),
+    **{"svg.fonttype": "none", "svg.hashsalt": "nextscale", "font.size": 9.5, "axes.axisbelow": True},
+    **{"axes.grid": True, "axes.formatter.useoffset": False, "lines.linewidth": 1.6, "lines.markersize": 4},
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve. `band` names the metric of its half width; `measured` marks values taken now and then."""
+
+    key: str
+    label: str
+    colour: str = COLOURS[0]
+    band: str = ""
+    measured: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    title: str
+    says: str
+    lines: list[Line]
+    kind: str = ""  # "", "percent", "log" or "stacked"
+
+
+def charts(run: Run) -> list[Chart]:
+    """Every chart that the run has figures for."""
+    c = COLOURS
+    judged = [Line("eval_judge/class_accuracy", "class accuracy", INK, measured=True)]
+    for i, name in enumerate(run.names("eval_judge/style/(.+)")):
+        judged.append(Line(f"eval_judge/style/{name}", name, c[i % 8], measured=True))
+    seen = Line("eval_reward", "evaluation, fixed seeds", c[1], measured=True)
+    reward = [Line("reward", "training", c[0], "reward_std"), seen]
+    found = [Chart("Reward", "Mean and spread (1 sd).", reward)]
+    names = dict.fromkeys(run.names("(?:eval_)?rewards/(.+)/mean"))
+    for name in names if len(names) > 1 else ():
+        lines = [
+            Line(f"rewards/{name}/mean", "training", c[0], f"rewards/{name}/std"),
+            Line(f"eval_rewards/{name}/mean", "evaluation", c[1], measured=True),
+            Line(f"constraints/{name}/bound", "bound", INK),
+        ]
+        title, says = f"Reward: {name}", "Mean and spread (1 sd), before weighting."
+        if run.values(f"eval_warnings/{name}"):
+            title, says = f"Held out: {name}", "Mean on fixed seeds. Measured, never trained on."
+        elif run.values(lines[-1].key):
+            title, says = f"Constraint: {name}", "Mean and spread (1 sd), and what the mean is kept to."
+        found.append(Chart(title, says, lines))
+    constraints = run.names("constraints/(.+)/multiplier")
+    weights = [Line(f"constraints/{name}/multiplier", name, c[i % 8]) for i, name in enumerate(constraints)]
+    entropy = [Line("entropy", "training", c[0]), Line("eval_entropy", "evaluation", c[1], measured=True)]
+    clipped = [Line(f"clip_ratio/{k}_mean", k, c[i]) for i, k in enumerate(("region", "low", "high"))]
+    gap = "sampling/sampling_logp_difference"
+    gaps = [Line(f"{gap}/{k}", k, c[i]) for i, k in enumerate(("mean", "max"))]
+    diversity = [Line("eval_diversity", "diversity", measured=True)]
+    times = [Line(f"time/{part}", part, c[i]) for i, part in enumerate(PARTS)]
+    found += [
+        Chart(
+            "Multipliers", "What each constraint weighs. Grows while the mean is beyond its bound.", weights
+        ),
+        Chart("Judges", "Share of images. No training ever saw these judges.", judged, "percent"),
+        Chart("KL to the base model", "Nats an image.", [Line("kl_per_image", "KL")]),
+        Chart("Entropy", "Nats a token. A fall to zero is collapse.", entropy),
+        Chart("Diversity", "How much images of one evaluation differ.", diversity),
+        Chart("Gradient norm", "Before clipping.", [Line("grad_norm", "norm")]),
+        Chart("Clip ratio", "Share of tokens whose ratio was clipped.", clipped, "percent"),
+        Chart("Sampled against recomputed", "Gap of log-probabilities. It should be tiny.", gaps, "log"),
+        Chart("Time of a step", "Seconds.", times, "stacked"),
+    ]
+    for chart in found:
+        chart.lines[:] = [line for line in chart.lines if run.values(line.key)]
+    return [chart for chart in found if chart.lines]
+
+
+def draw_chart(run: Run, chart: Chart) -> Html:
+    """A chart with its title, its key and a text for who cannot see it."""
+    show = percent if chart.kind == "percent" else number
+    keys, told = [], []
+    for line in chart.lines:
+        first, *_, last = 2 * run.values(line.key)
+        keys.append(fill("key", colour=VARIABLES[line.colour], label=line.label, value=show(last)))
+        told.append(f"{line.label} from {show(first)} to {show(last)}")
+    alt = f"{chart.title} over the steps: {'; '.join(told)}."
+    return fill("chart", title=chart.title, says=chart.says, keys=join(keys), alt=alt, svg=_draw(run, chart))
+
+
+def _draw(run: Run, chart: Chart) -> Html:
+    """The curves of a chart as the inside of an svg element."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.6, 2.1), layout="constrained")
+        axes = figure.add_subplot(xlabel="step")
+        floor: Any = 0.0
+        common = np.array([])  # the steps that the layers of a stack share
+        for line in chart.lines:
+            steps, values, low, high = _thin(*run.series(line.key))
+            if chart.kind == "stacked":
+                common = common if len(common) else steps
+                top = floor + np.interp(common, steps, values)
+                axes.fill_between(common, floor, top, color=line.colour, linewidth=0)
+                floor = top
+                continue
+            if line.band and len(run.values(line.band)) == len(run.values(line.key)):
+                spread = _thin(*run.series(line.band))[1]
+                low, high = values - spread, values + spread
+            if not line.measured:
+                axes.fill_between(steps, low, high, color=line.colour, alpha=0.16, linewidth=0)
+            axes.plot(steps, values, "-o" if line.measured or len(values) == 1 else "-", color=line.colour)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+        if chart.kind == "log" and all(min(run.values(line.key)) > 0 for line in chart.lines):
+            axes.set_yscale("log")
+        elif chart.kind == "percent":
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+        axes.margins(x=0.02)
+        figure.savefig(buffer := io.StringIO(), format="svg", transparent=True)
+    return _inner_svg(buffer.getvalue())
+
+
+def _inner_svg(text: str) -> Html:
+    """What the svg element holds, in the page's font and colours, without metadata."""
+    text = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL).replace("xlink:href", "href")
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 var(--sans)", text)
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, f"var({variable})")
+    return Html(text)
+
+
+def piece_length(length: int) -> int:
+    """Steps that one point of a curve stands for."""
+    return max(1, math.ceil(length / MAX_POINTS))
+
+
+def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Steps, means, least and greatest values of equal pieces, at most MAX_POINTS of them."""
+    starts = np.arange(0, len(values), piece_length(len(values)))
+    counts = np.diff(np.append(starts, len(values)))
+    means = [np.add.reduceat(series, starts) / counts for series in (steps, values)]
+    return means[0], means[1], np.minimum.reduceat(values, starts), np.maximum.reduceat(values, starts)

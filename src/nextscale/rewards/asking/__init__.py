@@ -1,0 +1,1 @@
+"""How a reward is asked: threads, timeouts, several processes, HTTP."""

@@ -1,0 +1,86 @@
+"""Asking a reward in another thread: async ones wait together, and one that hangs can be given up."""
+
+import asyncio
+import concurrent.futures
+import inspect
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nextscale.base.conditions import Condition
+from nextscale.base.errors import RewardError
+
+
+def is_async(reward: Callable[..., Any]) -> bool:
+    """Whether it is an `async def` function, or an object with an async `__call__`."""
+    return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)
+
+
+def begin(reward: Callable[..., Any], images: Tensor, conditions: Sequence[Condition]) -> "Future[Any]":
+    """Ask a reward in another thread, with gradients off: an async one on the loop that all of them share,
+    any other in a thread of its own, with this thread's autocast and device."""
+    if is_async(reward):
+
+        async def ask() -> Any:
+            return await reward(images, conditions)
+
+        return asyncio.run_coroutine_threadsafe(ask(), _event_loop())
+    # Torch keeps all of these by thread.
+    kind, index = images.device.type, images.device.index if images.is_cuda else -1
+    is_cast, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+    def run() -> Any:
+        with torch.no_grad(), torch.autocast(kind, dtype, enabled=is_cast), torch.cuda.device(index):
+            return reward(images, conditions)
+
+    return start_thread(run)
+
+
+def start_thread(function: Callable[..., Any], *args: Any) -> "Future[Any]":
+    """Call a function in a daemon thread: one that never ends does not keep the process from ending, as the
+    threads of a ThreadPoolExecutor would."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def wait_for(future: "Future[Any]", timeout: float | None) -> Any:
+    """The answer that was asked for by `begin`.
+
+    Args:
+        timeout: seconds from now; None waits for ever.
+
+    Raises:
+        RewardError: there is none after that time. An async reward is then cancelled; another one's thread is
+            left alone, for Python cannot stop it.
+    """
+    if not concurrent.futures.wait([future], timeout).done:
+        future.cancel()
+        raise RewardError(f"no answer within its timeout of {timeout:g} s")
+    return future.result()
+
+
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """One for the whole life of the process, so that a reward's client can keep its connections."""
+    loop = asyncio.new_event_loop()
+
+    def run() -> None:
+        torch.set_grad_enabled(False)
+        loop.run_forever()
+
+    threading.Thread(target=run, daemon=True).start()
+    return loop

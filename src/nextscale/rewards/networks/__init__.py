@@ -1,0 +1,1 @@
+"""Networks that others trained, and what is done to images before them."""

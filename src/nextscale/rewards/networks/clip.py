@@ -1,0 +1,104 @@
+"""A CLIP of transformers, loaded by name, path or hub repository.
+
+Shapes: B images · N texts · P prompts · E width of the embedding
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPModel
+from typing_extensions import Self
+
+from nextscale.base.conditions import Condition
+from nextscale.models import zoo
+from nextscale.rewards.networks.preprocessing import Preprocessing, clip_preprocessing
+from nextscale.rewards.networks.pretrained import follow, load_frozen, loading
+from nextscale.rewards.prompts import fill
+
+
+class Clip:
+    """Image and text towers, frozen; embeddings are L2-normalised float32, under autocast too.
+
+    Args:
+        model: frozen.
+        tokenizer: that of its texts.
+        prepare: what is done to images; CLIP's own by default.
+    """
+
+    def __init__(self, model: CLIPModel, tokenizer: Any, prepare: Preprocessing | None = None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        config: Any = model.config
+        self.prepare = prepare or clip_preprocessing(config.vision_config.image_size)
+        self.max_text_length: int = config.text_config.max_position_embeddings
+        self._texts: dict[str, Tensor] = {}
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, tokenizer: str | Path | None = None) -> Self:
+        """A CLIP of its own, not shared.
+
+        Args:
+            name: "toy", a folder, or a hub repository such as "openai/clip-vit-large-patch14".
+            tokenizer: the same of its tokenizer; where the model lies by default.
+
+        Raises:
+            CheckpointError: either cannot be had, or some of the weights are missing.
+        """
+        source = zoo.CLIPS.get(str(name), name)
+        model = load_frozen(CLIPModel, "CLIP", source)
+        return cls(model, load_tokenizer(source if tokenizer is None else tokenizer))
+
+    def _follow(self, images: Tensor) -> None:
+        if follow(cast("nn.Module", self.model), images):
+            self._texts.clear()
+
+    @torch.no_grad()
+    def embed_images(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] to (B, E), on the images' device."""
+        self._follow(images)
+        pooled = self.model.vision_model(pixel_values=self.prepare(images)).pooler_output
+        return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """N texts to (N, E); each distinct text is run once and remembered.
+
+        It is run alone: in a batch its last bits would depend on the other texts, and so on whether a run was
+        resumed.
+        """
+        for text in dict.fromkeys(texts):
+            if text not in self._texts:
+                self._texts[text] = self._embed_text(text)
+        return torch.stack([self._texts[text] for text in texts])
+
+    def _embed_text(self, text: str) -> Tensor:
+        tokens = self.tokenizer(text, truncation=True, max_length=self.max_text_length, return_tensors="pt")
+        pooled = self.model.text_model(tokens["input_ids"].to(self.model.device)).pooler_output
+        return F.normalize(self.model.text_projection(pooled).float(), dim=-1)[0]
+
+    def cosines(self, images: Tensor, conditions: Sequence[Condition], prompts: Sequence[str]) -> Tensor:
+        """(B, P) cosine of each image with each prompt, filled with the image's condition."""
+        image_BE = self.embed_images(images)
+        texts = [self.embed_texts(fill(prompt, conditions)) for prompt in prompts]
+        return torch.stack([(image_BE * text_BE).sum(-1) for text_BE in texts], dim=1)
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """The tokenizer in a folder or hub repository.
+
+    Raises:
+        CheckpointError: it cannot be had.
+    """
+    with loading("tokenizer", name):
+        return AutoTokenizer.from_pretrained(str(name))
+
+
+@lru_cache(maxsize=4)
+def load_clip(name: str | Path, tokenizer: str | Path | None = None) -> Clip:
+    """A CLIP that all rewards of a process share."""
+    return Clip.from_pretrained(name, tokenizer)

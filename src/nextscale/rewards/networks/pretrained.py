@@ -1,0 +1,149 @@
+"""Networks that others trained: fetched from where they lie or from a cache, loaded whole, frozen."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, cast
+from urllib.parse import unquote, urlsplit
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from nextscale.base.errors import CheckpointError, first_sentence
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+@contextmanager
+def loading(what: str, name: str | Path) -> Iterator[None]:
+    """Keep transformers silent, and tell what it raises in one sentence.
+
+    Raises:
+        CheckpointError: in place of any error of a file, a network or a configuration.
+    """
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = first_sentence(error)
+        is_repository = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) and not Path(name).exists()
+        hint = (
+            f"; where the hub cannot be reached, give a folder with the files of https://huggingface.co/{name}"
+            if is_repository
+            else ""
+        )
+        raise CheckpointError(f"{what} '{name}' cannot be loaded: {reason}{hint}") from None
+    finally:
+        transformers_logging.set_verbosity(level)
+        transformers_logging.enable_progress_bar()
+
+
+def load_frozen(model_class: Any, what: str, name: str | Path) -> Any:
+    """A network of transformers in float32, from a folder or hub repository.
+
+    Args:
+        model_class: a model's class, or one of the Auto classes.
+
+    Raises:
+        CheckpointError: it cannot be had, or some of its weights are missing.
+    """
+    with loading(what, name):
+        model, info = model_class.from_pretrained(str(name), dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):  # transformers fills them with random numbers
+        raise CheckpointError(f"{what} '{name}' cannot be loaded: it has no '{missing[0]}'")
+    return model.eval().requires_grad_(False)
+
+
+def build_frozen(
+    model_class: type[Model], config: PretrainedConfig, state: dict[str, Tensor], path: Path, **options: Any
+) -> Model:
+    """A network of transformers in float32 that holds exactly these tensors.
+
+    Args:
+        path: the file they come from, for the error.
+        options: of the class's constructor.
+
+    Raises:
+        CheckpointError: names the file and a key that is missing, unknown or of another shape.
+    """
+    with loading(model_class.__name__, path):
+        loaded = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are told, below
+            **options,
+        )
+    model, info = cast("tuple[Model, dict[str, Any]]", loaded)
+    for fault, keys in (("holds no", "missing_keys"), ("holds an unknown", "unexpected_keys")):
+        if found := sorted(info[keys]):
+            raise CheckpointError(f"'{path}' {fault} '{found[0]}': is it whole, and of this kind?")
+    if found := sorted(info["mismatched_keys"]):
+        key, shape, expected = found[0]
+        raise CheckpointError(f"'{path}': '{key}' has shape {tuple(shape)}, expected {tuple(expected)}")
+    return cast("Model", cast("nn.Module", model).eval().requires_grad_(False))
+
+
+def follow(network: nn.Module, images: Tensor) -> bool:
+    """Move a network to the images' device; whether it was elsewhere."""
+    is_elsewhere = next(network.parameters()).device != images.device
+    if is_elsewhere:
+        network.to(images.device)
+    return is_elsewhere
+
+
+def hub_file(repository: str, filename: str, option: str) -> Path:
+    """One file of a hub repository, downloaded once.
+
+    Args:
+        option: what takes a local path instead, for the error.
+
+    Raises:
+        CheckpointError: it is neither in the cache nor can be downloaded.
+    """
+    try:
+        return Path(hf_hub_download(repository, filename))
+    except (OSError, ValueError) as error:
+        raise _not_had(filename, f"https://huggingface.co/{repository}", option, error) from None
+
+
+def web_file(url: str, sha256: str | None, option: str) -> Path:
+    """A file at a URL, downloaded once into torch's cache.
+
+    Args:
+        sha256: that it must have, where known.
+        option: what takes a local path instead, for the error.
+
+    Raises:
+        CheckpointError: it is neither in the cache nor can be downloaded, or it is another file.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / unquote(Path(urlsplit(url).path).name)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
+        except OSError as error:
+            raise _not_had(path.name, url, option, error) from None
+        except RuntimeError:  # torch's word for a hash that differs
+            raise CheckpointError(
+                f"what {url} gave is another file than expected: give the path of the right one as {option}"
+            ) from None
+    return path
+
+
+def _not_had(filename: str, url: str, option: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"'{filename}' is not in the cache and cannot be downloaded ({first_sentence(error)}): "
+        f"get it from {url} and give its path as {option}"
+    )

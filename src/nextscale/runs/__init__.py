@@ -1,0 +1,1 @@
+"""One run is one folder: who writes it, who reads it, its checkpoints."""

@@ -1,0 +1,79 @@
+"""Checkpoints that are whole or absent, and the newest of a run.
+
+Accelerate writes and reads what is in them; here is where they lie and how they get there.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from nextscale.base.errors import CheckpointError
+
+STATE_FILE = "trainer_state.json"
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, state: dict, limit: int) -> Path:
+    """Write `step-NNNNNN` aside and rename it when it is whole; then remove all but the newest `limit`.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        state: numbers of the trainer itself; must be JSON.
+
+    Returns:
+        the checkpoint's path.
+    """
+    final = folder / f"step-{step:06d}"
+    aside = folder / f".writing-{final.name}"
+    if accelerator.is_main_process:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(aside))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (aside / STATE_FILE).write_text(json.dumps(state | {"step": step}, indent=2) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        for old in list_checkpoints(folder)[:-limit]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / STATE_FILE).is_file())
+
+
+def find_checkpoint(resume: str, folder: Path) -> Path | None:
+    """The checkpoint to resume from; None when `resume` is "auto" and there is none yet.
+
+    Args:
+        resume: "auto" for the newest in `folder`, or a checkpoint's path.
+
+    Raises:
+        CheckpointError: the path is no checkpoint.
+    """
+    if resume == "auto":
+        return next(reversed(list_checkpoints(folder)), None)
+    path = Path(resume)
+    if not (path / STATE_FILE).is_file():
+        raise CheckpointError(f"'{path}' is no checkpoint: expected 'auto' or a folder with a {STATE_FILE}")
+    return path
+
+
+def load_checkpoint(accelerator: Accelerator, path: Path) -> dict:
+    """Put the state of model, optimizer and schedule back; returns what the trainer saved of itself.
+
+    Raises:
+        CheckpointError: a file of it is missing or broken.
+    """
+    try:
+        state = json.loads((path / STATE_FILE).read_text())
+        accelerator.load_state(str(path))
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"checkpoint '{path}' cannot be read: {reason}") from error
+    return state

@@ -1,0 +1,662 @@
+"""The command line. What starts a process or trains is shared; mistakes are made in process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from nextscale.base.errors import ConfigError
+from nextscale.cli.main import main
+from nextscale.cli.options import take_overrides, type_name
+from nextscale.config.build import build_rewards, check_resumable
+from nextscale.config.recipe import Recipe, load_recipe
+from nextscale.constraints import AtLeast, AtMost
+from nextscale.models.zoo import TOY_ASSETS
+from nextscale.pipeline import VARPipeline
+
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+NAMES = ["fish", "hare", "boat", "tree"]
+REWARDS = """
+import torch
+
+calls = 0
+
+def bright(images, conditions):
+    return images.mean((1, 2, 3)) + torch.tensor([0.01 * each.label for each in conditions])
+
+def raises(images, conditions):
+    raise TypeError("not\\ntoday")
+
+def raises_later(images, conditions):
+    global calls
+    calls += 1
+    return bright(images, conditions) if calls < 2 else 1 / 0
+
+def shape(images, conditions):
+    return images.mean((1, 2))
+
+def nothing(images, conditions):
+    return torch.full((len(images),), float("nan"))
+
+def infinite(images, conditions):
+    return torch.full((len(images),), float("inf"))
+
+def words(images, conditions):
+    return ["good"] * len(images)
+"""
+RECIPE = """# A recipe for tests.
+description: A small random model learns to be bright.
+model: {folder}/model
+sampling: {{guidance_scale: 1.5, top_k: 40}}
+rewards: {{bright: {{python: "{folder}/rewards.py:bright"}}}}
+grpo: {{num_groups: 2, num_generations: 4}}
+optimizer: {{learning_rate: 1e-3}}
+run: {{output_dir: {folder}/run, max_steps: 2, save_steps: 2, eval_steps: 2, eval_num_images: 8,
+       report_to: none, disable_tqdm: true}}
+"""
+
+
+def run(*words, env_changes=None, **settings):
+    """A real process."""
+    environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"} | (env_changes or {})
+    command = [sys.executable, "-m", "nextscale", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, **settings)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, make_pipeline):
+    """A folder with a small random model, rewards and a recipe."""
+    folder = tmp_path_factory.mktemp("cli")
+    make_pipeline(class_names=NAMES).save_pretrained(folder / "model")
+    (folder / "rewards.py").write_text(REWARDS)
+    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """The process that trained two steps."""
+    return run("train", folder / "recipe.yaml")
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs a command in process that must exit with 2 and one sentence, and returns the sentence."""
+
+    def check(*words):
+        assert main([str(word) for word in words]) == 2
+        captured = capsys.readouterr()
+        (line,) = captured.err.splitlines()
+        assert captured.out == ""
+        assert line.startswith("nextscale: error: ") and "Traceback" not in line
+        return line.removeprefix("nextscale: error: ")
+
+    return check
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# Help
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["train"],
+        ["sample"],
+        ["evaluate"],
+        ["report"],
+        ["export"],
+        ["toy"],
+        ["toy", "show"],
+        ["toy", "train"],
+        ["plan"],
+    ],
+)
+def test_help(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*words, "--help"])
+    captured = capsys.readouterr()
+    assert caught.value.code == 0 and captured.err == ""
+    assert captured.out.startswith(" ".join(["usage: nextscale", *words]))
+    assert words in ([], ["toy"]) or "examples:\n  nextscale " in captured.out
+
+
+def test_help_of_train_lists_every_key_with_its_type_and_default(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    for section in ("sampling", "grpo", "optimizer", "run"):
+        for name in Recipe.model_fields[section].annotation.model_fields:
+            assert f"  --{section}.{name} " in text
+    assert "--grpo.scale_rewards group|batch|none" in text
+    assert "--run.overwrite [true|false]" in text
+    assert "--rewards.NAME.weight NUMBER" in text
+    assert "--rewards.NAME.at_least NUMBER|base" in text and "--rewards.NAME.held_out [true|false]" in text
+    assert "toy-painting" in text
+
+
+def test_help_in_a_process_is_quick_for_it_needs_no_torch():
+    code = (
+        "import sys, nextscale.cli.main; nextscale.cli.main._parser(False); sys.exit('torch' in sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+    done = run("--help")
+    assert done.returncode == 0 and "train" in done.stdout and done.stderr == ""
+
+
+def test_the_public_names_are_lazy_and_log_probs_stays_the_function():
+    code = """
+import sys, types
+import nextscale as ns
+assert "torch" not in sys.modules and set(ns.__all__) <= set(dir(ns))
+import nextscale.rescoring
+import nextscale.trainer
+assert isinstance(ns.log_probs, types.FunctionType) and isinstance(ns.rewards, types.ModuleType)
+assert all(getattr(ns, name) is not None for name in ns.__all__)
+from nextscale import *
+assert log_probs is ns.log_probs and VARPipeline.__module__ == "nextscale.pipeline"
+try:
+    ns.nothing
+except AttributeError as error:
+    assert "nothing" in str(error)
+else:
+    raise SystemExit(3)
+"""
+    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# Options
+
+
+def test_overrides_are_taken_from_the_words():
+    words = ["--run.overwrite", "mine.yaml", "--grpo.beta", "-1e-3", "--run.max-steps=3", "--dry-run"]
+    words += [
+        "--rewards.a.clip_score",
+        "a b=c",
+        "--model",
+        "x",
+        "--grpo.measure-kl",
+        "false",
+        "--sampling.top_k=",
+    ]
+    rest, overrides = take_overrides(words)
+    assert rest == ["mine.yaml", "--dry-run"]
+    assert overrides == {
+        "run.overwrite": "true",
+        "grpo.beta": "-1e-3",
+        "run.max-steps": "3",
+        "rewards.a.clip_score": "a b=c",
+        "model": "x",
+        "grpo.measure-kl": "false",
+        "sampling.top_k": "",
+    }
+    for words in (["--grpo.beta"], ["--grpo.beta", "--dry-run"]):
+        with pytest.raises(ConfigError, match=r"'--grpo\.beta' needs a value"):
+            take_overrides(words)
+
+
+def test_types_as_the_help_writes_them():
+    fields = Recipe.model_fields["grpo"].annotation.model_fields
+    names = {name: type_name(field.annotation) for name, field in fields.items()}
+    assert names["beta"] == "NUMBER" and names["epsilon_high"] == "NUMBER" and names["num_groups"] == "INT"
+    assert names["class_labels"] == "[INT,...]" and names["scale_weighting"] == "token|scale|[NUMBER,...]"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "required: COMMAND"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["train"], "required: RECIPE"),
+        (["train", "toy-painting", "more"], "unknown argument 'more'"),
+        (["train", "toy-painting", "--dryrun"], "unknown option '--dryrun'; did you mean '--dry-run'?"),
+        (
+            ["train", "toy-painting", "--grpo.betta", "1"],
+            "unknown key 'grpo.betta'; did you mean 'grpo.beta'?",
+        ),
+        (["train", "toy-painting", "--rewards.paint.weight", "1"], "did you mean 'painting'?"),
+        (["train", "toy-painting", "--grpo.beta"], "'--grpo.beta' needs a value"),
+        (["train", "toy-painting", "--grpo.class-labels", "[]"], "grpo.class_labels = [] cannot be used"),
+        (["train", "toy-painting", "--grpo.num-groups", "-2"], "grpo.num_groups = -2 cannot be used"),
+        (["train", "toy-painting", "--run.max_steps", "many"], "run.max_steps = 'many' cannot be used"),
+        (["train", "toy-paintin"], "did you mean 'toy-painting'?"),
+        (["plan"], "required: RECIPE"),
+        (["plan", "toy-painting", "--gpu", "h100-80"], "unknown GPU 'h100-80'; did you mean 'h100-80gb'?"),
+        (["plan", "toy-painting", "--num-gpus", "3"], "num_groups 8 cannot be shared by 3 processes"),
+        (["plan", "toy-painting", "--num-gpus", "0"], "num_groups 8 cannot be shared by 0 processes"),
+        (["plan", "toy-painting", "--model", "var-d17"], "no model 'var-d17'"),
+        (["plan", "var-d16-aesthetics"], "did you mean 'var-d16-aesthetic'?"),
+        (["plan", "toy-painting", "--grpo.betta", "1"], "did you mean 'grpo.beta'?"),
+        (["sample", "--modle", "x"], "unknown option '--modle'; did you mean '--model'?"),
+        (["sample", "--model", "nowhere"], "no model 'nowhere'"),
+        (["sample", "--num-images", "x"], "invalid int value: 'x'"),
+        (["evaluate", "nowhere"], "no model 'nowhere'"),
+        (["evaluate"], "required: MODEL"),
+        (["report", "nowhere"], "nowhere does not exist"),
+        (["toy"], "required: COMMAND"),
+        (["toy", "train"], "required: --output"),
+        (["toy", "train", "--output", "x", "--steps-factor", "-1"], "--steps-factor must be above 0"),
+    ],
+)
+def test_mistakes_are_answered_in_one_sentence(fails, words, says):
+    assert says in fails(*words)
+
+
+# train
+
+
+def test_dry_run_prints_what_loads_back_and_writes_nothing(folder, tmp_path):
+    changes = {"run.max-steps": "50", "rewards.bright.weight": "0.5", "run.output_dir": str(tmp_path / "run")}
+    words = [word for key, value in changes.items() for word in (f"--{key}", value)]
+    done = run("train", folder / "recipe.yaml", *words, "--dry-run")
+    assert done.returncode == 0 and done.stderr == ""
+    (tmp_path / "printed.yaml").write_text(done.stdout)
+    recipe = load_recipe(tmp_path / "printed.yaml")
+    assert recipe == load_recipe(folder / "recipe.yaml", changes)
+    assert recipe.run.max_steps == 50 and recipe.rewards["bright"].weight == 0.5
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_prints_the_plan(folder, tmp_path):
+    words = ["train", folder / "recipe.yaml", "--run.output_dir", tmp_path / "run", "--dry-run"]
+    done = run(*words)
+    comments = [line for line in done.stdout.splitlines() if line.startswith("#")]
+    assert "# Plan:" in comments and "# 1 x h100-80gb, computed, not measured" in comments
+    assert any("that of 'bright' unknown, not counted" in line for line in comments)
+    assert "Not checked" not in done.stdout
+    shared = run(*words, env_changes={"WORLD_SIZE": "3"})
+    assert shared.returncode == 2 and "num_groups 2 cannot be shared by 3 processes" in shared.stderr
+
+
+def test_a_dry_run_of_a_published_model_needs_no_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("nextscale.models.hub.find_cached", lambda *words: None)
+    plan = load_recipe("var-d16-painting")
+    monkeypatch.setattr("nextscale.config.build.plan_recipe", lambda recipe, num_gpus: recipe.model)
+    monkeypatch.setattr("nextscale.plan.planning.describe", lambda plan: f"the plan of {plan}")
+    assert main(["train", "var-d16-painting", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    (tmp_path / "printed.yaml").write_text(printed)
+    assert load_recipe(tmp_path / "printed.yaml") == plan
+    assert "# the plan of var-d16\n# Not checked: the weights of var-d16, openai/clip-vit" in printed
+
+
+def test_plan(folder):
+    words = ["plan", folder / "recipe.yaml", "--gpu", "a10-24gb", "--num-gpus", "2"]
+    done = run(*words, "--run.per_device_train_batch_size=1")
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.startswith("2 x a10-24gb, computed, not measured\nparameters  transformer ")
+    assert "8 images of 30 tokens" in done.stdout and "fits" in done.stdout
+    done = run(*words[:3], "a10-24g")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "nextscale: error: unknown GPU 'a10-24g'; did you mean 'a10-24gb'?\n"
+
+
+def test_a_run_folder_has_everything(folder, trained):
+    assert trained.returncode == 0, trained.stderr
+    assert "Traceback" not in trained.stderr
+    path = folder / "run"
+    assert trained.stdout.splitlines()[-1] == str(path) and "In 2 steps" in trained.stdout
+    assert load_recipe(path / "config.yaml") == load_recipe(folder / "recipe.yaml")
+    records = metrics(path)
+    assert [record["step"] for record in records] == [0, 1, 2]
+    assert {"eval_reward", "eval_rewards/bright/mean"} <= set(records[0])
+    names = (
+        "reward reward_std frac_reward_zero_std rewards/bright/mean rewards/bright/std kl entropy grad_norm"
+    )
+    names += (
+        " learning_rate step_time num_tokens clip_ratio/low_mean clip_ratio/high_mean clip_ratio/region_mean"
+    )
+    names += " sampling/sampling_logp_difference/mean sampling/importance_sampling_ratio/max"
+    assert set(names.split()) <= set(records[1])
+    with Image.open(path / "samples" / "step-000002.png") as image:
+        assert image.size == (16, 32)  # two of each of four classes, 8 px
+    assert (path / "checkpoints" / "step-000002").is_dir()
+    final = VARPipeline.from_pretrained(path / "final")
+    assert final.class_names == tuple(NAMES)
+    before = load_file(folder / "model" / "transformer.safetensors")
+    after = load_file(path / "final" / "transformer.safetensors")
+    assert any(not before[key].equal(after[key]) for key in before)
+
+
+def test_the_environment_holds_no_path(folder, trained):
+    environment = json.loads((folder / "run" / "environment.json").read_text())
+    assert {"device", "num_threads", "torch", "nextscale", "python", "started", "command"} == set(environment)
+    assert environment["command"] == "nextscale train recipe.yaml"
+    assert "/" not in json.dumps(environment)
+
+
+def test_a_folder_that_already_holds_a_run(folder, trained, fails):
+    says = fails("train", folder / "recipe.yaml")
+    assert "already holds a run" in says and "--run.resume auto" in says
+    assert "already holds a run" in fails("train", folder / "recipe.yaml", "--dry-run")
+    assert "exclude each other" in fails(
+        "train", folder / "recipe.yaml", "--run.resume", "auto", "--run.overwrite"
+    )
+
+
+def test_a_model_of_two_official_files(folder, make_pipeline, tmp_path, capsys, fails):
+    var, vae = map(str, make_pipeline(class_names=NAMES).save_official(tmp_path / "official"))
+    words = ["train", str(folder / "recipe.yaml"), "--run.output_dir", str(tmp_path / "run"), "--dry-run"]
+    assert main([*words, "--model", var, "--vae", vae]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["model"], printed["vae"]) == (var, vae)
+    assert "vae has no effect on" in fails(*words, "--vae", vae)
+    assert "is not a checkpoint" in fails(*words, "--model", folder / "rewards.py", "--vae", vae)
+    words = ["--recipe", str(folder / "recipe.yaml"), "--num-images", "8", "--json"]
+    figures = []
+    for model in ([var, "--vae", vae], [str(folder / "model")]):
+        assert main(["evaluate", *model, *words]) == 0
+        figures.append(json.loads(capsys.readouterr().out))
+    assert figures[0] == figures[1]
+
+
+def test_overwriting_a_run(folder, tmp_path, capsys):
+    words = ["train", str(folder / "recipe.yaml"), "--run.output_dir", str(tmp_path / "run")]
+    assert main([*words, "--run.max_steps", "2"]) == 0
+    assert main([*words, "--run.overwrite", "--run.max_steps", "1", "--run.eval_steps", "0"]) == 0
+    assert [record["step"] for record in metrics(tmp_path / "run")] == [1]
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["run"]["overwrite"] is False  # it is a recipe that can be run again
+
+
+def test_a_resumed_run_equals_a_straight_one_bit_for_bit(folder, tmp_path):
+    halves, straight = tmp_path / "halves", tmp_path / "straight"
+    words = ["train", str(folder / "recipe.yaml"), "--run.eval_steps", "0", "--run.save_steps", "2"]
+    assert main([*words, "--run.output_dir", str(straight), "--run.max-steps", "4"]) == 0
+    assert main([*words, "--run.output_dir", str(halves)]) == 0
+    resumed = run(*words, "--run.output_dir", halves, "--run.max-steps", "4", "--run.resume", "auto")
+    assert resumed.returncode == 0, resumed.stderr
+    for name in ("transformer.safetensors", "tokenizer.safetensors", "config.json"):
+        assert (halves / "final" / name).read_bytes() == (straight / "final" / name).read_bytes()
+    for ours, theirs in zip(metrics(halves), metrics(straight), strict=True):
+        for key in ("step", "reward", "kl", "grad_norm", "loss"):
+            assert ours[key] == theirs[key]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("--grpo.beta", "0.5"), "grpo.beta is 0.5, but the run in"),
+        (("--rewards.bright.weight", "2"), "rewards.bright.weight is 2.0"),
+        (("--rewards.more.python", "a.py:f", "--rewards.more.held_out"), "rewards.more"),
+        (("--rewards.more.python", "a.py:f"), "rewards.more"),
+        (("--optimizer.lr_scheduler_type", "linear"), "optimizer.lr_scheduler_type is 'linear'"),
+        (("--run.seed", "7"), "run.seed is 7"),
+        (("--model", "other"), "model is 'other'"),
+    ],
+)
+def test_resuming_with_another_recipe(folder, trained, fails, change, says):
+    words = ["train", folder / "recipe.yaml", "--run.resume", "auto", *change]
+    message = fails(*words)
+    assert says in message and "resume it with that value" in message
+
+
+def test_what_may_change_on_resume(folder, trained):
+    changes = {"run.max_steps": "9", "run.save_steps": "1", "run.eval_steps": "1", "description": "x"}
+    changes["rewards.bright.timeout"] = "60"
+    check_resumable(load_recipe(folder / "recipe.yaml", changes), folder / "run" / "config.yaml")
+    linear = load_recipe(folder / "recipe.yaml", {"optimizer.lr_scheduler_type": "linear"})
+    path = folder / "linear.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(linear.model_dump_json(exclude_none=True))))
+    check_resumable(linear, path)
+    with pytest.raises(ConfigError, match=r"run\.max_steps is 9"):
+        check_resumable(linear.replace(run=linear.run.replace(max_steps=9)), path)
+
+
+def test_resuming_from_what_is_no_checkpoint(folder, tmp_path, fails):
+    words = ["train", folder / "recipe.yaml", "--run.output_dir", tmp_path / "run", "--run.resume"]
+    assert "is no checkpoint" in fails(*words, tmp_path / "nowhere")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "says"),
+    [
+        ("raises", 0, "raised TypeError: not today"),
+        ("raises_later", 1, "raised ZeroDivisionError: division by zero"),
+        ("shape", 0, "returned shape (8, 8), expected (8,)"),
+        ("nothing", 0, "returned NaN for all 8 images"),
+        ("infinite", 0, "returned an infinite score"),
+        ("words", 0, "returned list, expected 8 numbers"),
+    ],
+)
+def test_a_reward_that_cannot_be_used(folder, tmp_path, fails, name, step, says):
+    words = ["train", folder / "recipe.yaml", "--run.output_dir", tmp_path / "run", "--run.eval_steps", "0"]
+    message = fails(*words, "--rewards.bright.python", f"{folder}/rewards.py:{name}")
+    assert message.startswith("reward 'bright' ") and says in message
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert checkpoint.name == f"step-{step:06d}"
+
+
+def test_a_failing_reward_in_a_process(folder, tmp_path):
+    words = ["--run.output_dir", tmp_path / "run", "--rewards.bright.python", f"{folder}/rewards.py:raises"]
+    done = run("train", folder / "recipe.yaml", *words)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("nextscale: error: reward 'bright' raised TypeError")
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--model", "{folder}"], "is not a model folder"),
+        (["--model", "{folder}/rewards.py"], "no model"),
+        (["--grpo.class-labels", "[0, 4]"], "class 4 is out of range: the model has classes 0 to 3"),
+        (["--grpo.scale_weighting", "[1, 2]"], "scale_weighting needs 4 non-negative weights"),
+        (["--rewards.bright.python", "{folder}/rewards.py:bight"], "did you mean 'bright'?"),
+        (["--rewards.bright.python", "{folder}/none.py:bright"], "no file"),
+        (["--rewards.bright.python", "bright"], "must be of the form path/to/file.py:function"),
+        (["--rewards.bright.clip", "toy"], "'clip' has no effect on a python reward"),
+        (["--run.output_dir", "{folder}/rewards.py"], "is not a folder"),
+        (["--run.diversity_clip", "{folder}/model"], "cannot be loaded"),
+    ],
+)
+def test_a_dry_run_finds_what_would_fail(folder, fails, tmp_path, words, says):
+    words = [word.format(folder=folder) for word in words]
+    place = [] if "--run.output_dir" in words else ["--run.output_dir", tmp_path / "run"]
+    assert says in fails("train", folder / "recipe.yaml", *place, *words, "--dry-run")
+
+
+def test_interrupted_in_the_middle_and_resumed(folder, tmp_path):
+    path = tmp_path / "run"
+    words = ["train", folder / "recipe.yaml", "--run.output_dir", path, "--run.eval_steps", "0"]
+    words = [sys.executable, "-m", "nextscale", *map(str, words), "--run.save_steps", "0"]
+    environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*words, "--run.max_steps", "100000"], env=environment, **pipes)
+    deadline = time.time() + 60
+    while not (path / "metrics.jsonl").exists() or len(metrics(path)) < 2:
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors == ""
+    assert "continue with --run.resume auto" in said
+    done = metrics(path)[-1]["step"]
+    assert [each.name for each in (path / "checkpoints").iterdir()] == [f"step-{done:06d}"]
+    assert main([*words[3:], "--run.max_steps", str(done + 1), "--run.resume", "auto"]) == 0
+    assert [each["step"] for each in metrics(path)] == list(range(1, done + 2))
+
+
+def test_interrupted_before_anything(folder, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nextscale.config.recipe.load_recipe", interrupt)
+    assert main(["train", str(folder / "recipe.yaml")]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_roles_reach_the_rewards(folder):
+    path = f"{folder}/rewards.py:bright"
+    words = [
+        "--rewards.bright.weight",
+        "0.25",
+        "--rewards.least.python",
+        path,
+        "--rewards.least.at_least=base",
+    ]
+    words += ["--rewards.most.python", path, "--rewards.most.at-most", "0.5"]
+    words += ["--rewards.held.python", path, "--rewards.held.held-out"]
+    rest, overrides = take_overrides(words)
+    rewards = build_rewards(load_recipe(folder / "recipe.yaml", overrides))
+    assert rest == [] and list(rewards.rewards) == ["bright", "least", "most", "held"]
+    assert rewards.weights == {"bright": 0.25} and rewards.held_out == ("held",)
+    assert rewards.constraints == {"least": AtLeast("base"), "most": AtMost(0.5)}
+
+
+# report
+
+
+def test_report(folder, trained):
+    done = run("report", folder / "run")
+    page = folder / "run" / "report.html"
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.splitlines()[-1] == str(page) and "In 2 steps" in done.stdout
+    assert "A small random model learns to be bright." in page.read_text()
+
+
+# sample
+
+
+def test_sample_in_a_process(folder, tmp_path):
+    words = ["--model", folder / "model", "--classes", "boat,0, 3", "--num-images", "5"]
+    done = run("sample", *words, cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout == "samples.png: rows boat, fish, tree\n"
+    with Image.open(tmp_path / "samples.png") as image:
+        assert image.size == (5 * 8, 3 * 8)
+
+
+def test_samples_are_those_of_the_pipeline(folder, tmp_path, capsys):
+    words = ["--guidance-scale", "2", "--top-k", "9", "--top-p", "0.9", "--temperature", "0.8", "--seed", "3"]
+    words += ["--model", str(folder / "model"), "--classes", "Hare,3", "--num-images", "2"]
+    assert main(["sample", *words, "--separate", str(tmp_path / "each")]) == 0
+    paths = sorted((tmp_path / "each").iterdir())
+    assert [path.name for path in paths] == [
+        f"{row}-{i:03d}.png" for row in ("000-hare", "001-tree") for i in (0, 1)
+    ]
+    pipe = VARPipeline.from_pretrained(folder / "model")
+    out = pipe([1, 3], 2, guidance_scale=2.0, top_k=9, top_p=0.9, temperature=0.8, seed=3)
+    for path, image in zip(paths, out.pil(), strict=True):
+        with Image.open(path) as read:
+            assert read.tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--classes", ""], "no class labels given"),
+        (["--classes", "4"], "class 4 is out of range"),
+        (["--classes", "-1"], "class -1 is out of range"),
+        (["--classes", "bot"], "the model has no class 'bot'; did you mean 'boat'?"),
+        (["--classes", "xyz"], "no class 'xyz'; give a name, or a number of 0 to 3"),
+        (["--num-images", "-3"], "must be at least 1, got -3"),
+        (["--temperature", "0"], "temperature = 0.0 cannot be used"),
+        (["--top-p", "2"], "top_p = 2.0 cannot be used"),
+        (["--output", "samples.xyz"], "no ending of an image file"),
+        (["--device", "abacus"], "device 'abacus' cannot be used"),
+    ],
+)
+def test_what_cannot_be_sampled(folder, fails, words, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert says in fails("sample", "--model", folder / "model", *words)
+
+
+def test_a_run_folder_is_no_model_but_tells_where_one_is(folder, trained, fails):
+    assert f"its model is '{folder / 'run' / 'final'}'" in fails("sample", "--model", folder / "run")
+
+
+# evaluate
+
+
+def test_evaluate_with_a_recipe(folder, tmp_path, capsys):
+    words = ["evaluate", str(folder / "model"), "--num-images", "8"]
+    assert main([*words, "--recipe", str(folder / "recipe.yaml")]) == 0
+    table = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    measured = {f"rewards/bright/{key}" for key in ("mean", "std", "sem")}
+    assert set(table) == {"reward", "reward_std", "reward_sem", "num_images", *measured}
+    path = tmp_path / "new" / "figures.json"
+    reward = ["--reward", f"python={folder}/rewards.py:bright"]
+    assert main([*words, *reward, "--top-k", "40", "--json", "--output", str(path)]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert json.loads(path.read_text()) == printed
+    assert printed["reward"] == pytest.approx(float(table["reward"]), abs=1e-4)
+    assert printed["num_images"] == 8
+
+
+def test_evaluate_the_classes_asked_for(folder, capsys):
+    words = ["evaluate", str(folder / "model"), "--recipe", str(folder / "recipe.yaml"), "--num-images", "6"]
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_images"] == 8  # two of each of four
+    assert main([*words, "--classes", "tree", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_images"] == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "no rewards given: say which with --recipe or --reward"),
+        (["--reward", "python=x.py:f", "--recipe", "toy-painting"], "not allowed with argument"),
+        (["--reward", "pithon=x.py:f"], "must be of the form KIND=VALUE; did you mean 'python=VALUE'?"),
+        (["--reward", "python={folder}/rewards.py:nothing"], "reward 'python' returned NaN for all"),
+        (["--num-images", "-4"], "--num-images must be at least 2, got -4"),
+        (["--reward", "python={folder}/rewards.py:bright", "--classes", "9"], "class 9 is out of range"),
+    ],
+)
+def test_what_cannot_be_evaluated(folder, fails, words, says):
+    assert says in fails("evaluate", folder / "model", *(word.format(folder=folder) for word in words))
+
+
+# toy
+
+
+def test_toy_show(tmp_path, capsys):
+    assert main(["toy", "show", "--output", str(tmp_path / "new" / "world.png")]) == 0
+    assert "rows star, heart" in capsys.readouterr().out
+    with Image.open(tmp_path / "new" / "world.png") as image:
+        assert image.size == (5 * 64, 8 * 64)
+
+
+def test_toy_train_passes_its_options_on(tmp_path, monkeypatch):
+    import nextscale.toy.train as module
+
+    given = []
+    monkeypatch.setattr(module, "train_all", lambda *words: given.append(words))
+    assert main(["toy", "train", "--output", str(tmp_path), "--seed", "3", "--steps-factor", "0.1"]) == 0
+    assert given == [(tmp_path, 3, 0.1)]
+
+
+@pytest.mark.skipif(
+    not (TOY_ASSETS / "pipeline").is_dir(), reason=f"no assets of the miniature world in {TOY_ASSETS}"
+)
+def test_the_miniature_world_trains_and_is_judged(tmp_path, capsys):
+    words = ["--run.max_steps", "1", "--run.eval_num_images", "16", "--grpo.num_groups", "2"]
+    words += ["--run.report_to", "none", "--run.output_dir", str(tmp_path / "run")]
+    assert main(["train", "toy-combined", *words]) == 0
+    last = metrics(tmp_path / "run")[-1]
+    assert {"eval_judge/class_accuracy", "eval_judge/style/painting", "eval_diversity"} <= set(last)
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run" / "final"), "--num-images", "16", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"judge/class_accuracy", "diversity", "rewards/painting/mean", "rewards/aesthetic/mean"} <= set(
+        found
+    )
+    for name in ("toy-painting", "toy-aesthetic", "toy-collapse"):
+        assert main(["train", name, "--run.output_dir", str(tmp_path / name), "--dry-run"]) == 0

@@ -1,0 +1,237 @@
+"""Plans, against hand formulas and the official model's cost at full size."""
+
+import re
+
+import pytest
+import torch
+
+from nextscale.base.errors import ConfigError, RewardError
+from nextscale.config.build import backbone_of, plan_recipe, rehearse
+from nextscale.config.recipe import RECIPES, RewardConfig, load_recipe, packaged_recipes
+from nextscale.grpo import GRPOConfig
+from nextscale.models.sizes import OFFICIAL_SIZES
+from nextscale.models.var import VAR, VARConfig
+from nextscale.models.vqvae import VQVAEConfig
+from nextscale.models.zoo import TOY_ASSETS
+from nextscale.plan.gpus import GPUS, find_gpu
+from nextscale.plan.phases import Phases
+from nextscale.plan.planning import USABLE_MEMORY, UTILISATION, describe, make_plan
+from nextscale.policy import SamplingConfig
+from nextscale.rewards.networks.clip import load_clip
+from nextscale.runs.config import RunConfig
+
+GUIDED = SamplingConfig(guidance_scale=1.5)
+SMALL = VARConfig(depth=3, width=64, num_heads=2, codebook_size=96, codebook_width=8, scale_sizes=(1, 2, 4))
+SMALL_VQVAE = VQVAEConfig(
+    base_channels=32, channel_multipliers=(1, 1), codebook_size=96, codebook_width=8, scale_sizes=(1, 2, 4)
+)
+WHERE = {"var-d16": ("rtx-4090-24gb", 1), "var-d30": ("h100-80gb", 1), "var-d36": ("h100-80gb", 8)}
+PUBLISHED_RECIPES = [name for name in packaged_recipes() if name.startswith("var-")]
+
+
+def small_plan(gpu="h100-80gb", num_gpus=1, backbones=None, evaluated=None, **run):
+    grpo = GRPOConfig(num_groups=4, num_generations=2)
+    return make_plan(
+        SMALL, SMALL_VQVAE, backbones or {}, grpo, GUIDED, RunConfig(**run), gpu, num_gpus, evaluated
+    )
+
+
+def by_hand(config: VARConfig, lengths: list[int], seen: list[int], embedded: int) -> float:
+    """Operations of a transformer on one sequence: (l, C) by (C, n) is 2 l C n.
+
+    Args:
+        lengths: tokens of each pass.
+        seen: tokens that those of each pass attend to.
+        embedded: tokens that come in from the codebook.
+    """
+    C, V, D, depth = config.width, config.codebook_size, config.codebook_width, config.depth
+    tokens = sum(lengths)
+    products = 2 * tokens * 12 * C * C  # queries, keys and values 3, projection 1, feed-forward 8
+    attention = sum(4 * length * keys * C for length, keys in zip(lengths, seen, strict=True))
+    adaln = len(lengths) * 2 * C * 6 * C
+    head = 2 * tokens * C * V + len(lengths) * 2 * C * 2 * C
+    return depth * (products + attention + adaln) + head + 2 * embedded * D * C
+
+
+def test_d16_costs_what_the_official_model_does():
+    """601 GFLOP to sample with guidance, 394 to decode, 310 for a forward pass, 930 with the backward."""
+    config, tokenizer = OFFICIAL_SIZES["var-d16"]
+    run = RunConfig(per_device_train_batch_size=1, per_device_eval_batch_size=1)
+    phases = Phases(config, tokenizer, GRPOConfig(), GUIDED, run, 1)
+    lengths = [size * size for size in config.scale_sizes]
+    seen = [sum(lengths[: k + 1]) for k in range(len(lengths))]
+
+    rollout = phases.rollout().flops
+    assert rollout == pytest.approx(601e9, rel=0.005)
+    assert rollout == pytest.approx(2 * by_hand(config, lengths, seen, 679), rel=0.002)  # and the quantizer
+    assert phases.decode().flops == pytest.approx(394e9, rel=0.005)
+
+    forward = by_hand(config, [680], [680], 679)
+    assert forward == pytest.approx(310e9, rel=0.005)
+    reference = phases.reference().flops
+    assert reference == 2 * forward
+    update = phases.update(has_reference=True).flops - reference
+    assert update == pytest.approx(2 * 930e9, rel=0.02)
+    # Twice as much backward as forward, but for the inputs, which get no gradient; and attention, whose
+    # weights are computed again.
+    again = config.depth * 2 * 680 * 680 * config.width
+    inputs = 2 * 679 * config.codebook_width * config.width
+    assert update == pytest.approx(2 * (3 * forward + again - inputs), rel=1e-4)
+
+
+def test_memory_by_hand():
+    plan = small_plan(num_gpus=2)
+    parameters, images, tokens = plan.parameters["transformer"], 4, 21
+    with torch.device("meta"):
+        model = VAR(SMALL)
+    assert parameters == sum(each.numel() for each in model.parameters()) == plan.parameters["reference"]
+    assert plan.resident["gradients"] == plan.resident["gradient buckets"] == 4 * parameters
+    assert plan.resident["AdamW moments"] == 8 * parameters
+    buffers = 8 * tokens + 4 * tokens**2 + 4 * SMALL.depth * SMALL.width
+    assert plan.resident["weights"] == plan.resident["reference"] == 4 * parameters + buffers
+    assert plan.resident["scored images"] == images * (3 * 8 * 8 * 4 + tokens * (8 + 4 + 8 * 4))
+    assert plan.cache == 2 * SMALL.depth * (2 * images) * tokens * SMALL.width * 4
+    assert plan.phases["rollout"] > plan.cache
+    assert plan.phases["update"] >= plan.activations > 0
+    assert plan.peak == sum(plan.resident.values()) + max(plan.phases.values())
+
+
+def test_more_gpus_share_the_images():
+    one, two = small_plan(), small_plan(num_gpus=2)
+    assert one.flops == pytest.approx(two.flops) and one.num_images == two.num_images == 8
+    assert two.seconds == pytest.approx(one.seconds / 2)
+    assert one.resident["gradient buckets"] == 0
+    assert 2 * two.cache == one.cache
+    with pytest.raises(ConfigError, match="num_groups 4 cannot be shared by 3 processes"):
+        small_plan(num_gpus=3)
+
+
+def test_what_the_options_change():
+    plain = small_plan()
+    twice = make_plan(
+        SMALL,
+        SMALL_VQVAE,
+        {},
+        GRPOConfig(num_groups=4, num_generations=2, num_iterations=2),
+        GUIDED,
+        RunConfig(),
+        "h100-80gb",
+    )
+    for name, flops in plain.flops.items():
+        assert twice.flops[name] == flops * (2 if name in ("update", "reference") else 1)
+    assert plain.flops["reference"] > 0
+    without = make_plan(
+        SMALL,
+        SMALL_VQVAE,
+        {},
+        GRPOConfig(num_groups=4, num_generations=2, beta=0, measure_kl=False),
+        SamplingConfig(),
+        RunConfig(),
+        "h100-80gb",
+    )
+    assert without.flops["reference"] == without.resident["reference"] == 0
+    assert without.flops["update"] == pytest.approx(plain.flops["update"] / 2, rel=1e-3)  # no guidance
+    recomputed = small_plan(gradient_checkpointing=True)
+    assert recomputed.activations < plain.activations / 2
+    assert 1.2 < recomputed.flops["update"] / plain.flops["update"] < 4 / 3
+
+
+@pytest.mark.parametrize(
+    ("grpo", "sampling"),
+    [
+        ({"entropy_floor": 0.8, "scale_weighting": "token"}, {"guidance_scale": 1.5}),
+        ({"entropy_coef": 0.1, "epsilon_high": 0.3}, {"top_k": 9, "top_p": 0.9, "temperature": 0.8}),
+    ],
+)
+def test_every_loss_and_policy_can_be_planned(grpo, sampling):
+    config = GRPOConfig(num_groups=2, num_generations=2, **grpo)
+    plan = make_plan(SMALL, SMALL_VQVAE, {}, config, SamplingConfig(**sampling), RunConfig(), "h100-80gb")
+    assert min(plan.flops["rollout"], plan.flops["update"], plan.activations) > 0
+
+
+def test_time_is_operations_by_the_share_of_the_peak():
+    plan = small_plan("a100-40gb", mixed_precision="bf16")
+    assert plan.seconds == pytest.approx(sum(plan.flops.values()) / (312e12 * UTILISATION))
+    assert small_plan("a100-40gb").rate == 19.5e12 * UTILISATION
+    old = small_plan("v100-32gb", mixed_precision="bf16")
+    assert old.dtype == "float32" and old.rate == 15.7e12 * UTILISATION
+
+
+def test_gpus():
+    assert find_gpu("a10-24gb").memory == 24e9
+    with pytest.raises(ConfigError, match=r"unknown GPU 'h100'; did you mean 'h100-80gb'\?"):
+        find_gpu("h100")
+    assert all(float(re.search(r"(\d+)gb", name)[1]) * 1e9 == gpu.memory for name, gpu in GPUS.items())
+
+
+def test_backbones_of_rewards():
+    named = RewardConfig(clip_score="a {label}", clip="toy")
+    assert backbone_of(named) == "toy"
+    assert backbone_of(RewardConfig(aesthetic="head.pth")) == "openai/clip-vit-large-patch14"
+    assert backbone_of(RewardConfig(python="f.py:f")) is None
+    plan = small_plan(backbones={"mine": None, "other": "somebody/clip"})
+    assert plan.unknown == ("mine", "other") and plan.resident["rewards"] == plan.flops["reward"] == 0
+    assert "that of 'mine' unknown, not counted" in describe(plan)
+
+
+@pytest.mark.skipif(not TOY_ASSETS.is_dir(), reason=f"no miniature world in {TOY_ASSETS}")
+def test_rewards_share_a_backbone_but_run_it_each():
+    buffers = sum(each.nbytes for each in load_clip("toy").model.buffers())
+    one, two = small_plan(backbones={"a": "toy"}), small_plan(backbones={"a": "toy", "b": "toy"})
+    assert two.flops["reward"] == 2 * one.flops["reward"] > 0
+    held_out = small_plan(evaluated={"a": "toy"})
+    assert held_out.flops["reward"] == 0 and held_out.resident["rewards"] == one.resident["rewards"]
+    assert two.resident["rewards"] == one.resident["rewards"] == 4 * one.parameters["toy"] + buffers
+
+
+@pytest.mark.parametrize("name", PUBLISHED_RECIPES)
+def test_a_recipe_of_a_published_model_is_checked_without_weights(name, monkeypatch):
+    monkeypatch.setattr("nextscale.models.hub.find_cached", lambda *words: None)
+    recipe = load_recipe(name)
+    assert rehearse(recipe, 1) == [recipe.model, "openai/clip-vit-large-patch14"]
+    assert recipe.run.output_dir == f"runs/{name}" and recipe.model == name.rpartition("-")[0]
+    for key, value, says in (
+        ("grpo.class_labels", "[0, 1000]", "class 1000 is out of range"),
+        ("grpo.scale_weighting", "[1.0, 2.0]", "scale_weighting needs 10"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            rehearse(load_recipe(name, {key: value}), 1)
+    with pytest.raises(ConfigError, match="num_groups 16 cannot be shared by 3 processes"):
+        rehearse(recipe, 3)
+
+
+def test_a_reward_at_hand_is_checked_where_the_model_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr("nextscale.models.hub.find_cached", lambda *words: None)
+    (tmp_path / "own.py").write_text("def bright(images, conditions):\n    return images.mean((1, 2, 3))\n")
+    recipe = load_recipe("var-d16-painting", {"rewards.own.python": f"{tmp_path}/own.py:bright"})
+    assert "var-d16" in rehearse(recipe, 1)
+    wrong = load_recipe("var-d16-painting", {"rewards.own.python": f"{tmp_path}/own.py:dark"})
+    with pytest.raises((ConfigError, RewardError), match="reward 'own'"):
+        rehearse(wrong, 1)
+
+
+@pytest.mark.parametrize("model", WHERE)
+def test_recipes_fit_where_they_say_and_tell_their_plan(model):
+    """One plan a model: its three recipes differ in rewards alone."""
+    gpu, num_gpus = WHERE[model]
+    recipe = load_recipe(f"{model}-combined")
+    plan = plan_recipe(recipe, gpu, num_gpus)
+    assert plan.fits and not plan.unknown
+    assert plan.peak <= USABLE_MEMORY * GPUS[gpu].memory
+    told = f"{plan.peak / 1e9:.0f} GB and {plan.seconds:.2g} s a step on {num_gpus} x {gpu}"
+    assert told in (RECIPES / f"{model}-combined.yaml").read_text()
+    for kind in ("aesthetic", "painting"):
+        other = load_recipe(f"{model}-{kind}")
+        assert other.sampling == recipe.sampling and other.optimizer == recipe.optimizer
+        assert other.run.replace(output_dir=recipe.run.output_dir) == recipe.run
+        assert set(other.rewards) < set(recipe.rewards)
+
+
+def test_a_plan_as_text():
+    text = describe(small_plan("a10-24gb", 2))
+    lines = text.splitlines()
+    assert lines[0] == "2 x a10-24gb, computed, not measured"
+    assert "8 images of 21 tokens: 168 tokens" in text
+    assert "fits: 21.60 of 24.00 GB are planned with" in text
+    assert sum(line.startswith("  + ") for line in lines) == 1
+    assert "if 30% of the float32 peak is reached" in lines[-1]

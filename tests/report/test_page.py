@@ -1,0 +1,402 @@
+"""The report: the figures in it are those of the run folder, and nothing in it reaches out of the page."""
+
+import base64
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nextscale.base.errors import ConfigError
+from nextscale.report import page as report
+from nextscale.report.page import summarize, write_report
+
+CONFIG = """# Paints photos: shows that style can be learned without losing the object.
+model: toy
+sampling: {guidance_scale: 1.5, temperature: 1.0, top_k: 0, top_p: 1.0}
+rewards:
+  - {name: style, weight: 1.0, target: painting}
+grpo: {num_generations: 16, beta: 0.02, loss_type: grpo}
+optimizer: {learning_rate: 1.0e-4, max_grad_norm: 1.0}
+run: {max_steps: 30, seed: 0, save_model: true, resume: null}
+"""
+
+
+def training_line(step: int, num_steps: int) -> dict:
+    """Plausible figures of a training step."""
+    done, wave = step / num_steps, math.sin(1.7 * step)
+    return {
+        "step": step,
+        "reward": 0.21 + 0.13 * done + 0.01 * wave,
+        "reward_std": 0.1 + 0.01 * wave,
+        "frac_reward_zero_std": 0.0,
+        "rewards/style/mean": 0.3 + 0.5 * done,
+        "rewards/style/std": 0.2,
+        "rewards/clip/mean": 0.12 + 0.02 * done,
+        "rewards/clip/std": 0.05,
+        "kl": 0.0096 * done,
+        "kl_per_image": 12.3 * done**2,
+        "entropy": 5.6 - 0.9 * done,
+        "loss": 0.01 * wave,
+        "clip_ratio/low_mean": 0.01 * done,
+        "clip_ratio/high_mean": 0.02 * done,
+        "clip_ratio/region_mean": 0.03 * done,
+        "sampling/sampling_logp_difference/mean": 2e-7 * (1.1 + wave),
+        "sampling/sampling_logp_difference/max": 3e-6,
+        "sampling/importance_sampling_ratio/min": 0.999,
+        "sampling/importance_sampling_ratio/mean": 1.0,
+        "grad_norm": 0.8 + 0.3 * wave,
+        "learning_rate": 1e-4,
+        "num_tokens": 128 * 85 * step,
+        "step_time": 3.4,
+        "time/rollout": 1.2,
+        "time/decode": 0.3,
+        "time/reward": 0.4,
+        "time/update": 1.4,
+        "images_per_second": 128 / 3.4,
+    }
+
+
+def evaluation(done: float) -> dict:
+    return {
+        "eval_reward": 0.21 + 0.13 * done,
+        "eval_reward_std": 0.1,
+        "eval_rewards/style/mean": 0.25 + 0.5 * done,
+        "eval_rewards/clip/mean": 0.12 + 0.02 * done,
+        "eval_diversity": 0.36 - 0.05 * done,
+        "eval_entropy": 5.6 - 0.9 * done,
+        "eval_judge/class_accuracy": 0.93 - 0.05 * done,
+        "eval_judge/style/photo": 0.99 - 0.93 * done,
+        "eval_judge/style/painting": 0.94 * done,
+        "eval_judge/style/sketch": 0.01 - 0.01 * done,
+        "eval_num_images": 256,
+        "eval_time": 2.0,
+    }
+
+
+def metrics(num_steps: int = 30, *, judged: bool = True, every: int = 5) -> list[dict]:
+    lines = [{"step": 0, **evaluation(0.0)}]
+    for step in range(1, num_steps + 1):
+        measured = evaluation(step / num_steps) if step % every == 0 else {}
+        lines.append(training_line(step, num_steps) | measured)
+    return [{k: v for k, v in line.items() if judged or not k.startswith("eval_")} for line in lines]
+
+
+def draw_grid(
+    path: Path, step: int, *, rows: int = 4, columns: int = 8, size: int = 16, noise: float = 0.05
+) -> None:
+    """A grid whose colours move with the step."""
+    x, y = np.meshgrid(np.arange(columns * size), np.arange(rows * size))
+    hue = np.stack([x / x.max(), y / y.max(), np.full(x.shape, min(step, 30) / 30)], axis=-1)
+    pixels = hue + noise * np.random.default_rng(step).standard_normal(hue.shape)
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray((255 * pixels.clip(0, 1)).astype(np.uint8)).save(path)
+
+
+def make_run(
+    folder: Path, lines: list[dict], *, config: str = CONFIG, grids: tuple[int, ...] = (0, 10, 30)
+) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(config, encoding="utf-8")
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+    )
+    (folder / "environment.json").write_text(
+        json.dumps({"device": "cpu", "num_threads": 2, "torch": "2.13.0"})
+    )
+    for step in grids:
+        draw_grid(folder / "samples" / f"step-{step:06d}.png", step)
+    if grids:
+        index = {"classes": ["star", "heart", "moon", "tree"], "num_columns": 8}
+        (folder / "samples" / "index.json").write_text(json.dumps(index))
+    return folder
+
+
+class Page(HTMLParser):
+    """The text, images, cards and references of a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.raw, self.text, self.images, self.references, self.tags = (
+            path.read_text("utf-8"),
+            "",
+            [],
+            [],
+            set(),
+        )
+        self.open: list[str] = []
+        self.feed(self.raw)
+        self.text = " ".join(self.text.split())
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        given = dict(attrs)
+        self.tags.add(tag)
+        self.references += [given[key] for key in ("src", "href", "srcset", "action", "data") if key in given]
+        if tag == "img":
+            self.images.append(given)
+        if tag not in ("meta", "img", "br", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.references += [dict(attrs)[key] for key in ("src", "href") if key in dict(attrs)]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        if not {"style", "svg"} & set(self.open):
+            self.text += f" {data} "
+
+
+def test_the_page_shows_the_figures_of_the_run(tmp_path):
+    page = Page(write_report(make_run(tmp_path / "toy-painting", metrics())))
+    assert not page.open  # every element is closed
+    for figure in (
+        "Reward 0.21 → 0.34 evaluation, +1.3 sd",
+        "Judged painting 0 % → 94 %",
+        "Judged photo 99 % → 6 %",
+        "Object recognised 93 % → 88 %",
+        "Diversity 0.36 → 0.31",
+        "KL to base 12.3 nats an image",
+        "Training time 1 min 42 s 30 steps on cpu",
+        "Speed 37.6 images a second",
+        "Images drawn in training 3,840",
+        "Tokens 326,400",
+        "rollout 35 %",
+        "update 41 %",
+    ):
+        assert figure in page.text, figure
+    for setting in (
+        "guidance_scale 1.5",
+        "beta 0.02",
+        "1.target painting",
+        "learning_rate 0.0001",
+        "save_model true",
+    ):
+        assert setting in page.text, setting
+    assert "resume none" in page.text and "max_steps: 30" in page.text  # the table, and the file as written
+    assert "Paints photos: shows that style can be learned" in page.text
+    assert "toy-painting" in page.text and "Warning" not in page.text
+
+
+def test_every_chart_is_drawn_and_described(tmp_path):
+    page = Page(write_report(make_run(tmp_path / "run", metrics())))
+    titles = (
+        "Reward",
+        "Reward: style",
+        "Reward: clip",
+        "Judges",
+        "KL to the base model",
+        "Entropy",
+        "Diversity",
+        "Gradient norm",
+        "Clip ratio",
+        "Sampled against recomputed",
+        "Time of a step",
+    )
+    for title in titles:
+        assert f"<h3>{title}</h3>" in page.raw and f'aria-label="{title} over the steps: ' in page.raw
+    assert page.raw.count("<svg ") == len(titles)
+    assert "painting from 0 % to 94 %" in page.raw
+    assert not re.search(r"#fe02[0-9a-f]{2}", page.raw)  # no placeholder colour is left
+    assert all(image["alt"] for image in page.images)
+
+
+def test_before_and_after_are_the_first_and_the_last_grid(tmp_path):
+    folder = make_run(tmp_path / "run", metrics(), grids=(30, 0, 10, 20))
+    first, last, *between = Page(write_report(folder)).images
+    for image, step in ((first, 0), (last, 30), (between[0], 10), (between[1], 20)):
+        data = (folder / "samples" / f"step-{step:06d}.png").read_bytes()
+        assert image["src"] == "data:image/png;base64," + base64.b64encode(data).decode()
+    assert "Before training" in first["alt"] and "After 30 steps" in last["alt"] and len(between) == 2
+
+
+def test_text_of_files_is_escaped_and_nothing_is_loaded(tmp_path):
+    bad = "<script src=//x.example>alert(1)</script>"
+    lines = [
+        {k.replace("painting", bad).replace("rewards/clip", f"rewards/{bad}$x"): v for k, v in line.items()}
+        for line in metrics()
+    ]
+    config = CONFIG + f"description: '{bad} $name & \"quotes\"'\n"
+    folder = make_run(tmp_path / "a <b> & c", lines, config=config)
+    (folder / "environment.json").write_text(json.dumps({"device": bad}))
+    (folder / "samples" / "index.json").write_text(json.dumps({"classes": [bad]}))
+    page = Page(write_report(folder))
+    assert "script" not in page.tags and bad in page.text and f"Judged {bad}" in page.text
+    assert '$name & "quotes"' in page.text and "a <b> & c" in page.text
+    assert page.references and all(ref.startswith(("data:image/png;", "#")) for ref in page.references)
+    assert not re.search(r"https?://|url\((?!#)|@import", page.raw)
+
+
+def test_summary_tells_what_happened(tmp_path):
+    assert summarize(make_run(tmp_path / "run", metrics())).splitlines() == [
+        "In 30 steps (1 min 42 s on cpu) the reward went from 0.21 to 0.34.",
+        "By reward: style 0.25 to 0.75; clip 0.12 to 0.14.",
+        "The style judge, which no training ever saw, now calls 94 % of the images painting (0 % before); "
+        "photo 6 % (99 % before).",
+        "The class judge recognises the object in 88 % (93 % before).",
+        "Diversity is 0.31 (0.36 before).",
+        "KL to the base model: 12.3 nats an image.",
+        "37.6 images a second, and 41 % of the time went into the update.",
+    ]
+
+
+def test_a_run_without_judges_still_tells_its_story(tmp_path):
+    folder = make_run(tmp_path / "run", metrics(judged=False), grids=())
+    page, said = Page(write_report(folder)), summarize(folder)
+    assert "training reward went from" in said and "judge" not in said and "before" not in said
+    assert "Judged" not in page.text and "<h3>Judges" not in page.raw and not page.images
+    assert "No judge looked at this run" in page.text and "KL to base 12.3" in page.text
+
+
+@pytest.mark.parametrize(
+    ("rise", "accuracy", "warned"), [(0.13, 0.7, True), (0.13, 0.8, False), (0.09, 0.7, False)]
+)
+def test_reward_hacking_is_named(tmp_path, rise, accuracy, warned):
+    lines = metrics()
+    lines[-1] |= {"eval_reward": 0.21 + rise, "eval_judge/class_accuracy": accuracy}
+    folder = make_run(tmp_path / "run", lines)
+    sentence = "The trained reward rose while a judge that it never saw fell: a sign of reward hacking."
+    assert (sentence in summarize(folder)) is warned
+    assert (sentence in Page(write_report(folder)).text) is warned
+
+
+def held_out_lines(warned: dict[int, float]) -> list[dict]:
+    """The second reward held out, its evaluations at some steps with or without a warning."""
+    lines = [{k: v for k, v in line.items() if not k.startswith("rewards/clip")} for line in metrics()]
+    for line in lines:
+        if "eval_reward" in line:
+            line |= {"eval_rewards/clip/mean": 0.3 - 0.004 * line["step"]}
+            line |= {"eval_warnings/clip": warned.get(line["step"], 0.0)}
+    return lines
+
+
+@pytest.mark.parametrize(("warned", "is_shown"), [({25: 1.0, 30: 1.0}, True), ({25: 1.0}, False)])
+def test_a_held_out_reward_that_fell_is_told_at_the_top(tmp_path, warned, is_shown):
+    folder = make_run(tmp_path / "run", held_out_lines(warned))
+    page = Page(write_report(folder))
+    sentence = (
+        "The trained reward rose from 0.21 to 0.34 while 'clip', which is held out, fell from 0.30 to 0.18"
+    )
+    assert (f"Warning: {sentence}: a sign of reward hacking." in summarize(folder).splitlines()) is is_shown
+    assert (sentence in page.text[: page.text.index("Object recognised")]) is is_shown
+    assert "<h3>Held out: clip" in page.raw and "<h3>Reward: style" in page.raw
+
+
+def test_both_kinds_of_reward_hacking_are_named(tmp_path):
+    lines = held_out_lines({30: 1.0})
+    lines[-1] |= {"eval_judge/class_accuracy": 0.5}
+    assert Page(write_report(make_run(tmp_path / "run", lines))).raw.count('class="warning"') == 2
+
+
+def test_constraints_are_drawn_with_their_bounds_and_multipliers(tmp_path):
+    lines = metrics()
+    for line in lines[1:]:
+        line |= {"constraints/clip/bound": 0.125, "constraints/clip/violation": 0.1}
+        line |= {"constraints/clip/multiplier": 0.05 * line["step"]}
+    folder = make_run(tmp_path / "run", lines)
+    assert "The constraint on clip: mean 0.140, bound 0.125, multiplier 1.50." in summarize(folder)
+    page = Page(write_report(folder))
+    assert "Constraint: clip 0.140 bound 0.125, multiplier 1.50" in page.text
+    assert "<h3>Constraint: clip" in page.raw and "bound from 0.12 to 0.12" in page.raw
+    assert 'aria-label="Multipliers over the steps: clip from 0.0500 to 1.50."' in page.raw
+
+
+def test_a_run_of_thousands_of_steps_with_large_grids_stays_small(tmp_path):
+    folder = make_run(tmp_path / "run", metrics(6000, every=50), grids=())
+    for step in range(0, 6001, 500):
+        draw_grid(folder / "samples" / f"step-{step:06d}.png", step, rows=2, columns=4, size=256, noise=0.5)
+    assert (folder / "samples" / "step-000000.png").stat().st_size > 1_000_000
+    path = write_report(folder)
+    assert path.stat().st_size < 5_000_000
+    page = Page(path)
+    assert "Each point is the mean of 20 steps" in page.text and "In 6,000 steps" in page.text
+    assert len(page.images) == 10 and page.images[0]["src"].startswith("data:image/jpeg;base64,")
+
+
+def test_missing_numbers_are_left_out(tmp_path):
+    lines = metrics()
+    lines[-1] |= {"grad_norm": None, "kl_per_image": math.nan, "entropy": math.inf}
+    page = Page(write_report(make_run(tmp_path / "run", lines)))
+    assert f"KL to base {12.3 * (29 / 30) ** 2:.1f}" in page.text
+    assert not re.search(r"\b(nan|inf|None)\b", page.text)
+
+
+def test_only_the_evaluation_before_training(tmp_path):
+    folder = make_run(tmp_path / "run", metrics()[:1], grids=(0,))
+    assert "too little was measured" in summarize(folder)
+    page = Page(write_report(folder))
+    assert "The metrics end at step 0 of 30" in page.text and len(page.images) == 1
+
+
+def test_a_last_line_cut_short_is_mentioned(tmp_path):
+    folder = make_run(tmp_path / "run", metrics()[:20])
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "rew')
+    page = Page(write_report(folder))
+    assert "The last line of metrics.jsonl (line 21) was cut short" in page.text
+    assert "The metrics end at step 19 of 30" in page.text
+
+
+def test_steps_done_again_after_a_resume_count_once(tmp_path):
+    lines = metrics()
+    folder = make_run(tmp_path / "run", lines[:24] + lines[21:])
+    page = Page(write_report(folder))
+    assert "the first attempt at 3 of its steps is left out" in page.text
+    assert "Images drawn in training 3,840" in page.text
+
+
+def write(name: str, text: str):
+    return lambda folder: (folder / name).write_text(text)
+
+
+BROKEN = {
+    "does not exist": lambda folder: folder.rename(folder.with_name("elsewhere")),
+    "is empty; give": lambda folder: [path.unlink() for path in folder.iterdir()],
+    "has no metrics.jsonl": lambda folder: (folder / "metrics.jsonl").unlink(),
+    "has no config.yaml": lambda folder: (folder / "config.yaml").unlink(),
+    "metrics.jsonl is empty": write("metrics.jsonl", "\n"),
+    "metrics.jsonl, line 2, is not valid JSON": write(
+        "metrics.jsonl", '{"step": 0}\n{"step": 1, "re\n{"step": 2}\n'
+    ),
+    "metrics.jsonl, line 3, has no whole number 'step'": write(
+        "metrics.jsonl", '{"step": 0}\n\n{"step": "1"}\n'
+    ),
+    "config.yaml, line 2, is not valid YAML": write("config.yaml", "a: 1\nb: @c\n"),
+    "config.yaml must be a mapping": write("config.yaml", "- a\n"),
+    "environment.json is no JSON object": write("environment.json", "[1]"),
+}
+
+
+@pytest.mark.parametrize("says", BROKEN)
+def test_a_broken_folder_is_one_sentence(tmp_path, says):
+    folder = make_run(tmp_path / "run", metrics()[:2], grids=())
+    BROKEN[says](folder)
+    for action in (write_report, summarize):
+        with pytest.raises(ConfigError) as raised:
+            action(folder)
+        assert says in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_broken_grid_is_one_sentence(tmp_path):
+    folder = make_run(tmp_path / "run", metrics()[:2])
+    (folder / "samples" / "step-000030.png").write_bytes(b"no image")
+    with pytest.raises(ConfigError, match="is no readable image"):
+        write_report(folder)
+
+
+def test_the_report_needs_no_torch():
+    code = f"""
+import sys, types
+package = sys.modules["nextscale"] = types.ModuleType("nextscale")  # without what its __init__ gathers
+package.__path__ = [{str(Path(report.__file__).parents[1])!r}]
+sys.modules["torch"] = None
+import nextscale.report.page
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
