@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 
-from nextscale.base.seeding import group_uniforms
 from nextscale.policy import SamplingConfig, kept_tokens
 from nextscale.rescoring import log_probs, teacher_forced_logits
 
@@ -20,8 +19,8 @@ POLICIES = [
 
 
 def drawn(pipe, config, seed=0):
-    uniforms = group_uniforms(len(LABELS), pipe.transformer.schedule.num_tokens, "test", seed)
-    return pipe.draw(LABELS, uniforms, config)
+    seeds = [("test", seed, i) for i in range(len(LABELS))]
+    return pipe.draw(pipe.conditions(LABELS), seeds, 1, config)
 
 
 @pytest.mark.parametrize("config", POLICIES, ids=str)
@@ -58,9 +57,8 @@ def test_the_pipelines_own_log_probs(tiny_pipeline):
 def test_by_default_it_is_the_models_own_distribution(tiny_pipeline):
     tokens = torch.randint(48, (6, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        logits = tiny_pipeline.transformer(
-            torch.tensor(LABELS), tiny_pipeline.tokenizer.tokens_to_inputs(tokens)
-        )
+        conditioning = tiny_pipeline.transformer.conditioning_from_labels(torch.tensor(LABELS))
+        logits = tiny_pipeline.transformer(conditioning, tiny_pipeline.tokenizer.tokens_to_inputs(tokens))
         expected = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
         torch.testing.assert_close(log_probs(tiny_pipeline, LABELS, tokens), expected)
 
@@ -70,8 +68,8 @@ def test_the_log_probs_from_both_branches_by_hand(tiny_pipeline, schedule):
     tokens = drawn(tiny_pipeline, config).tokens
     inputs, transformer = tiny_pipeline.tokenizer.tokens_to_inputs(tokens), tiny_pipeline.transformer
     with torch.no_grad():
-        cond = transformer(torch.tensor(LABELS), inputs)
-        uncond = transformer(torch.full((6,), 4), inputs)
+        cond = transformer(transformer.conditioning_from_labels(torch.tensor(LABELS)), inputs)
+        uncond = transformer(transformer.conditioning_from_labels(torch.full((6,), 4)), inputs)
         expected = []
         for k, part in enumerate(schedule.slices):
             t = 1.5 * k / 3
@@ -157,7 +155,9 @@ def test_the_expected_score_is_zero(tiny_pipeline):
     """sum_v p(v) d log p(v) = 0: the gradient of the log-normaliser is right, here at the first token."""
     config = SamplingConfig(guidance_scale=1.5, temperature=0.7)
     inputs = tiny_pipeline.tokenizer.tokens_to_inputs(drawn(tiny_pipeline, config).tokens)
-    logits = teacher_forced_logits(tiny_pipeline.transformer, torch.tensor(LABELS), inputs, config)
+    transformer = tiny_pipeline.transformer
+    conditioning = transformer.conditioning_from_labels(torch.tensor(LABELS))
+    logits = teacher_forced_logits(transformer, transformer.schedule, conditioning, inputs, config)
     log_p = logits[0, 20].log_softmax(-1)
     weight = tiny_pipeline.transformer.head.weight
     (gradient,) = torch.autograd.grad((log_p.exp().detach() * log_p).sum(), weight)
@@ -171,7 +171,9 @@ def test_the_expected_score_is_zero(tiny_pipeline):
 def test_a_token_that_is_filtered_out_now_still_has_a_finite_log_prob(tiny_pipeline, config):
     tokens = torch.randint(48, (6, 30), generator=torch.Generator().manual_seed(0))  # many out of the support
     inputs = tiny_pipeline.tokenizer.tokens_to_inputs(tokens)
-    logits = teacher_forced_logits(tiny_pipeline.transformer, torch.tensor(LABELS), inputs, config).detach()
+    transformer = tiny_pipeline.transformer
+    conditioning = transformer.conditioning_from_labels(torch.tensor(LABELS))
+    logits = teacher_forced_logits(transformer, transformer.schedule, conditioning, inputs, config).detach()
     kept = kept_tokens(logits, config)
     is_removed = ~kept.gather(-1, tokens[..., None])[..., 0]
     assert is_removed.float().mean() > 0.2

@@ -6,13 +6,17 @@ from nextscale.base.seeding import group_uniforms
 from nextscale.models.var import KVCache
 from nextscale.policy import SamplingConfig
 from nextscale.rescoring import log_probs, teacher_forced_logits
-from nextscale.sampling import guided_forward, sample, with_null
+from nextscale.sampling import all_branches, guided_logits, sample
 
 GUIDED = SamplingConfig(guidance_scale=1.5, top_k=30, top_p=0.95)
 
 
 def draw(pipe, labels, uniforms, config=GUIDED):
-    return sample(pipe.transformer, pipe.tokenizer, torch.tensor(labels), uniforms, config)
+    return sample(pipe.transformer, pipe.tokenizer, conditioned(pipe, labels), uniforms, config)
+
+
+def conditioned(pipe, labels):
+    return pipe.transformer.conditioning_from_labels(torch.as_tensor(labels))
 
 
 def uniforms_of(*groups, num_images=3):
@@ -29,8 +33,9 @@ def test_shapes_and_types(tiny_pipeline):
     assert not samples.log_probs.requires_grad
 
 
-def test_the_latent_is_that_of_the_tokens(tiny_pipeline):
+def test_latent_and_inputs_are_those_of_the_tokens(tiny_pipeline):
     samples = draw(tiny_pipeline, [0, 1, 3], uniforms_of(0))
+    assert torch.equal(samples.inputs, tiny_pipeline.tokenizer.tokens_to_inputs(samples.tokens))
     torch.testing.assert_close(
         samples.latent, tiny_pipeline.tokenizer.quantize.tokens_to_latent(samples.tokens)
     )
@@ -78,7 +83,8 @@ def test_the_sampler_by_hand(tiny_pipeline, schedule):
     with torch.no_grad():
         for k, part in enumerate(schedule.slices):
             inputs = tiny_pipeline.tokenizer.tokens_to_inputs(tokens)
-            cond, uncond = transformer(labels, inputs), transformer(torch.full((3,), 4), inputs)
+            cond = transformer(conditioned(tiny_pipeline, labels), inputs)
+            uncond = transformer(conditioned(tiny_pipeline, [4] * 3), inputs)
             t = 2.0 * k / 3
             p = (((1 + t) * cond - t * uncond)[:, part] / 0.8).double().softmax(-1)
             tokens[:, part] = (p.cumsum(-1) <= uniforms[:, part, None]).sum(-1)
@@ -108,7 +114,8 @@ def test_removed_tokens_are_never_drawn(tiny_pipeline):
     labels = torch.tensor([i % 4 for i in range(48)])
     with torch.no_grad():
         inputs = tiny_pipeline.tokenizer.tokens_to_inputs(samples.tokens)
-        logits = teacher_forced_logits(tiny_pipeline.transformer, labels, inputs, unfiltered)
+        conditioning, transformer = conditioned(tiny_pipeline, labels), tiny_pipeline.transformer
+        logits = teacher_forced_logits(transformer, transformer.schedule, conditioning, inputs, unfiltered)
     drawn = logits.gather(-1, samples.tokens[..., None])
     assert ((logits > drawn + 1e-4).sum(-1) < 3).all()
     recomputed = log_probs(tiny_pipeline, labels, samples.tokens, config).detach()
@@ -116,20 +123,20 @@ def test_removed_tokens_are_never_drawn(tiny_pipeline):
 
 
 def test_the_null_class_is_run_only_where_guidance_is_on(tiny_pipeline):
-    labels, transformer = torch.tensor([0, 3]), tiny_pipeline.transformer
-    assert with_null(labels, transformer, SamplingConfig()).tolist() == [0, 3]
-    assert with_null(labels, transformer, GUIDED).tolist() == [0, 3, 4, 4]
+    conditioning = conditioned(tiny_pipeline, [0, 3])
+    assert all_branches(conditioning, SamplingConfig())["labels"].tolist() == [0, 3]
+    assert all_branches(conditioning, GUIDED)["labels"].tolist() == [0, 3, 4, 4]
 
 
 @torch.no_grad()
-def test_guided_forward_is_the_same_with_and_without_a_cache(tiny_pipeline, schedule):
+def test_guided_logits_are_the_same_with_and_without_a_cache(tiny_pipeline, schedule):
     inputs = tiny_pipeline.tokenizer.tokens_to_inputs(draw(tiny_pipeline, [0, 1, 2], uniforms_of(0)).tokens)
-    labels = with_null(torch.tensor([0, 1, 2]), tiny_pipeline.transformer, GUIDED)
+    both = all_branches(conditioned(tiny_pipeline, [0, 1, 2]), GUIDED)
     ramp, cache = schedule.guidance_ramp(), KVCache()
-    whole = guided_forward(tiny_pipeline.transformer, labels, inputs, ramp, GUIDED, None)
+    whole = guided_logits(tiny_pipeline.transformer, both, inputs, ramp, GUIDED, None)
     for part in schedule.slices:
         of_scale = inputs[:, max(part.start - 1, 0) : part.stop - 1]
-        logits = guided_forward(tiny_pipeline.transformer, labels, of_scale, ramp[part], GUIDED, cache)
+        logits = guided_logits(tiny_pipeline.transformer, both, of_scale, ramp[part], GUIDED, cache)
         torch.testing.assert_close(logits, whole[:, part], rtol=0, atol=1e-4)
 
 

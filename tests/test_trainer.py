@@ -14,10 +14,12 @@ from torch import Tensor
 from nextscale.base.errors import ConfigError, RewardError
 from nextscale.evaluation import evaluate
 from nextscale.grpo import GRPOConfig
+from nextscale.losses import LOSSES, LossOutput, Quantities, regularised
 from nextscale.optimizer import OptimizerConfig
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.rewards import AtLeast, AtMost, WeightedSum
+from nextscale.rollout import Rollout
 from nextscale.runs.config import RunConfig
 from nextscale.trainer import GRPOTrainer
 
@@ -137,8 +139,13 @@ def test_a_steps_advantages_have_the_multiplier_of_its_own_violation(
     )
     plain = make_trainer(make_pipeline(), tmp_path / "b", {"red": redness})
     taken: list[Tensor] = []
-    trainer.update = lambda rollout, advantages_B, means: taken.append(advantages_B) or 0.0  # type: ignore
-    trainer.loss.finish_step = lambda metrics: {}  # type: ignore[method-assign]
+    cut = trainer.microbatches
+
+    def take(rollout: Rollout, advantages_B: Tensor) -> Any:
+        taken.append(advantages_B)
+        return cut(rollout, advantages_B)
+
+    trainer.microbatches = take  # type: ignore[method-assign]
     metrics = trainer.step(1)
     # Each is many deviations from its bound, of which one counts: 0.25 + 0.5. The first wants darker images.
     for name in ("dark", "bright"):
@@ -275,8 +282,15 @@ def test_resumed_is_straight_bit_for_bit(make_pipeline: MakePipeline, tmp_path: 
         ]
 
 
-def test_every_grpo_option_changes_something(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+def test_every_grpo_option_changes_something(
+    make_pipeline: MakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A setting that nothing reads would leave the second step's gradient as it was."""
+
+    def reinforce(q: Quantities, config: GRPOConfig) -> LossOutput:
+        return LossOutput(regularised(q.log_probs_BL * q.advantages_BL, q, config.beta), {})
+
+    monkeypatch.setitem(LOSSES, "reinforce", reinforce)  # all that a new loss needs
     changes: dict[str, Any] = {
         "num_generations": 6,
         "num_groups": 2,
@@ -286,6 +300,7 @@ def test_every_grpo_option_changes_something(make_pipeline: MakePipeline, tmp_pa
         "epsilon": 0.001,
         "epsilon_high": 0.001,
         "entropy_coef": 0.1,
+        "loss_type": "reinforce",
         "scale_rewards": "none",
         "scale_weighting": "token",
     }
@@ -302,7 +317,7 @@ def test_every_grpo_option_changes_something(make_pipeline: MakePipeline, tmp_pa
         assert not torch.equal(weights(name, **{name: value}), reference), name
     # measure_kl shows in the log, not in the weights; the aggregation needs two rewards.
     unmeasured = make_trainer(make_pipeline(), tmp_path / "unmeasured", beta=0.0, measure_kl=False)
-    assert unmeasured.loss.reference is None
+    assert unmeasured.objective.reference is None
     pair = {"red": redness, "bright": lambda images, conditions: 10 * images.mean((1, 2, 3))}
     first, second = (
         make_trainer(make_pipeline(), tmp_path / way, pair, multi_objective_aggregation=way)
@@ -417,4 +432,4 @@ def test_an_evaluation_needs_a_score_of_some_image_not_of_every_class(tiny_pipel
     metrics = evaluate(tiny_pipeline, rewards, GUIDED, num_images=8).metrics
     assert (metrics["rewards/mine/mean"], metrics["num_images"]) == (1.0, 8.0)
     with pytest.raises(RewardError, match="reward 'mine' returned NaN for all 6 images"):
-        evaluate(tiny_pipeline, rewards, GUIDED, num_images=6, labels=[0, 1, 3])
+        evaluate(tiny_pipeline, rewards, GUIDED, num_images=6, conditions=tiny_pipeline.conditions([0, 1, 3]))

@@ -4,13 +4,11 @@ Shapes: N groups · G images of one group · K rewards
 """
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-ScaleRewards = Literal["group", "batch", "none"]
-Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
+from nextscale.grpo import Aggregation, ScaleRewards
 
 
 def group_advantages(

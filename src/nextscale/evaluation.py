@@ -1,22 +1,26 @@
 """What is measured: rewards, diversity and judges on images of fixed seeds.
 
-Shapes: N classes · G images of one class · E width of an embedding
+Shapes: B images · N conditions · G images of one condition · E width of an embedding · H W pixels
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nextscale.base.conditions import Condition
 from nextscale.base.seeding import generator_for
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
-from nextscale.rewards.protocol import WeightedSum, require_scores
+from nextscale.rewards import WeightedSum
+from nextscale.rewards.protocol import require_scores
 from nextscale.rollout import collect
 
-Judges = Callable[[Tensor, Tensor], dict[str, float]]
-"""(images (B, 3, H, W), labels (B,)) to named shares of images, such as `judge/class_accuracy`."""
+MAX_ROWS = 16  # of a grid of samples
+
+Judges = Callable[[Tensor, Sequence[Condition]], dict[str, float]]
+"""(images (B, 3, H, W), their conditions) to named shares of images, such as `judge/class_accuracy`."""
 
 Embedder = Callable[[Tensor], Tensor]
 """Images (B, 3, H, W) to L2-normalised embeddings (B, E)."""
@@ -28,13 +32,13 @@ class Evaluation:
 
     Attributes:
         metrics: names without the prefix `eval_`.
-        samples: (N, num_columns, 3, H, W), the first images of each class, for a grid.
-        labels: the classes of the rows.
+        samples: (N, num_columns, 3, H, W), the first images of each condition, for a grid.
+        conditions: of the rows.
     """
 
     metrics: dict[str, float]
     samples: Tensor
-    labels: list[int]
+    conditions: list[Condition]
 
 
 @torch.no_grad()
@@ -44,7 +48,7 @@ def evaluate(
     sampling: SamplingConfig,
     num_images: int = 512,
     seed: int = 0,
-    labels: Sequence[int] | None = None,
+    conditions: Sequence[Condition] | None = None,
     judges: Judges | None = None,
     embed: Embedder | None = None,
     batch_size: int = 64,
@@ -53,42 +57,59 @@ def evaluate(
     """Measure a model on at least `num_images` images, the same seeds at every call.
 
     Args:
-        labels: classes to draw, by default all; with more classes than images, a fixed choice of them.
+        conditions: what to draw, by default all classes; of more conditions than images, a fixed choice.
         judges: independent classifiers that no training sees.
         embed: for the diversity.
 
     Returns:
         metrics `reward`, `reward_std`, `reward_sem`, `rewards/{name}/mean`, `/std`, `/sem`, `num_images`, and
-        where they apply `diversity` and what the judges say. A deviation (std) is over all images; the
-        standard error of a mean (sem) counts those that were scored.
+        where they apply `diversity` and what the judges say. A standard deviation (std) is over all images;
+        the standard error of a mean (sem) counts those that were scored.
 
     Raises:
         RewardError: a reward that cannot be used, or that scored none of the images.
     """
-    labels = _spread(list(range(pipe.num_classes)) if labels is None else list(labels), num_images, seed)
-    per_class = -(-num_images // len(labels))
+    chosen = _spread(pipe.all_conditions() if conditions is None else conditions, num_images, seed)
+    per_condition = -(-num_images // len(chosen))
     scores: dict[str, list[Tensor]] = {}
-    distances, rows, images_seen, labels_seen = [], [], [], []
-    for label in labels:
-        rollout = collect(
-            pipe, [label], [("evaluate", seed, label)], per_class, sampling, rewards, batch_size
-        )
-        for name, each in rollout.components.items():
+    distances, rows, images_seen, conditions_seen = [], [], [], []
+    for condition in chosen:
+        seeds = [("evaluate", seed, condition.key)]
+        rollout = collect(pipe, [condition], seeds, per_condition, sampling, rewards, batch_size)
+        for name, each in rollout.scores.items():
             scores.setdefault(name, []).append(each.flatten())
-        if embed is not None and per_class > 1:
+        if embed is not None and per_condition > 1:
             distances.append(mean_pairwise_distance(embed(rollout.images)))
         rows.append(rollout.images[:num_columns].cpu())
         if judges is not None:
             images_seen.append(rollout.images)
-            labels_seen.append(rollout.labels)
+            conditions_seen += rollout.conditions
     flat = {name: torch.cat(each) for name, each in scores.items()}
     require_scores(flat)
-    metrics = _score_metrics(rewards, flat) | {"num_images": float(per_class * len(labels))}
+    total = rewards.total(flat)
+    metrics = {
+        "reward": total.nanmean().item(),
+        "reward_std": deviation(total),
+        "reward_sem": _standard_error(total),
+        **score_metrics(flat),
+        **{f"rewards/{name}/sem": _standard_error(each) for name, each in flat.items()},
+        "num_images": float(per_condition * len(chosen)),
+    }
     if distances:
         metrics["diversity"] = sum(distances) / len(distances)
     if judges is not None:
-        metrics |= judges(torch.cat(images_seen), torch.cat(labels_seen))
-    return Evaluation(metrics, torch.stack(rows[:16]), labels[:16])
+        metrics |= judges(torch.cat(images_seen), conditions_seen)
+    return Evaluation(metrics, torch.stack(rows[:MAX_ROWS]), chosen[:MAX_ROWS])
+
+
+def score_metrics(scores: Mapping[str, Tensor]) -> dict[str, float]:
+    """`rewards/{name}/mean` and `/std` of each reward over the images that it scored.
+
+    Args:
+        scores: name to scores of any shape; NaN where an image is not scored.
+    """
+    means = {f"rewards/{name}/mean": each.nanmean().item() for name, each in scores.items()}
+    return means | {f"rewards/{name}/std": deviation(each) for name, each in scores.items()}
 
 
 def mean_pairwise_distance(embeddings_GE: Tensor) -> float:
@@ -96,20 +117,6 @@ def mean_pairwise_distance(embeddings_GE: Tensor) -> float:
     cosine_GG = embeddings_GE.float() @ embeddings_GE.float().T
     num = len(embeddings_GE)
     return ((num * num - cosine_GG.sum()) / (num * (num - 1))).item()
-
-
-def _score_metrics(rewards: WeightedSum, scores: dict[str, Tensor]) -> dict[str, float]:
-    total = rewards.total(scores)
-    metrics = {
-        "reward": total.nanmean().item(),
-        "reward_std": deviation(total),
-        "reward_sem": _standard_error(total),
-    }
-    for name, each in scores.items():
-        metrics[f"rewards/{name}/mean"] = each.nanmean().item()
-        metrics[f"rewards/{name}/std"] = deviation(each)
-        metrics[f"rewards/{name}/sem"] = _standard_error(each)
-    return metrics
 
 
 def deviation(values: Tensor) -> float:
@@ -122,8 +129,9 @@ def _standard_error(values: Tensor) -> float:
     return deviation(values) / max(1, (~values.isnan()).sum().item()) ** 0.5
 
 
-def _spread(labels: list[int], num_images: int, seed: int) -> list[int]:
-    if len(labels) <= num_images:
-        return labels
-    order = torch.randperm(len(labels), generator=generator_for("evaluate", seed, "labels"))
-    return sorted(labels[i] for i in order[:num_images].tolist())
+def _spread(conditions: Sequence[Condition], num_images: int, seed: int) -> list[Condition]:
+    """All conditions, or where they are more than the images, as many as those in a fixed choice."""
+    if len(conditions) <= num_images:
+        return list(conditions)
+    order = torch.randperm(len(conditions), generator=generator_for("evaluate", seed, "labels"))
+    return [conditions[i] for i in sorted(order[:num_images].tolist())]

@@ -1,44 +1,74 @@
 """The options of GRPO."""
 
+from typing import Literal
+
 from pydantic import Field
 
-from nextscale.advantages import Aggregation, ScaleRewards
+from nextscale.base.errors import ConfigError
 from nextscale.base.records import Record
-from nextscale.losses import ScaleWeighting
+
+ScaleRewards = Literal["group", "batch", "none"]
+Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
+ScaleWeighting = Literal["token", "scale"]
 
 
 class GRPOConfig(Record):
     """The algorithm. Names are TRL's wherever the same thing exists there."""
 
     num_generations: int = Field(default=8, ge=2)
-    """G, images of one group."""
+    """Images per group, G."""
     num_groups: int = Field(default=8, ge=1)
-    """Groups of a step, over all processes."""
+    """Groups per step, over all processes."""
     class_labels: tuple[int, ...] | None = Field(default=None, min_length=1)
-    """Classes to train on; all of the model's by default."""
+    """Classes to train on; by default all classes of the model."""
     num_iterations: int = Field(default=1, ge=1)
-    """Updates on one batch of rollouts."""
+    """Optimizer steps per batch of rollouts."""
+    loss_type: str = "grpo"
+    """The loss: a name in nextscale.losses.LOSSES."""
     beta: float = Field(default=0.02, ge=0)
     """Weight of the exact KL to the frozen reference, in nats."""
     measure_kl: bool = True
-    """Keep the reference for the log where beta is 0; costs a forward pass a step."""
+    """With beta 0, keep the reference all the same and log the KL; costs a forward pass per step."""
     epsilon: float = Field(default=0.2, gt=0, lt=1)
-    """The ratio is clipped below 1 - epsilon."""
+    """Lower clipping bound: ratios are clipped at 1 - epsilon."""
     epsilon_high: float | None = Field(default=None, gt=0)
-    """The ratio is clipped above 1 + epsilon_high; by default epsilon."""
+    """Upper clipping bound: ratios are clipped at 1 + epsilon_high; by default the same as epsilon."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of an entropy bonus, in nats."""
     entropy_floor: float | None = Field(default=None, gt=0, le=1)
-    """Share of its first entropy that every scale keeps, by a bonus of its own that grows below it."""
+    """Share of its initial entropy that each scale keeps, by a bonus of its own that grows while it has
+    less."""
     entropy_floor_rate: float = Field(default=0.1, gt=0)
-    """Growth of that bonus a step, times the share that is missing."""
+    """Growth of that bonus per step, times the share that is missing."""
     constraint_rate: float = Field(default=0.5, gt=0)
-    """Growth of a constraint's multiplier a step, for each deviation (one at most) beyond its bound."""
+    """Growth of a constraint's multiplier per step, for each standard deviation (at most one) beyond its
+    bound."""
     constraint_start: float = Field(default=0.0, ge=0)
     """The constraints' multipliers before the first step."""
     scale_rewards: ScaleRewards = "group"
-    """What rewards are divided by: their group's deviation, the batch's, or nothing."""
+    """What rewards are divided by: the standard deviation of their group, that of the batch, or nothing."""
     multi_objective_aggregation: Aggregation = "sum_then_normalize"
-    """Several rewards: weighted sum first, or each normalised in its group first."""
+    """With several rewards: normalize their weighted sum, or normalize each in its group and then sum."""
     scale_weighting: ScaleWeighting | tuple[float, ...] = "scale"
-    """Weight in the loss: "token" all tokens alike, "scale" all scales alike, or one weight a scale."""
+    """Weights in the loss: "token" for equal tokens, "scale" for equal scales, or one weight per scale."""
+
+    @property
+    def num_images(self) -> int:
+        """Images per step, over all processes."""
+        return self.num_groups * self.num_generations
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a frozen copy of the model is kept."""
+        return self.beta > 0 or self.measure_kl
+
+    def check_processes(self, num_processes: int) -> None:
+        """Check that so many processes can share the groups of a step.
+
+        Raises:
+            ConfigError: they cannot.
+        """
+        if num_processes < 1 or self.num_groups % num_processes:
+            raise ConfigError(
+                f"num_groups {self.num_groups} cannot be shared by {num_processes} processes: use a multiple"
+            )

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nextscale.base.clock import Clock
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import CheckpointError, ConfigError, NextscaleError
 from nextscale.base.images import to_pil
@@ -21,6 +22,7 @@ from nextscale.base.seeding import group_uniforms
 from nextscale.base.tensors import load_strictly, stored_state_dict
 from nextscale.models import hub, official, zoo
 from nextscale.models.class_names import imagenet_names
+from nextscale.models.protocol import Conditioning
 from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
 from nextscale.policy import SamplingConfig
@@ -49,6 +51,29 @@ class VAROutput:
         return to_pil(self.images)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Groups of images; those of one group stand together.
+
+    Attributes:
+        conditions: what each of the B images was asked to show.
+        conditioning: the same as the model sees it.
+        tokens: (B, L) int64.
+        log_probs: (B, L) float32, each token's under the policy that drew it.
+        inputs: (B, L - 1, D) teacher-forcing inputs of the tokens.
+        images: (B, 3, H, W) float32 in [0, 1].
+        seconds: time of `rollout` (drawing tokens) and `decode`.
+    """
+
+    conditions: list[Condition]
+    conditioning: Conditioning
+    tokens: Tensor
+    log_probs: Tensor
+    inputs: Tensor
+    images: Tensor
+    seconds: dict[str, float]
+
+
 class VARPipeline:
     """A VAR transformer and the tokenizer it was trained on.
 
@@ -74,11 +99,12 @@ class VARPipeline:
 
     @property
     def num_classes(self) -> int:
-        return self.transformer.config.num_classes
+        """Classes of a class-conditional model; 0 of any other."""
+        return self.transformer.num_classes
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.pos_start.device
+        return self.transformer.device
 
     def to(self, device: torch.device | str) -> "VARPipeline":
         """Move both networks to a device; returns self.
@@ -238,10 +264,57 @@ class VARPipeline:
         names = self.class_names
         return [Condition(int(label), names[label] if names else f"class {label}") for label in labels]
 
-    def draw(self, labels: Sequence[int], uniforms: Tensor, sampling: SamplingConfig) -> Samples:
-        """Tokens of one image for each label, decided by `uniforms` (B, L); no pixels yet."""
-        labels_B = torch.tensor(labels, device=self.device)
-        return sample(self.transformer, self.tokenizer, labels_B, uniforms.to(self.device), sampling)
+    def all_conditions(self) -> list[Condition]:
+        """The condition of each class.
+
+        Raises:
+            ConfigError: the model draws no classes.
+        """
+        if not self.num_classes:
+            raise ConfigError("the model has no classes: say what to draw with `conditions`")
+        return self.conditions(range(self.num_classes))
+
+    @torch.no_grad()
+    def draw(
+        self,
+        conditions: Sequence[Condition],
+        group_seeds: Sequence[tuple[int | str, ...]],
+        num_images: int,
+        sampling: SamplingConfig,
+        batch_size: int | None = None,
+    ) -> Drawn:
+        """A group of images for each condition. A group's images depend on its seed alone, never on the
+        batch.
+
+        Args:
+            conditions: one for each group.
+            group_seeds: one for each group, a path as `seeding.derive_seed` takes it.
+            num_images: of each group.
+            batch_size: images run at once; all by default.
+        """
+        num_tokens, clock = self.transformer.schedule.num_tokens, Clock(self.device)
+        uniforms_BL = torch.cat([group_uniforms(num_images, num_tokens, *path) for path in group_seeds])
+        conditioning = self.transformer.encode_conditions(conditions).repeat(num_images)
+        samples: list[Samples] = []
+        images = []
+        for start in range(0, len(conditioning), batch_size or len(conditioning)):
+            part = slice(start, start + (batch_size or len(conditioning)))
+            uniforms = uniforms_BL[part].to(self.device)
+            with clock("rollout"):
+                samples.append(
+                    sample(self.transformer, self.tokenizer, conditioning.select(part), uniforms, sampling)
+                )
+            with clock("decode"):
+                images.append(self.tokenizer.latent_to_images(samples[-1].latent))
+        return Drawn(
+            conditions=[condition for condition in conditions for _ in range(num_images)],
+            conditioning=conditioning,
+            tokens=torch.cat([each.tokens for each in samples]),
+            log_probs=torch.cat([each.log_probs for each in samples]),
+            inputs=torch.cat([each.inputs for each in samples]),
+            images=torch.cat(images),
+            seconds=clock.seconds,
+        )
 
     @torch.no_grad()
     def __call__(
@@ -271,18 +344,10 @@ class VARPipeline:
         """
         if num_images_per_label < 1:
             raise ConfigError(f"num_images_per_label must be at least 1, got {num_images_per_label}")
-        self.conditions(class_labels)
         sampling = SamplingConfig(
             guidance_scale=guidance_scale, top_k=top_k, top_p=top_p, temperature=temperature
         )
-        num_tokens = self.transformer.schedule.num_tokens
-        uniforms = torch.cat(
-            [
-                group_uniforms(num_images_per_label, num_tokens, "sample", seed, i)
-                for i in range(len(class_labels))
-            ]
-        )
-        labels = [int(label) for label in class_labels for _ in range(num_images_per_label)]
-        samples = self.draw(labels, uniforms, sampling)
-        images = self.tokenizer.latent_to_images(samples.latent)
-        return VAROutput(images, samples.tokens, samples.log_probs)
+        conditions = self.conditions(class_labels)
+        seeds = [("sample", seed, i) for i in range(len(conditions))]
+        drawn = self.draw(conditions, seeds, num_images_per_label, sampling)
+        return VAROutput(drawn.images, drawn.tokens, drawn.log_probs)

@@ -1,41 +1,47 @@
 """Re-score what was drawn: log-probabilities under exactly the sampling policy, by teacher forcing.
 
-Shapes: B images · L tokens of all scales · V codebook size
+Shapes: B images · L tokens of all scales · V codebook size · D codebook width
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
-from nextscale.models.var import VAR
+from nextscale.models.protocol import Conditioning
+from nextscale.models.scales import ScaleSchedule
 from nextscale.policy import SamplingConfig, policy_log_probs, token_log_probs
-from nextscale.sampling import guided_forward, with_null
+from nextscale.sampling import all_branches, guided_logits
 
 if TYPE_CHECKING:
     from nextscale.pipeline import VARPipeline
 
 
 def teacher_forced_logits(
-    transformer: VAR,
-    labels_B: Tensor,
+    transformer: nn.Module,
+    schedule: ScaleSchedule,
+    conditioning: Conditioning,
     inputs_BLD: Tensor,
     config: SamplingConfig,
-    wrapped: nn.Module | None = None,
 ) -> Tensor:
     """(B, L, V) policy logits before filtering, of all scales in one pass.
 
     Args:
-        inputs_BLD: `tokenizer.tokens_to_inputs(tokens)`, (B, L - 1, D).
-        wrapped: what to call in the transformer's place, such as its DistributedDataParallel.
+        transformer: the model, or what wraps it for several processes.
+        schedule: the model's scales, which a wrapper does not show.
+        inputs_BLD: the (B, L - 1, D) of `Tokenizer.tokens_to_inputs`.
     """
-    ramp_L = transformer.schedule.guidance_ramp().to(labels_B.device)
-    labels = with_null(labels_B, transformer, config)
-    return guided_forward(wrapped or transformer, labels, inputs_BLD, ramp_L, config, cache=None)
+    ramp_L = schedule.guidance_ramp().to(inputs_BLD.device)
+    return guided_logits(
+        transformer, all_branches(conditioning, config), inputs_BLD, ramp_L, config, cache=None
+    )
 
 
 def log_probs(
-    pipe: "VARPipeline", labels: Tensor | list[int], tokens: Tensor, sampling: SamplingConfig | None = None
+    pipe: "VARPipeline",
+    conditions: Tensor | Sequence[int] | Conditioning,
+    tokens: Tensor,
+    sampling: SamplingConfig | None = None,
 ) -> Tensor:
     """Log-probability of every token under the policy that `sampling` describes, with gradient.
 
@@ -44,7 +50,7 @@ def log_probs(
     the support it was drawn from (docs/policy.md).
 
     Args:
-        labels: (B,) class indices.
+        conditions: B class labels, or a conditioning of B images from `encode_conditions`.
         tokens: (B, L) int64, as `pipe(...)` returns them.
         sampling: the policy; by default the model's own conditional distribution.
 
@@ -52,7 +58,10 @@ def log_probs(
         (B, L) float32.
     """
     config = sampling or SamplingConfig()
-    labels_B = torch.as_tensor(labels, device=tokens.device)
+    if not isinstance(conditions, Conditioning):
+        conditions = pipe.transformer.encode_conditions(pipe.conditions([int(each) for each in conditions]))
     inputs_BLD = pipe.tokenizer.tokens_to_inputs(tokens)
-    logits_BLV = teacher_forced_logits(pipe.transformer, labels_B, inputs_BLD, config)
+    logits_BLV = teacher_forced_logits(
+        pipe.transformer, pipe.transformer.schedule, conditions, inputs_BLD, config
+    )
     return token_log_probs(policy_log_probs(logits_BLV, config, drawn_Bl=tokens), tokens)

@@ -1,6 +1,7 @@
-"""Groups of scored images: what one step learns from.
+"""A rollout: groups of images, drawn and scored; what one step learns from.
 
-Shapes: N groups · G images of one group · B = N G images · L tokens of all scales · D codebook width
+Shapes: N groups · G images of one group · B = N G images · L tokens of all scales · D codebook width · H W
+pixels
 """
 
 from collections.abc import Sequence
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from nextscale.base.clock import Clock
 from nextscale.base.conditions import Condition
-from nextscale.base.seeding import generator_for, group_uniforms
+from nextscale.base.seeding import generator_for
+from nextscale.models.protocol import Conditioning
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
-from nextscale.rewards.protocol import WeightedSum
+from nextscale.rewards import WeightedSum
 
 
 @dataclass(frozen=True)
@@ -23,93 +25,80 @@ class Rollout:
     """Scored images; those of one group stand together.
 
     Attributes:
-        labels: (B,) int64 class indices.
-        conditions: what each image was asked to show.
+        conditions: what each of the B images was asked to show.
+        conditioning: the same as the model sees it.
         tokens: (B, L) int64.
         log_probs: (B, L) float32, recorded while sampling.
         inputs: (B, L - 1, D) teacher-forcing inputs of the tokens.
         images: (B, 3, H, W) float32 in [0, 1].
-        components: each reward's scores, (N, G) on the CPU, unweighted.
+        scores: each reward's, unweighted, (N, G) on the CPU.
         seconds: time of `rollout`, `decode` and `reward`.
     """
 
-    labels: Tensor
     conditions: list[Condition]
+    conditioning: Conditioning
     tokens: Tensor
     log_probs: Tensor
     inputs: Tensor
     images: Tensor
-    components: dict[str, Tensor]
+    scores: dict[str, Tensor]
     seconds: dict[str, float]
 
 
-def step_labels(labels: Sequence[int], num_groups: int, seed: int, step: int) -> list[int]:
-    """The class of each group of a step: the classes in shuffled rounds, so that all come equally often.
+def step_conditions(
+    conditions: Sequence[Condition], num_groups: int, seed: int, step: int
+) -> list[Condition]:
+    """The condition of each group of a step: all conditions in shuffled rounds, so that they come equally
+    often.
 
     Args:
-        labels: the classes to train on.
+        conditions: those to train on.
         step: from 1.
 
     Returns:
-        `num_groups` labels, a pure function of (seed, step).
+        `num_groups` conditions, a pure function of (seed, step).
     """
-    chosen: list[int] = []
+    chosen: list[Condition] = []
     position = (step - 1) * num_groups
     while len(chosen) < num_groups:
-        number, offset = divmod(position + len(chosen), len(labels))
-        order = torch.randperm(len(labels), generator=generator_for("labels", seed, number)).tolist()
-        chosen += [labels[i] for i in order[offset:]]
+        number, offset = divmod(position + len(chosen), len(conditions))
+        order = torch.randperm(len(conditions), generator=generator_for("labels", seed, number)).tolist()
+        chosen += [conditions[i] for i in order[offset:]]
     return chosen[:num_groups]
 
 
 @torch.no_grad()
 def collect(
     pipe: VARPipeline,
-    labels: Sequence[int],
+    conditions: Sequence[Condition],
     group_seeds: Sequence[tuple[int | str, ...]],
     num_generations: int,
     sampling: SamplingConfig,
     rewards: WeightedSum,
     batch_size: int | None = None,
 ) -> Rollout:
-    """Sample, decode and score one group for each label.
+    """Sample, decode and score one group for each condition.
 
     Args:
-        labels: N class indices.
+        conditions: N of them.
         group_seeds: what each group's images depend on, and on nothing else.
         num_generations: G.
-        batch_size: images run at once; all by default.
+        batch_size: images drawn at once; all by default.
 
     Raises:
         RewardError: a reward that cannot be used.
     """
+    drawn = pipe.draw(conditions, group_seeds, num_generations, sampling, batch_size)
     clock = Clock(pipe.device)
-    num_tokens = pipe.transformer.schedule.num_tokens
-    uniforms = torch.cat([group_uniforms(num_generations, num_tokens, *path) for path in group_seeds])
-    each_label = [label for label in labels for _ in range(num_generations)]
-    conditions = pipe.conditions(each_label)
-    tokens, log_probs, images, inputs = [], [], [], []
-    for start in range(0, len(each_label), batch_size or len(each_label)):
-        part = slice(start, start + (batch_size or len(each_label)))
-        with clock("rollout"):
-            samples = pipe.draw(each_label[part], uniforms[part], sampling)
-            inputs.append(pipe.tokenizer.tokens_to_inputs(samples.tokens))
-        with clock("decode"):
-            images.append(pipe.tokenizer.latent_to_images(samples.latent))
-        tokens.append(samples.tokens)
-        log_probs.append(samples.log_probs)
-    all_images = torch.cat(images)
     with clock("reward"):
-        scores = rewards.components(all_images, conditions)
+        scores = rewards.components(drawn.images, drawn.conditions)
     return Rollout(
-        labels=torch.tensor(each_label, device=pipe.device),
-        conditions=conditions,
-        tokens=torch.cat(tokens),
-        log_probs=torch.cat(log_probs),
-        inputs=torch.cat(inputs),
-        images=all_images,
-        components={
-            name: rearrange(each, "(N G) -> N G", G=num_generations) for name, each in scores.items()
-        },
-        seconds=clock.seconds,
+        conditions=drawn.conditions,
+        conditioning=drawn.conditioning,
+        tokens=drawn.tokens,
+        log_probs=drawn.log_probs,
+        inputs=drawn.inputs,
+        images=drawn.images,
+        scores={name: rearrange(each, "(N G) -> N G", G=num_generations) for name, each in scores.items()},
+        seconds=drawn.seconds | clock.seconds,
     )

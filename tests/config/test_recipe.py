@@ -22,9 +22,9 @@ from nextscale.config.recipe import (
     read_recipe,
     to_yaml,
 )
-from nextscale.constraints import AtLeast, AtMost
 from nextscale.rewards.jpeg import JPEG_REWARDS
 from nextscale.rewards.pixels import PIXEL_REWARDS
+from nextscale.rewards.roles import AtLeast, AtMost
 
 PAINTING = "rewards: {painting: {clip_score: 'a painting of a {label}', clip: toy}}\n"
 

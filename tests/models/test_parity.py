@@ -17,6 +17,10 @@ INPUTS = dict(rtol=0, atol=1e-5)
 SAMPLED = SamplingConfig(guidance_scale=2.0, top_k=20, top_p=0.9)
 
 
+def labelled(pipe, golden):
+    return pipe.transformer.conditioning_from_labels(golden["labels"])
+
+
 def test_the_teacher_forcing_inputs(parity_pipeline, golden):
     for tokens, inputs in (("idx", "x_BLCv_wo_first_l"), ("enc.idx", "enc.x_BLCv_wo_first_l")):
         ours = parity_pipeline.tokenizer.tokens_to_inputs(golden[tokens])
@@ -27,12 +31,18 @@ def test_the_teacher_forcing_inputs(parity_pipeline, golden):
 def test_the_logits_under_a_class_and_under_the_null_class(parity_pipeline, golden):
     transformer, labels = parity_pipeline.transformer, golden["labels"]
     inputs = golden["x_BLCv_wo_first_l"]
-    torch.testing.assert_close(transformer(labels, inputs), golden["logits"], **LOGITS)
     torch.testing.assert_close(
-        transformer(torch.full_like(labels, 10), inputs), golden["logits_null"], **LOGITS
+        transformer(transformer.conditioning_from_labels(labels), inputs), golden["logits"], **LOGITS
     )
     torch.testing.assert_close(
-        transformer(labels, golden["enc.x_BLCv_wo_first_l"]), golden["enc.logits"], **LOGITS
+        transformer(transformer.conditioning_from_labels(torch.full_like(labels, 10)), inputs),
+        golden["logits_null"],
+        **LOGITS,
+    )
+    torch.testing.assert_close(
+        transformer(transformer.conditioning_from_labels(labels), golden["enc.x_BLCv_wo_first_l"]),
+        golden["enc.logits"],
+        **LOGITS,
     )
 
 
@@ -50,7 +60,7 @@ def test_every_layer_on_the_way_to_the_logits(parity_pipeline, golden):
     ):
         handles.append(module.register_forward_hook(keep(name)))
     try:
-        transformer(golden["labels"], golden["x_BLCv_wo_first_l"])
+        transformer(transformer.conditioning_from_labels(golden["labels"]), golden["x_BLCv_wo_first_l"])
     finally:
         for handle in handles:
             handle.remove()
@@ -70,7 +80,13 @@ def test_greedy_samples(parity_pipeline, golden, guidance_scale):
     run = f"greedy_cfg{guidance_scale:g}"
     config = SamplingConfig(guidance_scale=guidance_scale, top_k=1)
     uniforms = torch.rand(4, 30, generator=torch.Generator().manual_seed(1))
-    ours = sample(parity_pipeline.transformer, parity_pipeline.tokenizer, golden["labels"], uniforms, config)
+    ours = sample(
+        parity_pipeline.transformer,
+        parity_pipeline.tokenizer,
+        labelled(parity_pipeline, golden),
+        uniforms,
+        config,
+    )
     assert torch.equal(ours.tokens, golden[f"{run}.idx"])
     assert torch.equal(ours.log_probs, torch.zeros(4, 30))  # one token left: nothing is drawn
     torch.testing.assert_close(ours.latent, golden[f"{run}.f_hat_per_scale"][-1], **IMAGES)
@@ -83,7 +99,8 @@ def test_guided_and_filtered_logits_of_the_sampled_run(parity_pipeline, golden):
     assert torch.equal(golden["idx"], golden["sampled.idx"])
     inputs = parity_pipeline.tokenizer.tokens_to_inputs(golden["idx"])
     torch.testing.assert_close(inputs, golden["sampled.next_input"], **INPUTS)
-    logits = teacher_forced_logits(parity_pipeline.transformer, golden["labels"], inputs, SAMPLED)
+    transformer, conditioning = parity_pipeline.transformer, labelled(parity_pipeline, golden)
+    logits = teacher_forced_logits(transformer, transformer.schedule, conditioning, inputs, SAMPLED)
     torch.testing.assert_close(logits, golden["sampled.guided_logits"], **LOGITS)
 
     filtered = golden["sampled.filtered_logits"]
@@ -99,7 +116,13 @@ def test_the_sampler_draws_the_sampled_run_when_it_gets_its_numbers(parity_pipel
     token = golden["idx"][..., None]
     upper = probabilities.cumsum(-1).gather(-1, token)
     uniforms = (upper - probabilities.gather(-1, token) / 2).squeeze(-1)
-    ours = sample(parity_pipeline.transformer, parity_pipeline.tokenizer, golden["labels"], uniforms, SAMPLED)
+    ours = sample(
+        parity_pipeline.transformer,
+        parity_pipeline.tokenizer,
+        labelled(parity_pipeline, golden),
+        uniforms,
+        SAMPLED,
+    )
     assert torch.equal(ours.tokens, golden["idx"])
     expected = golden["sampled.filtered_logits"].log_softmax(-1).gather(-1, token).squeeze(-1)
     torch.testing.assert_close(ours.log_probs, expected, **LOGITS)
@@ -147,7 +170,9 @@ def test_decoded_images(parity_pipeline, golden):
 
 def test_gradients_of_the_cross_entropy(parity, parity_pipeline, golden):
     named = dict(parity_pipeline.transformer.named_parameters())
-    logits = parity_pipeline.transformer(golden["labels"], golden["x_BLCv_wo_first_l"])
+    logits = parity_pipeline.transformer(
+        parity_pipeline.transformer.conditioning_from_labels(golden["labels"]), golden["x_BLCv_wo_first_l"]
+    )
     loss = F.cross_entropy(logits.flatten(0, 1), golden["idx"].flatten())
     torch.testing.assert_close(loss.detach(), golden["ce_loss"], rtol=0, atol=1e-5)
     gradients = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
@@ -165,10 +190,18 @@ def test_the_cached_forward_is_the_teacher_forced_one(parity_pipeline, golden):
     for labels, whole in ((golden["labels"], "logits"), (torch.full((4,), 10), "logits_null")):
         cache, logits = KVCache(), []
         for part in schedule.slices:
-            logits.append(transformer(labels, inputs[:, max(part.start - 1, 0) : part.stop - 1], cache))
+            logits.append(
+                transformer(
+                    transformer.conditioning_from_labels(labels),
+                    inputs[:, max(part.start - 1, 0) : part.stop - 1],
+                    cache,
+                )
+            )
             assert cache.num_tokens == part.stop
         cached = torch.cat(logits, 1)
-        torch.testing.assert_close(cached, transformer(labels, inputs), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            cached, transformer(transformer.conditioning_from_labels(labels), inputs), rtol=0, atol=1e-5
+        )
         torch.testing.assert_close(cached, golden[whole], **LOGITS)
 
 

@@ -10,13 +10,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from nextscale.grpo import GRPOConfig
-from nextscale.grpo_loss import GRPOLoss
+from nextscale.losses import Microbatch, Objective
 from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAEConfig
 from nextscale.plan.counting import Count, count, without_data
-from nextscale.plan.phases import Phases, Unmeasured
+from nextscale.plan.phases import Phases
 from nextscale.policy import SamplingConfig
-from nextscale.rollout import Rollout
+from nextscale.reference import Reference
 from nextscale.runs.config import RunConfig
 
 SCALES = (1, 3, 8)
@@ -64,28 +64,28 @@ def test_extrapolation_is_linear():
 def test_an_update_as_measured_on_a_cpu(mixed_precision, gradient_checkpointing):
     """Saved bytes by the hooks of a real forward pass, the peak by torch's profiler, FLOPs by its counter."""
     options = {"mixed_precision": mixed_precision, "gradient_checkpointing": gradient_checkpointing}
-    counted = phases(as_on_gpu=False, **options).update(has_reference=True)
+    counted = phases(as_on_gpu=False, **options).update()
 
-    model, reference = VAR(CONFIG), VAR(CONFIG).requires_grad_(False)
+    model = VAR(CONFIG)
+    reference = Reference(VAR(CONFIG))
     model.gradient_checkpointing = gradient_checkpointing
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    loss = GRPOLoss(GRPOConfig(), GUIDED, model, reference)
+    objective = Objective(GRPOConfig(), GUIDED, model.schedule, reference)
     num_tokens = model.schedule.num_tokens
     tokens, inputs = torch.zeros(BATCH, num_tokens, dtype=torch.long), torch.zeros(BATCH, num_tokens - 1, 8)
     labels, advantages = torch.zeros(BATCH, dtype=torch.long), torch.zeros(BATCH)
-    rollout = Rollout(labels, [], tokens, torch.zeros(tokens.shape), inputs, torch.empty(0), {}, {})
+    conditioning = model.conditioning_from_labels(labels)
+    batch = Microbatch(conditioning, tokens, inputs, torch.zeros(tokens.shape), advantages)
 
     def forward():
         with torch.autocast("cpu", torch.bfloat16, mixed_precision == "bf16"):
-            return loss(model, rollout, advantages, slice(0, BATCH), Unmeasured())
+            return objective(model, batch).loss
 
     saved = {}
-    before = {
-        each.untyped_storage().data_ptr()
-        for each in [*model.parameters(), *model.buffers(), *reference.buffers(), tokens, inputs, labels]
-    }
-    before |= {each.untyped_storage().data_ptr() for each in (rollout.log_probs, advantages, loss.weights_L)}
+    given = [tokens, inputs, labels, batch.log_probs, advantages, objective.weights_L]
+    networks = [*model.parameters(), *model.buffers(), *reference.model.buffers()]
+    before = {each.untyped_storage().data_ptr() for each in [*given, *networks]}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
@@ -126,7 +126,7 @@ def test_blocks_are_alike():
 
     whole = Whole(**deep.__dict__)
     assert deep.rollout() == whole.rollout()
-    assert deep.update(has_reference=True) == whole.update(has_reference=True)
+    assert deep.update() == whole.update()
 
 
 def test_attention_as_on_a_gpu_keeps_no_weights():

@@ -27,15 +27,16 @@ def evaluation(reward: float, held: float, held_error: float = 0.03) -> dict[str
 )
 def test_a_rise_and_a_fall_beyond_noise_are_warned_of(reward: float, held: float, is_warned: bool) -> None:
     watch = HackingWatch(["held"])
-    assert watch(evaluation(5.0, 0.5)) == {"held": None}
-    assert (watch(evaluation(reward, held, 0.04))["held"] is not None) is is_warned
+    assert watch.update(evaluation(5.0, 0.5)) == {"eval_warnings/held": 0.0} and not watch.warnings
+    assert watch.update(evaluation(reward, held, 0.04)) == {"eval_warnings/held": float(is_warned)}
+    assert ("held" in watch.warnings) is is_warned
 
 
 def test_each_evaluation_is_compared_with_the_first() -> None:
     watch = HackingWatch(["held"])
     for step in range(5):  # no step of it is beyond the noise
-        last = watch(evaluation(5.0 + 0.5 * step, 0.5 - 0.05 * step))
-    assert last["held"] == (
+        watch.update(evaluation(5.0 + 0.5 * step, 0.5 - 0.05 * step))
+    assert watch.warnings["held"] == (
         "The trained reward rose from 5.00 to 7.00 while 'held', which is held out, fell from 0.50 to 0.30: "
         "a sign of reward hacking."
     )

@@ -8,9 +8,14 @@ class Condition:
     """What one image was asked to show.
 
     Attributes:
-        label: class index, or None for a text-conditioned model.
+        label: class index, or None for a text-conditional model.
         text: the class name ("golden retriever") or the prompt.
     """
 
     label: int | None
     text: str
+
+    @property
+    def key(self) -> int | str:
+        """What seeds are derived from: the label, or the prompt where there is none."""
+        return self.text if self.label is None else self.label

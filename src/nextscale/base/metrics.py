@@ -1,26 +1,22 @@
-"""Means of numbers over a step, over all processes."""
+"""Means of numbers over a step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 
 class Means:
-    """Collects values by name and gives their means; "/min" and "/max" names give extremes instead."""
+    """Collects values by name and gives their means; names that end in "/min" and "/max" give extremes
+    instead."""
 
     def __init__(self) -> None:
         self._values: dict[str, list[Tensor]] = {}
 
-    def add(self, **values: Tensor | float) -> None:
-        """Record values (any shape); two underscores in a name become a slash: kl__mean -> kl/mean."""
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Record values of any shape."""
         for name, value in values.items():
-            self.put(name.replace("__", "/"), value)
-
-    def put(self, name: str, value: Tensor | float) -> None:
-        """Record a value of any shape under a name."""
-        flat = torch.as_tensor(value, dtype=torch.float32).detach().flatten()
-        self._values.setdefault(name, []).append(flat)
+            self._values.setdefault(name, []).append(value.detach().float().flatten())
 
     def items(self) -> Iterator[tuple[str, float]]:
         for name, values in self._values.items():

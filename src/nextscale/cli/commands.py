@@ -108,18 +108,14 @@ def evaluate(args: Namespace) -> int:
         clip, rewards = args.clip or recipe.run.diversity_clip, recipe.rewards
     else:
         raise ConfigError("no rewards given: say which with --recipe or --reward")
-    labels = _labels(args, pipe)
-    if labels is None and recipe:
-        labels = recipe.grpo.class_labels
-    if labels is not None:
-        pipe.conditions(labels)
+    labels = _labels(args, pipe) or (recipe.grpo.class_labels if recipe else None)
     result = evaluation.evaluate(
         pipe,
         make_rewards(rewards),
         _sampling(args, recipe),
         num_images=args.num_images,
         seed=args.seed,
-        labels=labels,
+        conditions=pipe.conditions(labels) if labels else None,
         judges=judges_for(pipe),
         embed=embedder(clip),
     )

@@ -28,7 +28,7 @@ from nextscale.runs.checkpoint import find_checkpoint
 from nextscale.runs.writer import RunFolder
 from nextscale.toy.judges import judge_metrics
 from nextscale.toy.world import CLASSES, IMAGE_SIZE
-from nextscale.trainer import GRPOTrainer, check_processes
+from nextscale.trainer import GRPOTrainer
 
 # What may differ between the two halves of a resumed run: how long it is, and what it writes when.
 FREE_ON_RESUME = {
@@ -141,7 +141,8 @@ def check_folder(recipe: Recipe) -> None:
 
 def check_fit(recipe: Recipe, pipe: VARPipeline) -> None:
     """Whether the recipe's classes and weights of scales are those of the model."""
-    pipe.conditions(recipe.grpo.class_labels or range(pipe.num_classes))
+    if recipe.grpo.class_labels:
+        pipe.conditions(recipe.grpo.class_labels)
     token_weights(pipe.transformer.schedule.lengths, recipe.grpo.scale_weighting)
 
 
@@ -154,7 +155,7 @@ def rehearse(recipe: Recipe, num_processes: int) -> list[str]:
     Raises:
         NextscaleError: something cannot be loaded, or does not fit together.
     """
-    check_processes(recipe.grpo, num_processes)
+    recipe.grpo.check_processes(num_processes)
     backbones = {name: backbone_of(config) for name, config in recipe.rewards.items()}
     names = [recipe.model, *backbones.values(), recipe.run.diversity_clip]
     missing = [name for name in dict.fromkeys(names) if name and _has_to_be_downloaded(name)]

@@ -13,7 +13,6 @@ from typing_extensions import Self
 
 from nextscale.base.errors import ConfigError
 from nextscale.base.records import Record, did_you_mean, suggest
-from nextscale.constraints import AtLeast, AtMost, BoundValue, Constraint, check_bound
 from nextscale.grpo import GRPOConfig
 from nextscale.optimizer import OptimizerConfig
 from nextscale.policy import SamplingConfig
@@ -31,6 +30,7 @@ from nextscale.rewards import (
 )
 from nextscale.rewards.jpeg import JPEG_REWARDS
 from nextscale.rewards.pixels import PIXEL_REWARDS
+from nextscale.rewards.roles import AtLeast, AtMost, BoundValue, Constraint, check_bound
 from nextscale.runs.config import RunConfig
 
 RECIPES = Path(__file__).parents[1] / "recipes"

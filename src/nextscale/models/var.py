@@ -7,7 +7,7 @@ Source: VAR (arXiv 2404.02905), section 3.2; parameter names are those of the of
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from nextscale.base.conditions import Condition
+from nextscale.base.errors import ConfigError
 from nextscale.base.records import Record
+from nextscale.models.protocol import Conditioning, NextScaleModel
 from nextscale.models.scales import ScaleSchedule
 
 MAX_LOG_ATTENTION_SCALE = math.log(100)
@@ -165,7 +168,7 @@ class AdaLNBeforeHead(nn.Module):
         return F.layer_norm(x_BlC, x_BlC.shape[-1:], eps=1e-6) * (two[0] + 1) + two[1]
 
 
-class VAR(nn.Module):
+class VAR(NextScaleModel):
     """The next-scale transformer.
 
     Raises:
@@ -179,8 +182,7 @@ class VAR(nn.Module):
         super().__init__()
         if config.width % config.num_heads:
             raise ValueError(f"num_heads ({config.num_heads}) must divide width ({config.width})")
-        self.config = config
-        self.gradient_checkpointing = False  # recompute blocks in the backward pass
+        self.config, self.num_classes = config, config.num_classes
         self.schedule = ScaleSchedule(config.scale_sizes)
         width, num_tokens = config.width, self.schedule.num_tokens
         self.pos_start = nn.Parameter(torch.empty(1, 1, width))
@@ -197,23 +199,30 @@ class VAR(nn.Module):
         self.head = nn.Linear(width, config.codebook_size)
         self.init_weights()
 
-    def forward(self, labels_B: Tensor, inputs_BlD: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits of the next tokens.
+    def encode_conditions(self, conditions: Sequence[Condition]) -> Conditioning:
+        """The class labels, int64; the null class is the one after the last.
 
-        Without a cache, all scales at once under the block-causal mask (teacher forcing): inputs are the
-        (B, L - 1, D) of `tokens_to_inputs`, logits (B, L, V). With a cache, the next scale only: inputs are
-        that scale's (B, l, D), or (B, 0, D) for the first scale, logits (B, l, V); the cache grows by it.
-
-        Args:
-            labels_B: class indices in [0, num_classes]; num_classes is the null class.
-            inputs_BlD: downsampled latents accumulated over the coarser scales.
-            cache: keys and values of the scales already run, owned by the caller.
-
-        Returns:
-            float32 logits.
+        Raises:
+            ConfigError: a condition without a label.
         """
+        labels = [each.label for each in conditions]
+        if None in labels:
+            raise ConfigError(
+                f"'{conditions[labels.index(None)].text}' has no class label, which this model draws by"
+            )
+        return self.conditioning_from_labels(torch.tensor(labels, device=self.device))
+
+    def conditioning_from_labels(self, labels_B: Tensor) -> Conditioning:
+        """The conditioning of class indices in [0, num_classes); num_classes itself is the null class."""
+        null = torch.full((1,), self.num_classes, dtype=torch.long, device=labels_B.device)
+        return Conditioning({"labels": labels_B}, {"labels": null})
+
+    def new_cache(self) -> "KVCache":
+        return KVCache()
+
+    def forward(self, conditioning: Conditioning, inputs_BlD: Tensor, cache: KVCache | None = None) -> Tensor:
         start = 0 if cache is None else cache.num_tokens
-        condition_BC = self.class_emb(labels_B)
+        condition_BC = self.class_emb(conditioning["labels"])
         x_BlC = self._embed(condition_BC, inputs_BlD, start)
         bias_ll = self.attn_bias_for_masking if cache is None else None
         shared_B16C = None

@@ -215,6 +215,18 @@ class VQVAE(nn.Module):
         images = self.decoder(self.post_quant_conv(f_hat_BDhw)).clamp(-1, 1)
         return images.float().add(1).mul(0.5)
 
+    def empty_latent(self, num_images: int) -> Tensor:
+        """(B, D, h, w) zeros: the latent before the first scale."""
+        return self.quantize.empty_latent(num_images)
+
+    def add_scale(self, f_hat_BDhw: Tensor, tokens_Bl: Tensor, k: int) -> Tensor:
+        """The accumulated latent after scale k."""
+        return self.quantize.add_scale(f_hat_BDhw, tokens_Bl, k)
+
+    def next_inputs(self, f_hat_BDhw: Tensor, k: int) -> Tensor:
+        """(B, l, D): what the transformer sees at scale k of the latent accumulated so far."""
+        return self.quantize.next_inputs(f_hat_BDhw, k)
+
     @torch.no_grad()
     def tokens_to_inputs(self, tokens_BL: Tensor) -> Tensor:
         """(B, L) tokens to (B, L - 1, D): what the transformer sees of the coarser scales."""

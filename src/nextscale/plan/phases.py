@@ -12,25 +12,18 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from nextscale.base.metrics import Means
+from nextscale.base.conditions import Condition
 from nextscale.grpo import GRPOConfig
-from nextscale.grpo_loss import GRPOLoss
+from nextscale.losses import Microbatch, Objective
+from nextscale.models.protocol import Conditioning, NextScaleModel
 from nextscale.models.scales import ScaleSchedule
 from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
 from nextscale.plan.counting import Count, count, without_data
 from nextscale.policy import SamplingConfig
-from nextscale.rescoring import teacher_forced_logits
-from nextscale.rollout import Rollout
+from nextscale.reference import Reference
 from nextscale.runs.config import RunConfig
 from nextscale.sampling import sample
-
-
-class Unmeasured(Means):
-    """Takes what a loss measures, and does nothing with it."""
-
-    def put(self, name: str, value: Tensor | float) -> None:
-        pass
 
 
 @dataclass(frozen=True)
@@ -55,17 +48,16 @@ class Phases:
     as_on_gpu: bool = True
 
     def rollout(self) -> Count:
-        """Draw tokens, and make the inputs to be trained on."""
+        """Draw tokens."""
         batch = self._drawn_at_once
 
         def draw(config: VARConfig) -> Count:
             transformer, tokenizer = VAR(config), VQVAE(self.tokenizer)
-            labels_B, uniforms_BL = torch.zeros(batch, dtype=torch.long), torch.zeros(batch, self._num_tokens)
-
-            def run() -> None:
-                drawn = sample(transformer, tokenizer, labels_B, uniforms_BL, self.sampling)
-                tokenizer.tokens_to_inputs(drawn.tokens)
-
+            conditioning, uniforms_BL = (
+                self._conditioning(transformer, batch),
+                torch.zeros(batch, self._num_tokens),
+            )
+            run = partial(sample, transformer, tokenizer, conditioning, uniforms_BL, self.sampling)
             return self._count(run, batch)
 
         return self._by_depth(draw)
@@ -95,34 +87,29 @@ class Phases:
         batch = self._trained_at_once
 
         def run(config: VARConfig) -> Count:
-            reference, labels_B, inputs_BLD = VAR(config), *self._inputs(batch)
-            with torch.no_grad():
-                return self._count(
-                    lambda: teacher_forced_logits(reference, labels_B, inputs_BLD, self.sampling), batch
-                )
+            reference = Reference(VAR(config))
+            conditioning = self._conditioning(reference.model, batch)
+            run = partial(reference.log_probs, conditioning, self._inputs(batch), self.sampling)
+            return self._count(run, batch)
 
         return self._by_depth(run)
 
-    def update(self, has_reference: bool) -> Count:
+    def update(self) -> Count:
         """The loss, reference included, and its backward pass where there are gradients already."""
         batch = self._trained_at_once
 
         def run(config: VARConfig) -> Count:
             model = VAR(config)
             model.gradient_checkpointing = self.run.gradient_checkpointing
+            reference = Reference(VAR(config)) if self.grpo.needs_reference else None
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
-            reference = VAR(config).requires_grad_(False) if has_reference else None
-            loss = GRPOLoss(self.grpo, self.sampling, model, reference)
-            labels_B, inputs_BLD = self._inputs(batch)
+            objective = Objective(self.grpo, self.sampling, model.schedule, reference)
             tokens_BL = torch.zeros(batch, self._num_tokens, dtype=torch.long)
-            rollout = Rollout(
-                labels_B, [], tokens_BL, torch.zeros(tokens_BL.shape), inputs_BLD, torch.empty(0), {}, {}
-            )
-            advantages_B = torch.zeros(batch)
-            return self._count(
-                lambda: loss(model, rollout, advantages_B, slice(0, batch), Unmeasured()), batch
-            )
+            conditioning = self._conditioning(model, batch)
+            log_probs_BL, advantages_B = torch.zeros(tokens_BL.shape), torch.zeros(batch)
+            microbatch = Microbatch(conditioning, tokens_BL, self._inputs(batch), log_probs_BL, advantages_B)
+            return self._count(lambda: objective(model, microbatch).loss, batch)
 
         return self._by_depth(run)
 
@@ -151,9 +138,11 @@ class Phases:
     def _trained_at_once(self) -> int:
         return min(self.num_images, self.run.per_device_train_batch_size)
 
-    def _inputs(self, batch: int) -> tuple[Tensor, Tensor]:
-        inputs_BLD = torch.zeros(batch, self._num_tokens - 1, self.transformer.codebook_width)
-        return torch.zeros(batch, dtype=torch.long), inputs_BLD
+    def _inputs(self, batch: int) -> Tensor:
+        return torch.zeros(batch, self._num_tokens - 1, self.transformer.codebook_width)
+
+    def _conditioning(self, model: NextScaleModel, batch: int) -> Conditioning:
+        return model.encode_conditions([Condition(0, "any")] * batch)
 
     def _count(self, run: Callable[[], object], batch: int) -> Count:
         counted = count(run, bfloat16=self.run.mixed_precision == "bf16")

@@ -21,7 +21,6 @@ from nextscale.plan.phases import Phases
 from nextscale.policy import SamplingConfig
 from nextscale.rewards.networks.backbones import backbone_config
 from nextscale.runs.config import RunConfig
-from nextscale.trainer import check_processes
 
 UTILISATION = 0.3
 """Share of a GPU's peak that is taken to be reached; well-tuned training of large models reaches more."""
@@ -104,10 +103,10 @@ def make_plan(
         ConfigError: an unknown GPU, or groups that the processes cannot share.
     """
     device = find_gpu(gpu)
-    check_processes(grpo, num_gpus)
-    num_images = grpo.num_groups * grpo.num_generations
+    grpo.check_processes(num_gpus)
+    num_images = grpo.num_images
     sizes = {"transformer": _transformer_size(transformer)}
-    if has_reference := bool(grpo.beta or grpo.measure_kl):
+    if grpo.needs_reference:
         sizes["reference"] = sizes["transformer"]
     sizes["tokenizer"] = _size(lambda: VQVAE(tokenizer))
     named = {**backbones, **(evaluated or {})}
@@ -119,8 +118,8 @@ def make_plan(
         "rollout": of.rollout(),
         "decode": of.decode(),
         "reward": of.reward([clips[name] for name in backbones.values() if name in clips]),
-        "reference": of.reference() if has_reference else Count(),
-        "update": of.update(has_reference),
+        "reference": of.reference() if grpo.needs_reference else Count(),
+        "update": of.update(),
     }
     flops = {name: each.flops * num_gpus for name, each in counts.items()}
     flops["update"] -= flops["reference"]  # it is run inside the loss
@@ -132,7 +131,7 @@ def make_plan(
         "weights": sizes["transformer"].num_bytes,
         "gradients": trained,
         "AdamW moments": 2 * trained,
-        "reference": sizes["reference"].num_bytes if has_reference else 0,
+        "reference": sizes["reference"].num_bytes if grpo.needs_reference else 0,
         "tokenizer": sizes["tokenizer"].num_bytes,
         "rewards": sum(sizes[name].num_bytes for name in clips),
         # DistributedDataParallel sums gradients in buckets of its own, together as large as they are.

@@ -1,6 +1,5 @@
 """Rewards: any callable `(images (B, 3, H, W) in [0, 1], conditions) -> (B,) floats`; NaN is "not scored"."""
 
-from nextscale.constraints import AtLeast, AtMost
 from nextscale.rewards.aesthetic import Aesthetic
 from nextscale.rewards.class_probability import ClassProbability
 from nextscale.rewards.clip_score import ClipScore
@@ -11,6 +10,7 @@ from nextscale.rewards.pick_score import PickScore
 from nextscale.rewards.pixels import brightness, colourfulness, sharpness
 from nextscale.rewards.protocol import Reward, WeightedSum, score
 from nextscale.rewards.remote import Remote
+from nextscale.rewards.roles import AtLeast, AtMost
 from nextscale.rewards.user import load_function
 from nextscale.rewards.vlm_judge import VlmJudge
 

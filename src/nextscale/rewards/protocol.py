@@ -15,8 +15,8 @@ from torch import Tensor
 
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError, RewardError
-from nextscale.constraints import Constraint
 from nextscale.rewards.asking.waiting import begin, is_async, wait_for
+from nextscale.rewards.roles import Constraint
 
 Scores = Tensor | np.ndarray | Sequence[float | None]
 """(B,) floats; NaN or None where an image is not scored."""

@@ -71,9 +71,18 @@ def load_checkpoint(accelerator: Accelerator, path: Path) -> dict:
         CheckpointError: a file of it is missing or broken.
     """
     try:
-        state = json.loads((path / STATE_FILE).read_text())
+        state = _with_controllers(json.loads((path / STATE_FILE).read_text()))
         accelerator.load_state(str(path))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"checkpoint '{path}' cannot be read: {reason}") from error
     return state
+
+
+def _with_controllers(state: dict) -> dict:
+    """A trainer's state as it is written now; an earlier one had each controller under a key of its own."""
+    if "controllers" in state:
+        return state
+    names = [name for name in ("constraints", "entropy_floor") if name in state]
+    controllers = {name: state[name] for name in names} | {"watch": {"first": state["first_evaluation"]}}
+    return {"step": state["step"], "seconds": state["seconds"], "controllers": controllers}

@@ -4,6 +4,7 @@ Works on the metrics of evaluations alone, so it serves the trainer and the repo
 """
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from nextscale.base.numbers import pair
 
@@ -20,16 +21,24 @@ class HackingWatch:
     def __init__(self, held_out: Collection[str]) -> None:
         self.held_out = held_out
         self.first: dict[str, float] | None = None
+        self.warnings: dict[str, str] = {}
+        """Name of a held-out reward to the sentence that the last evaluation calls for."""
 
-    def __call__(self, metrics: dict[str, float]) -> dict[str, str | None]:
-        """Each held-out reward with its warning, or None where there is nothing to warn of."""
+    def update(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Look at an evaluation; returns what to log: 1 for each held-out reward with a warning, else 0."""
         self.first = first = self.first or dict(metrics)
-        warnings: dict[str, str | None] = dict.fromkeys(self.held_out)
+        self.warnings = {}
         for name in self.held_out:
             if is_hacked(first, metrics, name):
                 reward, scores = ((first[key], metrics[key]) for key in ("eval_reward", _mean(name)))
-                warnings[name] = hacking_warning(name, reward, scores)
-        return warnings
+                self.warnings[name] = hacking_warning(name, reward, scores)
+        return {f"eval_warnings/{name}": float(name in self.warnings) for name in self.held_out}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first": self.first}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.first = state["first"]
 
 
 def is_hacked(first: Mapping[str, float], last: Mapping[str, float], name: str) -> bool:

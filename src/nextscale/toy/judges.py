@@ -6,12 +6,14 @@ so that an image that pleases a reward (a vision transformer) without being what
 Shapes: B images · K kinds
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from nextscale.base.conditions import Condition
 from nextscale.base.tensors import build_strictly, read_state_dict
 from nextscale.models.zoo import TOY_ASSETS
 from nextscale.toy.world import CLASSES, STYLES
@@ -52,8 +54,8 @@ def judge(model: Judge, images: Tensor) -> Tensor:
     return model(images).argmax(-1)
 
 
-def judge_metrics(images: Tensor, labels: Tensor) -> dict[str, float]:
-    """What the shipped judges say of images that were asked to show `labels`.
+def judge_metrics(images: Tensor, conditions: Sequence[Condition]) -> dict[str, float]:
+    """What the shipped judges say of images that were asked to show these classes.
 
     Returns:
         `judge/class_accuracy`, the share of images in which the class judge sees the class asked for, and
@@ -61,7 +63,8 @@ def judge_metrics(images: Tensor, labels: Tensor) -> dict[str, float]:
     """
     seen = judge(load_judge("class").to(images.device), images).cpu()
     styles = judge(load_judge("style").to(images.device), images).cpu()
-    metrics = {"judge/class_accuracy": (seen == labels.cpu()).float().mean().item()}
+    asked = torch.tensor([condition.label for condition in conditions])
+    metrics = {"judge/class_accuracy": (seen == asked).float().mean().item()}
     for index, style in enumerate(STYLES):
         metrics[f"judge/style/{style}"] = (styles == index).float().mean().item()
     return metrics

@@ -56,7 +56,7 @@ def train_transformer(
         labels_B = torch.where(is_null_B, TRANSFORMER.num_classes, labels_B)
         inputs_BLD = tokenizer.tokens_to_inputs(tokens_BL)
         with torch.autocast("cpu", torch.bfloat16):
-            logits_BLV = model(labels_B, inputs_BLD)
+            logits_BLV = model(model.conditioning_from_labels(labels_B), inputs_BLD)
         nll_BL = F.cross_entropy(logits_BLV.transpose(1, 2), tokens_BL, reduction="none")
         loss = (nll_BL * weights_L).sum(1).mean()
         optimizer.step(loss)

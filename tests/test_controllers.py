@@ -1,4 +1,4 @@
-"""Constraints: multipliers by hand-computed numbers."""
+"""Controllers: multipliers by hand-computed numbers."""
 
 import json
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from nextscale.base.errors import ConfigError
-from nextscale.constraints import AtLeast, AtMost, Constraints
+from nextscale.controllers import Constraints, EntropyFloor, ascend
+from nextscale.rewards.roles import AtLeast, AtMost
 
 
 def batch(mean: float, std: float = 2.0, name: str = "a") -> dict[str, float]:
@@ -78,3 +79,41 @@ def test_a_bound_is_a_number_or_base(bound: Any) -> None:
     for kind in (AtLeast, AtMost):
         with pytest.raises(ConfigError, match="expected a number, or base"):
             kind(bound)
+
+
+def test_a_multiplier_grows_while_violated_and_stays_at_zero_while_held() -> None:
+    multipliers = ascend([0.0, 0.0], [1.0, -1.0], rate=0.5)
+    multipliers = ascend(multipliers, [0.4, 0.2], rate=0.5)
+    assert multipliers == pytest.approx([0.7, 0.1])
+    assert ascend(multipliers, [-9.0, -0.1], rate=0.5) == pytest.approx([0.0, 0.05])
+
+
+def entropies(*values: float) -> dict[str, float]:
+    return {f"entropy/scale_{k}": value for k, value in enumerate(values, 1)}
+
+
+def test_the_floor_is_a_share_of_each_scales_first_entropy() -> None:
+    floor = EntropyFloor(share=0.75, rate=2.0, num_scales=2)
+    assert floor.update(entropies(4.0, 1.0)) == {"entropy_floor/scale_1": 0.0, "entropy_floor/scale_2": 0.0}
+    assert floor.bonuses == [0.0, 0.0]
+    floor.update(entropies(2.0, 0.9))  # half of the first is left, and nine tenths of the second
+    assert floor.bonuses == pytest.approx([2.0 * 0.25, 0.0])
+    # What is logged was in force in the step that ended.
+    assert floor.update(entropies(4.0, 1.0))["entropy_floor/scale_1"] == pytest.approx(0.5)
+
+
+def test_a_floors_state_goes_through_json_exactly() -> None:
+    straight, resumed = (EntropyFloor(share=0.9, rate=0.1, num_scales=3) for _ in range(2))
+    for values in ((3.0, 2.0, 1.0), (1.0 / 3, 2.0, 0.7)):
+        straight.update(entropies(*values))
+    resumed.load_state_dict(json.loads(json.dumps(straight.state_dict())))
+    for each in (straight, resumed):
+        each.update(entropies(0.1, 0.2, 0.3))
+    assert resumed.bonuses == straight.bonuses
+
+
+def test_a_scale_without_entropy_does_not_divide_by_zero() -> None:
+    floor = EntropyFloor(share=0.5, rate=1.0, num_scales=1)
+    floor.update(entropies(0.0))
+    floor.update(entropies(0.0))
+    assert floor.bonuses == [1.0]

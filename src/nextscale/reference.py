@@ -1,0 +1,37 @@
+"""The frozen model that the KL holds the policy to.
+
+Shapes: B images · L tokens of all scales · V codebook size · D codebook width
+"""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from nextscale.models.protocol import Conditioning, NextScaleModel
+from nextscale.policy import SamplingConfig
+from nextscale.rescoring import teacher_forced_logits
+
+
+class Reference:
+    """A model that is never trained.
+
+    Args:
+        model: of the same family and sizes as the one that is; frozen here.
+    """
+
+    def __init__(self, model: NextScaleModel) -> None:
+        self.model = model.requires_grad_(False)
+
+    @classmethod
+    def copy_of(cls, model: NextScaleModel) -> "Reference":
+        """The model as it is now, which costs its size in memory once more."""
+        return cls(copy.deepcopy(model))
+
+    @torch.no_grad()
+    def log_probs(self, conditioning: Conditioning, inputs_BLD: Tensor, sampling: SamplingConfig) -> Tensor:
+        """(B, L, V) its log-probabilities after guidance and temperature, before filtering: see
+        `exact_kl`."""
+        schedule = self.model.schedule
+        logits_BLV = teacher_forced_logits(self.model, schedule, conditioning, inputs_BLD, sampling)
+        return logits_BLV.log_softmax(-1)
