@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from nextscale.base.statistics import centred, deviation
 from nextscale.grpo import Aggregation, ScaleRewards
 
 
@@ -26,15 +27,13 @@ def group_advantages(
 
     Source: GRPO (arXiv 2402.03300), equation 3; Dr. GRPO (arXiv 2503.20783) for "none".
     """
-    scored_NG = ~rewards_NG.isnan()
-    scored_NG &= scored_NG.sum(1, keepdim=True) >= 2
-    centred_NG = _centre(rewards_NG, scored_NG)
+    is_lone_NG = (~rewards_NG.isnan()).sum(1, keepdim=True) < 2
+    rewards_NG = rewards_NG.masked_fill(is_lone_NG, float("nan"))
+    centred_NG = centred(rewards_NG)
     if scale_rewards == "group":
-        return centred_NG / (_deviation(centred_NG, scored_NG, dim=1) + epsilon)
+        return centred_NG / (deviation(rewards_NG) + epsilon)
     if scale_rewards == "batch":
-        values = torch.where(scored_NG, rewards_NG, 0.0).flatten()[None]
-        centred = _centre(values, scored_NG.flatten()[None])
-        return centred_NG / (_deviation(centred, scored_NG.flatten()[None], dim=1) + epsilon)
+        return centred_NG / (deviation(rewards_NG.flatten()) + epsilon)
     return centred_NG
 
 
@@ -72,15 +71,3 @@ def add_constraints(
     for name, coefficient in coefficients.items():
         advantages_NG = advantages_NG + coefficient * group_advantages(rewards[name])
     return advantages_NG
-
-
-def _centre(values: Tensor, scored: Tensor) -> Tensor:
-    # From the row's best, not from 0: a mean rounds, and equal rewards would not centre to exactly 0.
-    shifted = values - values.masked_fill(~scored, float("-inf")).amax(1, keepdim=True)
-    mean = torch.where(scored, shifted, 0.0).sum(1, keepdim=True) / scored.sum(1, keepdim=True).clamp_min(1)
-    return torch.where(scored, shifted - mean, 0.0)
-
-
-def _deviation(centred: Tensor, scored: Tensor, dim: int) -> Tensor:
-    """Sample standard deviation (n - 1) of the scored values, as torch.std has it."""
-    return (centred.square().sum(dim, keepdim=True) / (scored.sum(dim, keepdim=True) - 1).clamp_min(1)).sqrt()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nextscale.base.conditions import Condition
 from nextscale.base.seeding import generator_for
+from nextscale.base.statistics import deviation, standard_error
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.rewards import WeightedSum
@@ -89,10 +90,10 @@ def evaluate(
     total = rewards.total(flat)
     metrics = {
         "reward": total.nanmean().item(),
-        "reward_std": deviation(total),
-        "reward_sem": _standard_error(total),
+        "reward_std": deviation(total).item(),
+        "reward_sem": standard_error(total).item(),
         **score_metrics(flat),
-        **{f"rewards/{name}/sem": _standard_error(each) for name, each in flat.items()},
+        **{f"rewards/{name}/sem": standard_error(each).item() for name, each in flat.items()},
         "num_images": float(per_condition * len(chosen)),
     }
     if distances:
@@ -109,7 +110,7 @@ def score_metrics(scores: Mapping[str, Tensor]) -> dict[str, float]:
         scores: name to scores of any shape; NaN where an image is not scored.
     """
     means = {f"rewards/{name}/mean": each.nanmean().item() for name, each in scores.items()}
-    return means | {f"rewards/{name}/std": deviation(each) for name, each in scores.items()}
+    return means | {f"rewards/{name}/std": deviation(each.flatten()).item() for name, each in scores.items()}
 
 
 def mean_pairwise_distance(embeddings_GE: Tensor) -> float:
@@ -117,16 +118,6 @@ def mean_pairwise_distance(embeddings_GE: Tensor) -> float:
     cosine_GG = embeddings_GE.float() @ embeddings_GE.float().T
     num = len(embeddings_GE)
     return ((num * num - cosine_GG.sum()) / (num * (num - 1))).item()
-
-
-def deviation(values: Tensor) -> float:
-    """Sample standard deviation of the values that are not NaN; 0 of fewer than two."""
-    scored = values[~values.isnan()]
-    return scored.std().item() if len(scored) > 1 else 0.0
-
-
-def _standard_error(values: Tensor) -> float:
-    return deviation(values) / max(1, (~values.isnan()).sum().item()) ** 0.5
 
 
 def _spread(conditions: Sequence[Condition], num_images: int, seed: int) -> list[Condition]:

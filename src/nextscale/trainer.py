@@ -22,8 +22,9 @@ from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError, RewardError
 from nextscale.base.interrupt import StopOnInterrupt
 from nextscale.base.metrics import Means
+from nextscale.base.statistics import deviation
 from nextscale.controllers import Constraints, Controller, EntropyFloor
-from nextscale.evaluation import Embedder, Judges, deviation, evaluate, score_metrics
+from nextscale.evaluation import Embedder, Judges, evaluate, score_metrics
 from nextscale.grpo import GRPOConfig
 from nextscale.losses import Microbatch, Objective
 from nextscale.optimizer import OptimizerConfig, make_optimizer
@@ -278,7 +279,7 @@ class GRPOTrainer:
         scores = dict(zip(names, all_NKG.transpose(0, 1).cpu(), strict=True))
         require_scores(scores)
         total_NG = self.rewards.total(scores)
-        deviation_N = torch.tensor([deviation(group) for group in total_NG])
+        deviation_N = deviation(total_NG)
         return {
             "reward": total_NG.nanmean().item(),
             "reward_std": deviation_N.mean().item(),
