@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nextscale.base.errors import CheckpointError, ConfigError, first_sentence
+from nextscale.base.files import replacing
 
 StateDict = dict[str, Tensor]
 Model = TypeVar("Model", bound=nn.Module)
@@ -151,10 +152,9 @@ def write_tensors(model: nn.Module, path: Path, dtype: torch.dtype | str | None 
     for key, value in model.state_dict().items():
         value = value.detach().cpu().contiguous()
         state[key] = value.to(dtype) if dtype and value.is_floating_point() else value
-    # The model may be mapped from the very file that is replaced: writing into it would change the model.
-    aside = path.with_suffix(".writing")
-    (save_file if path.suffix == ".safetensors" else torch.save)(state, aside)
-    aside.replace(path)
+    save = save_file if path.suffix == ".safetensors" else torch.save
+    with replacing(path) as aside:  # the model may be mapped from this very file
+        save(state, aside)
 
 
 def shape_of(state: StateDict, path: str | Path, kind: str, key: str, num_axes: int) -> tuple[int, ...]:

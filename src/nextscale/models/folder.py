@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from nextscale.base.errors import CheckpointError, ConfigError, NextscaleError
+from nextscale.base.files import write_text_aside
 from nextscale.base.records import Record, did_you_mean
 from nextscale.base.tensors import load_strictly, write_tensors
 from nextscale.models.var import VAR, VARConfig
@@ -109,4 +110,4 @@ def write_folder(
         tokenizer=tokenizer.config,
         class_names=class_names,
     )
-    (folder / CONFIG).write_text(json.dumps(config.model_dump(), indent=2) + "\n", encoding="utf-8")
+    write_text_aside(folder / CONFIG, json.dumps(config.model_dump(), indent=2) + "\n")
