@@ -19,11 +19,8 @@ from nextscale.base.tensors import load_strictly, write_tensors
 from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
 
-CONFIG, TRANSFORMER, TOKENIZER = FILES = (
-    "config.json",
-    "transformer.safetensors",
-    "tokenizer.safetensors",
-)
+FILES = ("config.json", "transformer.safetensors", "tokenizer.safetensors")
+CONFIG, TRANSFORMER, TOKENIZER = FILES
 
 
 class Family(NamedTuple):

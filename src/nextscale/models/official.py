@@ -81,16 +81,6 @@ def read_vqvae_config(state: StateDict, path: str | Path, scale_sizes: tuple[int
     ))  # fmt: skip
 
 
-def read_sizes(var_path: str | Path, vae_path: str | Path) -> tuple[VARConfig, VQVAEConfig]:
-    """The sizes of the two networks of official checkpoints.
-
-    Raises:
-        CheckpointError: a file cannot be used, or the two do not belong together.
-    """
-    state = read_state_dict(var_path, "var_wo_ddp")
-    return _sizes_of_both(state, var_path, read_state_dict(vae_path, "vae_local"), vae_path)
-
-
 def load_official(
     var_path: str | Path, vae_path: str | Path, dtype: torch.dtype = torch.float32
 ) -> tuple[VAR, VQVAE]:
@@ -103,8 +93,13 @@ def load_official(
         CheckpointError: a file cannot be used, or the two do not belong together.
     """
     var_state = read_state_dict(var_path, "var_wo_ddp", dtype)
+    var_config = read_var_config(var_state, var_path)
     vae_state = read_state_dict(vae_path, "vae_local")
-    var_config, vae_config = _sizes_of_both(var_state, var_path, vae_state, vae_path)
+    vae_config = read_vqvae_config(vae_state, vae_path, var_config.scale_sizes)
+    try:
+        check_same_grids(var_config, vae_config)
+    except NextscaleError as error:
+        raise CheckpointError(f"'{var_path}' and '{vae_path}' do not belong together: {error}") from None
     transformer = build_strictly(lambda: VAR(var_config), var_state, var_path)
     tokenizer = build_strictly(lambda: VQVAE(vae_config), vae_state, vae_path)
     return transformer, tokenizer
@@ -124,18 +119,6 @@ def save_official(
     for model, path in zip((transformer, tokenizer), paths, strict=True):
         write_tensors(model, path, dtype)
     return paths
-
-
-def _sizes_of_both(
-    var_state: StateDict, var_path: str | Path, vae_state: StateDict, vae_path: str | Path
-) -> tuple[VARConfig, VQVAEConfig]:
-    var_config = read_var_config(var_state, var_path)
-    vae_config = read_vqvae_config(vae_state, vae_path, var_config.scale_sizes)
-    try:
-        check_same_grids(var_config, vae_config)
-    except NextscaleError as error:
-        raise CheckpointError(f"'{var_path}' and '{vae_path}' do not belong together: {error}") from None
-    return var_config, vae_config
 
 
 def _scale_indices(

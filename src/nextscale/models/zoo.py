@@ -11,7 +11,7 @@ from nextscale.base.errors import CheckpointError, ConfigError
 from nextscale.base.records import did_you_mean
 from nextscale.models import hub
 from nextscale.models.folder import CONFIG, FILES, read_config
-from nextscale.models.official import read_sizes
+from nextscale.models.official import load_official
 from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
 from nextscale.policy import SamplingConfig
@@ -209,6 +209,7 @@ def sizes_of(name: str, vae: str | None = None) -> tuple[VARConfig, VQVAEConfig]
         model = OFFICIAL_MODELS[name]
         return model.transformer, model.tokenizer
     if vae is not None:
-        return read_sizes(name, vae)
+        networks = load_official(name, vae)  # the tensors stay on the disk, mapped
+        return networks[0].config, networks[1].config
     config = read_config(folder_of(name, [CONFIG]))
     return config.transformer, config.tokenizer
