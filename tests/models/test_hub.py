@@ -75,5 +75,11 @@ def test_what_is_cached_stands_in_for_a_silent_hub(silent_hub):
     (silent_hub / "models--a--b" / "refs").mkdir()
     (silent_hub / "models--a--b" / "refs" / "main").write_text("0" * 40)
     assert hub.download("a/b", ["x"]) == snapshot
-    with pytest.raises(CheckpointError, match="gave no y"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         hub.download("a/b", ["x", "y"])
+
+
+@pytest.mark.parametrize("name", ["a--b/c", "a/b..c", "a/" + 100 * "b"])
+def test_a_name_that_the_hub_does_not_allow(name):
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        hub.download(name, ["x"])

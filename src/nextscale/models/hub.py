@@ -32,8 +32,15 @@ def is_repository(name: str) -> bool:
 
 def find_cached(repository: str, names: Sequence[str], **access: Unpack[Access]) -> Path | None:
     """The cache folder that holds all of these files of a repository, or None if any of them is missing."""
-    folder = _cached_snapshot(repository, names, **access)
-    return folder if folder and all((folder / name).is_file() for name in names) else None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(repository, allow_patterns=list(names), local_files_only=True, **access)
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    folder = Path(found)
+    return folder if all((folder / name).is_file() for name in names) else None
 
 
 def download(repository: str, names: Sequence[str], **access: Unpack[Access]) -> Path:
@@ -53,25 +60,13 @@ def download(repository: str, names: Sequence[str], **access: Unpack[Access]) ->
         )
         folder = Path(snapshot_download(repository, allow_patterns=list(names), **access))
     except Exception as error:  # the transport below huggingface_hub raises errors of its own
-        folder = _cached_snapshot(repository, names, **access)
-        if folder is None:
-            raise CheckpointError(f"{url(repository)} cannot be read ({first_sentence(error)})") from None
+        if cached := find_cached(repository, names, **access):
+            return cached
+        raise CheckpointError(f"{url(repository)} cannot be read ({first_sentence(error)})") from None
     for name in names:
         if not (folder / name).is_file():
             raise CheckpointError(f"{url(repository)} gave no {name}")
     return folder
-
-
-def _cached_snapshot(repository: str, names: Sequence[str], **access: Unpack[Access]) -> Path | None:
-    """The cache folder of a repository, which may lack some of the files."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        found = snapshot_download(repository, allow_patterns=list(names), local_files_only=True, **access)
-    except LocalEntryNotFoundError:
-        return None
-    return Path(found)
 
 
 def upload(
