@@ -206,6 +206,29 @@ def test_a_pipeline_loaded_in_bfloat16(tiny_pipeline, tmp_path):
     assert out.log_probs.dtype == torch.float32 and out.images.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_a_dtype_by_name(tiny_pipeline, tmp_path, name):
+    dtype = getattr(torch, name)
+    own = tiny_pipeline.save_pretrained(tmp_path / "own", dtype=name)
+    assert load_file(own / "transformer.safetensors")["head.weight"].dtype == dtype
+    official = tiny_pipeline.save_official(tmp_path / "official", dtype=name)
+    assert torch.load(official[0], weights_only=True)["head.weight"].dtype == dtype
+    assert VARPipeline.from_pretrained(own, dtype=name).transformer.head.weight.dtype == dtype
+    assert VARPipeline.from_official(*official, dtype=name).transformer.head.weight.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int64", torch.int64, None, 16])
+def test_what_is_no_dtype(tiny_pipeline, tmp_path, dtype):
+    told = rf"^dtype {re.escape(repr(dtype))} cannot be used: give one of float32, bfloat16, float16$"
+    for load in (lambda: VARPipeline.from_pretrained("var-d30", dtype),  # told before the download
+                 lambda: VARPipeline.from_official("no file", "no file", dtype)):  # fmt: skip
+        with pytest.raises(ConfigError, match=told):
+            load()
+    if dtype is not None:
+        with pytest.raises(ConfigError, match=told):
+            tiny_pipeline.save_pretrained(tmp_path, dtype)
+
+
 def test_saving_again_overwrites(make_pipeline, tmp_path):
     make_pipeline(seed=1).save_pretrained(tmp_path)
     second = make_pipeline(seed=2)
@@ -306,7 +329,9 @@ def test_a_misspelt_size_names_the_nearest(saved):
 def test_another_format_version(saved, version):
     config = json.loads((saved / "config.json").read_text()) | {"format_version": version}
     (saved / "config.json").write_text(json.dumps(config))
-    assert f"has format_version {version}, expected 1" in refusal(saved, saved / "config.json")
+    assert f"format_version = {version!r} cannot be used: input should be 1" in refusal(
+        saved, saved / "config.json"
+    )
 
 
 @pytest.mark.parametrize(

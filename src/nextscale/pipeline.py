@@ -3,7 +3,6 @@
 Shapes: B images · L tokens of all scales · H W pixels
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,25 +10,23 @@ from tempfile import TemporaryDirectory
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nextscale.base.clock import Clock
 from nextscale.base.conditions import Condition
-from nextscale.base.errors import CheckpointError, ConfigError, NextscaleError
+from nextscale.base.errors import CheckpointError, ConfigError
 from nextscale.base.images import to_pil
 from nextscale.base.seeding import group_uniforms
-from nextscale.base.tensors import load_strictly, stored_state_dict
+from nextscale.base.tensors import to_dtype
 from nextscale.models import hub, official, zoo
 from nextscale.models.class_names import imagenet_names
-from nextscale.models.protocol import Conditioning
-from nextscale.models.var import VAR, VARConfig
-from nextscale.models.vqvae import VQVAE, VQVAEConfig
+from nextscale.models.folder import CONFIG, read_config, read_networks, write_folder
+from nextscale.models.protocol import Conditioning, NextScaleModel
+from nextscale.models.var import VAR
+from nextscale.models.vqvae import VQVAE, check_same_grids
 from nextscale.policy import SamplingConfig
 from nextscale.report.model_card import write_model_card
 from nextscale.sampling import Samples, sample
-
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -75,27 +72,26 @@ class Drawn:
 
 
 class VARPipeline:
-    """A VAR transformer and the tokenizer it was trained on.
+    """A next-scale transformer and the tokenizer it was trained on.
 
     Attributes:
-        transformer: the VAR; the part that is fine-tuned.
-        tokenizer: the VQVAE; always frozen.
+        transformer: of any family; the part that is fine-tuned.
+        tokenizer: the multi-scale VQVAE; always frozen.
         class_names: the name of each class, or None where they are unknown.
         source: the name or path it was loaded by, or None.
     """
 
-    def __init__(self, transformer: VAR, tokenizer: VQVAE, class_names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, transformer: NextScaleModel, tokenizer: VQVAE, class_names: Sequence[str] | None = None
+    ) -> None:
         self.transformer = transformer.eval()
         self.tokenizer = tokenizer.eval().requires_grad_(False)
         self.source: str | None = None
         self.class_names = None if class_names is None else tuple(class_names)
-        num_classes = transformer.config.num_classes
+        num_classes = transformer.num_classes
         if self.class_names is not None and len(self.class_names) != num_classes:
             raise ConfigError(f"the model has {num_classes} classes, got {len(self.class_names)} class names")
-        for name in ("codebook_size", "codebook_width", "scale_sizes"):
-            ours, theirs = getattr(transformer.config, name), getattr(tokenizer.config, name)
-            if ours != theirs:
-                raise ConfigError(f"the transformer has {name} {ours}, but the tokenizer has {theirs}")
+        check_same_grids(transformer.config, tokenizer.config)
 
     @property
     def num_classes(self) -> int:
@@ -125,21 +121,24 @@ class VARPipeline:
         cls,
         var: str | Path,
         vae: str | Path,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         device: torch.device | str = "cpu",
         class_names: Sequence[str] | None = None,
     ) -> "VARPipeline":
-        """Load official checkpoints (`var_d16.pth`, `vae_ch160v4096z32.pth`); the tensors tell the sizes.
+        """Load checkpoints of VAR's official code; their sizes are read from the tensors.
 
         Args:
-            dtype: of the transformer; the tokenizer stays float32.
-            class_names: by default ImageNet's, where the model has 1000 classes: the files name none.
+            var: file of the transformer, such as `var_d16.pth`.
+            vae: file of the tokenizer, such as `vae_ch160v4096z32.pth`.
+            dtype: of the transformer, as torch's dtype or by name ("bfloat16"); the tokenizer stays float32.
+            class_names: one for each class. The files hold none; a model with 1000 classes gets those of
+                ImageNet by default.
 
         Raises:
-            CheckpointError: names the file and the first thing wrong with it.
-            ConfigError: another number of class names than of classes, or no such device.
+            CheckpointError: a file cannot be used, or the two do not belong together.
+            ConfigError: the class names are not as many as the classes, or there is no such dtype or device.
         """
-        transformer, tokenizer = official.load_official(var, vae, dtype)
+        transformer, tokenizer = official.load_official(var, vae, to_dtype(dtype))
         if class_names is None and transformer.config.num_classes == len(imagenet_names()):
             class_names = imagenet_names()
         pipe = cls(transformer, tokenizer, class_names)
@@ -148,80 +147,65 @@ class VARPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        cls,
+        name: str | Path,
+        dtype: torch.dtype | str = torch.float32,
+        device: torch.device | str = "cpu",
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
     ) -> "VARPipeline":
         """Load a model by name.
 
         Args:
-            name: "toy", or a published model such as "var-d16", which is taken from the hub's cache or
-                downloaded; a folder that `save_pretrained` wrote; or a hub repository ("owner/name") that
-                `push_to_hub` wrote.
-            dtype: of the transformer; the tokenizer stays float32.
+            name: "toy", which comes with the package; a published model such as "var-d16"; a folder that
+                `save_pretrained` wrote; or a hub repository ("owner/name") that `push_to_hub` wrote.
+            dtype: of the transformer, as torch's dtype or by name ("bfloat16"); the tokenizer stays float32.
+            revision: branch, tag or commit of the hub repository; by default its main branch.
+            token: access token for the hub; by default the one that `hf auth login` stored.
+            cache_dir: folder to download to; by default the hub's own cache.
 
         Raises:
-            CheckpointError: no such model, it cannot be had, or a file of it cannot be used.
-            ConfigError: no such device.
+            CheckpointError: there is no such model, it cannot be downloaded, or a file of it cannot be used.
+            ConfigError: there is no such dtype or device, or `revision` is given for a local model.
         """
+        dtype = to_dtype(dtype)
+        access = hub.Access(revision=revision, token=token, cache_dir=cache_dir)
         if str(name) in zoo.OFFICIAL_MODELS:
-            return cls.from_official(*zoo.fetch_official(str(name)), dtype, device)
-        pipe = cls._from_folder(zoo.folder_of(name), dtype)
+            return cls.from_official(*zoo.fetch_official(str(name), **access), dtype, device)
+        folder = zoo.folder_of(name, **access)
+        config = read_config(folder)
+        networks = read_networks(folder, config, dtype)
+        try:
+            pipe = cls(*networks, config.class_names)
+        except ConfigError as error:
+            raise CheckpointError(
+                f"'{folder / CONFIG}' is not the configuration of a model: {error}"
+            ) from None
         pipe.source = str(name)
         return pipe.to(device)
 
-    @classmethod
-    def _from_folder(cls, folder: Path, dtype: torch.dtype) -> "VARPipeline":
-        path = folder / "config.json"
-        try:
-            config = json.loads(path.read_text())
-            records = (
-                VARConfig.from_mapping(config["transformer"]),
-                VQVAEConfig.from_mapping(config["tokenizer"]),
-            )
-        except OSError:
-            raise CheckpointError(
-                f"'{folder}' is not a model folder: it has no readable config.json"
-            ) from None
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, NextscaleError) as error:
-            raise CheckpointError(f"'{path}' is not the configuration of a model: {error}") from None
-        if config.get("format_version") != FORMAT_VERSION:
-            found = config.get("format_version")
-            raise CheckpointError(f"'{path}' has format_version {found}, expected {FORMAT_VERSION}")
-        transformer = load_strictly(lambda: VAR(records[0]), folder / "transformer.safetensors", dtype)
-        tokenizer = load_strictly(lambda: VQVAE(records[1]), folder / "tokenizer.safetensors")
-        try:
-            return cls(transformer, tokenizer, config.get("class_names"))
-        except (ConfigError, TypeError) as error:
-            raise CheckpointError(f"'{path}' is not the configuration of a model: {error}") from None
-
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | str | None = None) -> Path:
         """Write `transformer.safetensors`, `tokenizer.safetensors` and `config.json`; returns the folder.
 
         Args:
+            folder: created if needed.
             dtype: of the stored floating-point tensors; by default each tensor's own.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, model in (("transformer", self.transformer), ("tokenizer", self.tokenizer)):
-            path = folder / f"{name}.safetensors"
-            # Aside, then renamed: the file this very model was loaded from may still be mapped into memory.
-            aside = path.with_suffix(".writing")
-            save_file(stored_state_dict(model, dtype), aside)
-            aside.replace(path)
-        config = {
-            "format_version": FORMAT_VERSION,
-            "transformer": self.transformer.config.model_dump(),
-            "tokenizer": self.tokenizer.config.model_dump(),
-            "class_names": self.class_names,
-        }
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        return folder
+        write_folder(Path(folder), self.transformer, self.tokenizer, self.class_names, dtype)
+        return Path(folder)
 
-    def save_official(self, folder: str | Path, dtype: torch.dtype | None = None) -> tuple[Path, Path]:
-        """Write `var.pth` and `vae.pth` for the official code; returns their paths.
+    def save_official(self, folder: str | Path, dtype: torch.dtype | str | None = None) -> tuple[Path, Path]:
+        """Write `var.pth` and `vae.pth` for VAR's official code; returns their paths.
 
         Args:
+            folder: created if needed.
             dtype: of the stored floating-point tensors; by default each tensor's own.
         """
+        if not isinstance(self.transformer, VAR):
+            kind = type(self.transformer).__name__
+            raise ConfigError(f"a {kind} has no official format here: write it with save_pretrained")
         return official.save_official(self.transformer, self.tokenizer, folder, dtype)
 
     def push_to_hub(
@@ -230,23 +214,31 @@ class VARPipeline:
         *,
         run: str | Path | None = None,
         private: bool = False,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a nextscale model",
     ) -> str:
-        """Push the model with a model card to a hub repository ("owner/name"); returns its page.
+        """Push the model with a model card to a hub repository; returns the URL of its page.
 
         Args:
-            run: the folder of the run that trained it, for the card.
-            private: whether a new repository is for its owner only.
+            repo_id: "owner/name"; created if needed.
+            run: folder of the run that trained the model, for the card.
+            private: whether a newly created repository is private.
             dtype: of the stored floating-point tensors; by default each tensor's own.
+            token: access token for the hub; by default the one that `hf auth login` stored.
+            revision: branch to commit to, created if needed; by default the main branch.
 
         Raises:
-            CheckpointError: the hub does not take it.
-            ConfigError: `run` is no run folder.
+            CheckpointError: the hub refuses the upload or cannot be reached.
+            ConfigError: `run` is not a run folder, or there is no such dtype.
         """
         with TemporaryDirectory() as name:
             folder = self.save_pretrained(name, dtype)
             write_model_card(folder, Path(run) if run else None, base=self.source, repository=repo_id)
-            return hub.upload(repo_id, folder, private)
+            return hub.upload(
+                repo_id, folder, private, token=token, revision=revision, commit_message=commit_message
+            )
 
     def conditions(self, labels: Sequence[int]) -> list[Condition]:
         """The conditions of these class labels.

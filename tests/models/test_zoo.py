@@ -1,6 +1,7 @@
 """Models by name: what is known of them, and where they come from. No test reaches the network."""
 
-import hashlib
+import contextlib
+import json
 import math
 import shutil
 from itertools import pairwise
@@ -10,10 +11,12 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from nextscale.base.errors import CheckpointError
+from nextscale.base.errors import CheckpointError, ConfigError
 from nextscale.cli.main import main
 from nextscale.models import zoo
 from nextscale.models.class_names import imagenet_names
+from nextscale.models.var import VARConfig
+from nextscale.models.vqvae import VQVAEConfig
 from nextscale.pipeline import VARPipeline
 
 REPOSITORY = "FoundationVision/var"
@@ -60,21 +63,71 @@ def official(pipe, tmp_path_factory):
 @pytest.mark.parametrize("name", zoo.OFFICIAL_MODELS)
 def test_sizes_are_those_of_the_official_tensors(name, official_shapes):
     model = zoo.OFFICIAL_MODELS[name]
-    shapes = official_shapes[model.transformer.name.removesuffix(".pth")]
+    shapes = [official_shapes[file.removesuffix(".pth")] for file in model.files]
+    sizes = shapes[0]["config"]
+    assert zoo.sizes_of(name) == (model.transformer, model.tokenizer)
+    assert model.transformer == VARConfig(
+        depth=sizes["depth"],
+        width=sizes["embed_dim"],
+        num_heads=sizes["num_heads"],
+        num_classes=1000,
+        codebook_size=4096,
+        codebook_width=32,
+        scale_sizes=sizes["patch_nums"],
+        shared_adaln=name == "var-d36",
+    )
+    assert model.tokenizer == VQVAEConfig(scale_sizes=sizes["patch_nums"])
+    assert model.tokenizer.image_size == sizes["resolution"] == (512 if name == "var-d36" else 256)
     width = {"float32": 4, "int64": 8}
-    found = sum(math.prod(shape) * width[kind] for shape, kind in shapes["state_dict"].values())
-    assert model.transformer.num_bytes == found
-    assert model.image_size == shapes["config"]["resolution"]
-    buffers = 680 * 8 + 680**2 * 4 if model.image_size == 256 else 2240 * 8 + 2240**2 * 4
-    zero_biases = 4 * shapes["config"]["depth"] * shapes["config"]["embed_dim"]
-    assert found == 4 * model.num_parameters + buffers + zero_biases
+    assert model.num_bytes() == tuple(
+        sum(math.prod(shape) * width[kind] for shape, kind in each["state_dict"].values()) for each in shapes
+    )
     assert model.sampling.model_dump() == dict(guidance_scale=1.5, temperature=1.0, top_k=900, top_p=0.96)
 
 
 def test_the_larger_model_has_the_lower_fid():
     models = [zoo.OFFICIAL_MODELS[f"var-d{depth}"] for depth in (16, 20, 24, 30)]
-    assert all(a.fid > b.fid and a.num_parameters < b.num_parameters for a, b in pairwise(models))
-    assert all(file.sha256 is None or len(file.sha256) == 64 for model in models for file in model.files)
+    assert all(a.fid > b.fid and a.num_bytes() < b.num_bytes() for a, b in pairwise(models))
+
+
+# Sizes without weights
+
+
+def test_a_folder_tells_its_sizes_without_its_weights(tiny_pipeline, tmp_path):
+    folder = tiny_pipeline.save_pretrained(tmp_path)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    assert zoo.sizes_of(str(folder)) == (tiny_pipeline.transformer.config, tiny_pipeline.tokenizer.config)
+
+
+def test_official_files_tell_their_sizes(tiny_pipeline, tmp_path):
+    var, vae = tiny_pipeline.save_official(tmp_path)
+    expected = tiny_pipeline.transformer.config, tiny_pipeline.tokenizer.config
+    assert zoo.sizes_of(str(var), str(vae)) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "has no readable config.json"),
+        ("{", "is not the configuration of a model"),
+        (
+            json.dumps({"format_version": 1, "transformer": {"depht": 3}, "tokenizer": {}}),
+            "did you mean 'depth'?",
+        ),
+    ],
+)
+def test_a_folder_that_tells_no_sizes(tmp_path, content, says):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError) as caught:
+        zoo.sizes_of(str(tmp_path))
+    assert says in str(caught.value)
+
+
+def test_no_such_model():
+    with pytest.raises(CheckpointError, match=r"no model 'var-d17'.*did you mean 'var-d"):
+        zoo.sizes_of("var-d17")
 
 
 # From the cache
@@ -95,9 +148,9 @@ def test_own_repository_from_the_cache(cache, make_pipeline, tmp_path):
     assert again.class_names == pipe.class_names and torch.equal(again([1]).tokens, pipe([1]).tokens)
 
 
-def test_a_repository_of_something_else(cache, official):
+def test_a_repository_that_is_cached_in_part(cache, official):
     put(cache, "someone/else", official)
-    with pytest.raises(CheckpointError, match=r"huggingface\.co/someone/else gave no config\.json"):
+    with pytest.raises(CheckpointError, match=r"huggingface\.co/someone/else cannot be read"):
         VARPipeline.from_pretrained("someone/else")
     with pytest.raises(CheckpointError, match="holds several models: name one of var-d16, var-d20"):
         VARPipeline.from_pretrained(REPOSITORY)
@@ -115,11 +168,11 @@ def test_offline_and_not_cached_tells_what_to_get_and_how_to_load_it(cache, offi
         "var_d16.pth (1.2 GB) and vae_ch160v4096z32.pth (0.4 GB)",
         "https://huggingface.co/FoundationVision/var",
         "--model var_d16.pth --vae vae_ch160v4096z32.pth",
-        "outgoing traffic has been disabled",
+        "offline mode is enabled",
     ):
         assert part in message
     put(cache, REPOSITORY, {"var_d16.pth": official["var_d16.pth"]})  # one of the two is not enough
-    with pytest.raises(CheckpointError, match=r"gave no vae_ch160v4096z32\.pth: get var_d16\.pth"):
+    with pytest.raises(CheckpointError, match=r"cannot be read .*: get var_d16\.pth"):
         VARPipeline.from_pretrained("var-d16")
     with pytest.raises(CheckpointError, match="no model 'runs/mine': there is no such folder, and https"):
         VARPipeline.from_pretrained("runs/mine")
@@ -134,45 +187,48 @@ def test_a_name_near_a_known_one():
 
 
 @pytest.fixture
-def download(cache, official, monkeypatch):
-    """A hub that has the official files; what it was asked for."""
+def asked(cache, official, monkeypatch):
+    """A hub that has the official files; the keywords of each download."""
     asked = []
     real = huggingface_hub.snapshot_download
 
-    def snapshot_download(repository, allow_patterns, local_files_only=False):
+    def snapshot_download(repository, *, local_files_only=False, **keywords):
         if local_files_only:
-            return real(repository, allow_patterns=allow_patterns, local_files_only=True)
-        asked.append((repository, allow_patterns))
+            return real(repository, local_files_only=True, **keywords)
+        asked.append((repository, keywords))
         return str(put(cache, repository, official))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: None)
     return asked
 
 
-def expect(monkeypatch, hashes):
-    files = [
-        zoo.WeightFile(name=file.name, num_bytes=file.num_bytes, sha256=sha256)
-        for file, sha256 in zip(zoo.OFFICIAL_MODELS["var-d16"].files, hashes, strict=True)
-    ]
-    known = dict(vars(zoo.OFFICIAL_MODELS["var-d16"])) | {"transformer": files[0], "tokenizer": files[1]}
-    monkeypatch.setitem(zoo.OFFICIAL_MODELS, "var-d16", zoo.OfficialModel(**known))
-
-
-def test_a_download_is_checked_and_done_once(download, official, monkeypatch):
-    var = official["var_d16.pth"]
-    expect(monkeypatch, [hashlib.sha256(var.read_bytes()).hexdigest(), None])
+def test_a_model_is_downloaded_once(asked, official):
     for _ in range(2):
         found, _ = zoo.fetch_official("var-d16")
-        assert found.read_bytes() == var.read_bytes()
-    assert download == [(REPOSITORY, ["var_d16.pth", "vae_ch160v4096z32.pth"])]
+        assert found.read_bytes() == official["var_d16.pth"].read_bytes()
+    assert asked == [(REPOSITORY, {"allow_patterns": ["var_d16.pth", "vae_ch160v4096z32.pth"]})]
 
 
-def test_a_damaged_download_is_refused_and_not_kept(download, monkeypatch, cache):
-    expect(monkeypatch, ["0" * 64, None])
-    for _ in range(2):  # the second time it is downloaded again, not taken from the cache
-        with pytest.raises(CheckpointError, match=r"'var_d16\.pth' arrived with sha256 .* expected 0{64}"):
-            zoo.fetch_official("var-d16")
-    assert len(download) == 2 and not list(cache.rglob("var_d16.pth"))
+def test_a_repository_of_something_else(asked):
+    with pytest.raises(CheckpointError, match=r"huggingface\.co/someone/else gave no config\.json"):
+        VARPipeline.from_pretrained("someone/else")
+
+
+@pytest.mark.parametrize("name", ["var-d16", "someone/painter"])
+def test_the_hubs_keywords_arrive(asked, name, tmp_path):
+    access = dict(revision="v1", token="secret", cache_dir=tmp_path / "elsewhere")
+    with contextlib.suppress(CheckpointError):  # the files in this hub are those of d16 only
+        VARPipeline.from_pretrained(name, **access)
+    ((_, keywords),) = asked
+    assert {key: keywords[key] for key in access} == access
+
+
+@pytest.mark.parametrize("is_embedded", [True, False])
+def test_a_revision_of_what_is_not_on_the_hub(tiny_pipeline, tmp_path, is_embedded):
+    name = "toy" if is_embedded else tiny_pipeline.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"revision 'v1' has no effect on .*, which is not on the hub"):
+        VARPipeline.from_pretrained(name, revision="v1")
 
 
 # The command line

@@ -9,10 +9,9 @@ from nextscale.base.errors import ConfigError, RewardError
 from nextscale.config.build import backbone_of, plan_recipe, rehearse
 from nextscale.config.recipe import RECIPES, RewardConfig, load_recipe, packaged_recipes
 from nextscale.grpo import GRPOConfig
-from nextscale.models.sizes import OFFICIAL_SIZES
 from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAEConfig
-from nextscale.models.zoo import TOY_ASSETS
+from nextscale.models.zoo import TOY_ASSETS, sizes_of
 from nextscale.plan.gpus import GPUS, find_gpu
 from nextscale.plan.phases import Phases
 from nextscale.plan.planning import USABLE_MEMORY, UTILISATION, describe, make_plan
@@ -55,7 +54,7 @@ def by_hand(config: VARConfig, lengths: list[int], seen: list[int], embedded: in
 
 def test_d16_costs_what_the_official_model_does():
     """601 GFLOP to sample with guidance, 394 to decode, 310 for a forward pass, 930 with the backward."""
-    config, tokenizer = OFFICIAL_SIZES["var-d16"]
+    config, tokenizer = sizes_of("var-d16")
     run = RunConfig(per_device_train_batch_size=1, per_device_eval_batch_size=1)
     phases = Phases(config, tokenizer, GRPOConfig(), GUIDED, run, 1)
     lengths = [size * size for size in config.scale_sizes]

@@ -232,10 +232,13 @@ def pushed(monkeypatch):
     calls = []
 
     class HfApi:
+        def __init__(self, token):
+            pass
+
         def create_repo(self, repo_id, *, private, exist_ok):
             calls.append(("create", repo_id, private, exist_ok))
 
-        def upload_folder(self, *, repo_id, folder_path, commit_message):
+        def upload_folder(self, *, repo_id, folder_path, commit_message, revision):
             files = {path.name: path.read_bytes() for path in folder_path.iterdir()}
             calls.append(("upload", repo_id, files))
 
@@ -279,6 +282,9 @@ def test_export_pushes_what_it_wrote(trained, pushed, tmp_path, capsys):
 
 def test_a_hub_that_refuses(tiny_pipeline, monkeypatch):
     class HfApi:
+        def __init__(self, token):
+            pass
+
         def create_repo(self, *_, **__):
             raise OSError("401 Unauthorized.\nRequest ID: 1")
 

@@ -1,4 +1,4 @@
-"""Tensors of files: read without running anything, checked key by key, written aside and renamed."""
+"""Tensors in files: read without executing anything, checked key by key, written aside and renamed."""
 
 import pickle
 import re
@@ -9,13 +9,28 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nextscale.base.errors import CheckpointError, first_sentence
+from nextscale.base.errors import CheckpointError, ConfigError, first_sentence
+from nextscale.base.files import replacing
 
 StateDict = dict[str, Tensor]
 Model = TypeVar("Model", bound=nn.Module)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def to_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A floating-point dtype of torch, given as itself or by name ("bfloat16").
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return dtype
+    if str(dtype) not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} cannot be used: give one of {', '.join(DTYPES)}")
+    return DTYPES[str(dtype)]
 
 
 def read_state_dict(
@@ -23,13 +38,13 @@ def read_state_dict(
 ) -> StateDict:
     """The tensors of a `.pth` or `.safetensors` file, on the CPU.
 
-    What is float32 in the file, and asked for so, stays mapped from it: pages come into memory when they are
-    used, and are never copied. For another dtype the tensors are read, and freed one by one as they are
-    converted, for mapped pages would stay in memory beside the result.
+    Tensors that are float32 in the file and are wanted as float32 stay mapped: their pages enter memory when
+    they are used, and are never copied. For any other dtype each tensor is read, converted and freed in turn,
+    because mapped pages would stay in memory beside the result.
 
     Args:
-        nested_key: where a trainer's checkpoint holds them ("var_wo_ddp" or "vae_local").
-        dtype: of the floating-point tensors.
+        nested_key: key under which a trainer's checkpoint holds them ("var_wo_ddp" or "vae_local").
+        dtype: of the floating-point tensors; the others keep their own.
 
     Raises:
         CheckpointError: the file is missing, truncated, no checkpoint, or holds anything but tensors.
@@ -48,7 +63,7 @@ def read_state_dict(
         refused = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it wants to run {refused[1]}" if refused else "it is not a checkpoint of tensors"
         raise CheckpointError(f"'{path}' was not loaded: {what}; only tensors are read from a file") from None
-    except Exception as error:  # on a file that is no pickle the reader fails with whatever its bytes lead to
+    except Exception as error:  # given arbitrary bytes, the unpickler can raise anything
         raise CheckpointError(
             f"'{path}' cannot be read ({first_sentence(error)}): it is truncated or no checkpoint"
         ) from None
@@ -65,7 +80,7 @@ def read_state_dict(
 
 
 def _can_be_mapped(path: Path) -> bool:
-    """Whether a `.pth` file is a zip of plain entries: not one of torch before 1.6, nor packed again."""
+    """Whether a `.pth` file is an uncompressed zip: not the format before torch 1.6, nor zipped again."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as file:
@@ -73,25 +88,26 @@ def _can_be_mapped(path: Path) -> bool:
 
 
 def _read_each(path: Path, dtype: torch.dtype) -> StateDict:
-    """Converted copies of the tensors of a safetensors file."""
+    """The tensors of a safetensors file, converted one at a time."""
     with safe_open(path, "pt") as file:
         keys = list(file.keys())
     state = {}
     for key in keys:
-        with safe_open(path, "pt") as file:  # a mapping for each, which leaves the memory with its tensor
+        with safe_open(path, "pt") as file:  # a mapping of its own, which is freed with the tensor
             value = file.get_tensor(key)
         state[key] = value.to(dtype if value.is_floating_point() else value.dtype, copy=True)
     return state
 
 
 def build_strictly(make: Callable[[], Model], state: StateDict, path: str | Path) -> Model:
-    """A model that holds exactly these tensors: built without memory of its own, every key and shape checked.
+    """A model that holds exactly these tensors; built on the meta device, it takes no memory of its own.
 
     Args:
-        make: makes the model; called on the meta device.
+        make: builds the model.
+        path: file that the tensors come from, for the error message.
 
     Raises:
-        CheckpointError: names the file and the first key that is missing, unknown or of another shape.
+        CheckpointError: a key is missing, unknown, of another shape or of another kind of dtype.
     """
     try:
         with torch.device("meta"):
@@ -102,7 +118,7 @@ def build_strictly(make: Callable[[], Model], state: StateDict, path: str | Path
     for key, value in expected.items():
         if key not in state:
             unknown = [name for name in state if name not in expected]
-            renamed = f" ('{unknown[0]}' stands in the file and is not known)" if unknown else ""
+            renamed = f" (it holds '{unknown[0]}', which the model does not know)" if unknown else ""
             raise CheckpointError(f"'{path}' lacks '{key}'{renamed}")
         if state[key].shape != value.shape:
             found, wanted = tuple(state[key].shape), tuple(value.shape)
@@ -117,28 +133,39 @@ def build_strictly(make: Callable[[], Model], state: StateDict, path: str | Path
 
 
 def load_strictly(make: Callable[[], Model], path: Path, dtype: torch.dtype = torch.float32) -> Model:
-    """A model of known sizes with the tensors of a file; raises as the two that it calls do."""
+    """A model with the tensors of a file: `read_state_dict`, then `build_strictly`.
+
+    Raises:
+        CheckpointError: the file cannot be read, or its tensors are not the model's.
+    """
     return build_strictly(make, read_state_dict(path, dtype=dtype), path)
 
 
-def stored_state_dict(model: nn.Module, dtype: torch.dtype | None = None) -> StateDict:
-    """A model's tensors as they are written: contiguous, on the CPU, the floating-point ones in `dtype`."""
+def write_tensors(model: nn.Module, path: Path, dtype: torch.dtype | str | None = None) -> None:
+    """Write a model's state dict to a `.safetensors` or `.pth` file, replacing what is there.
+
+    Args:
+        dtype: of the floating-point tensors; by default each tensor's own.
+    """
+    dtype = None if dtype is None else to_dtype(dtype)
     state = {}
     for key, value in model.state_dict().items():
         value = value.detach().cpu().contiguous()
         state[key] = value.to(dtype) if dtype and value.is_floating_point() else value
-    return state
+    save = save_file if path.suffix == ".safetensors" else torch.save
+    with replacing(path) as aside:  # the model may be mapped from this very file
+        save(state, aside)
 
 
 def shape_of(state: StateDict, path: str | Path, kind: str, key: str, num_axes: int) -> tuple[int, ...]:
-    """The shape of a tensor that tells a size.
+    """The shape of a tensor from which a size is read.
 
     Args:
-        path: the file that the tensors come from, for the error.
-        kind: what the file should hold, such as "VQVAE".
+        path: file that the tensors come from, for the error message.
+        kind: what the file is expected to hold, such as "VQVAE".
 
     Raises:
-        CheckpointError: the tensor is absent, or has another number of axes.
+        CheckpointError: the tensor is missing, or does not have `num_axes` axes.
     """
     if key not in state:
         raise CheckpointError(f"'{path}' lacks '{key}': is it the checkpoint of a {kind}?")
@@ -149,6 +176,6 @@ def shape_of(state: StateDict, path: str | Path, kind: str, key: str, num_axes: 
 
 
 def count_layers(state: dict[str, Tensor], prefix: str) -> int:
-    """One more than the highest number that follows `prefix` in a key."""
+    """How many layers there are: one more than the highest number that follows `prefix` in a key."""
     numbers = [key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)]
     return max((int(number) for number in numbers if number.isdigit()), default=-1) + 1

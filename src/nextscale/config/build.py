@@ -15,9 +15,9 @@ from nextscale.config.recipe import REWARD_KINDS, Recipe, RewardConfig, flatten,
 from nextscale.evaluation import Embedder, Judges
 from nextscale.losses import token_weights
 from nextscale.models import hub, zoo
-from nextscale.models.sizes import sizes_of
 from nextscale.models.var import VAR
 from nextscale.models.vqvae import VQVAE
+from nextscale.models.zoo import sizes_of
 from nextscale.pipeline import VARPipeline
 from nextscale.plan.gpus import DEFAULT_GPU
 from nextscale.plan.planning import Plan, make_plan
@@ -176,7 +176,7 @@ def _has_to_be_downloaded(name: str) -> bool:
     """Whether this is a published model whose weights are not in the hub's cache."""
     if name in zoo.OFFICIAL_MODELS:
         model = zoo.OFFICIAL_MODELS[name]
-        return hub.find_cached(model.repository, [file.name for file in model.files]) is None
+        return hub.find_cached(model.repository, model.files) is None
     is_known = name in (*KNOWN_CLIPS, *DEFAULT_BACKBONES.values()) and not Path(name).is_dir()
     return is_known and hub.find_cached(name, ["config.json"]) is None
 

@@ -1,1 +1,1 @@
-"""The networks: the schedule of scales, the multi-scale VQVAE, the VAR transformer and official files."""
+"""Networks and their files: scales, tokenizer, transformer; model folders, official checkpoints, the hub."""

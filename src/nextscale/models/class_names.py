@@ -1,4 +1,4 @@
-"""Names of classes: ImageNet's, and the class that a name, a synonym or a number stands for."""
+"""Class names: those of ImageNet, and the label that a name, a synonym or a number stands for."""
 
 import difflib
 import re
@@ -14,9 +14,9 @@ NUM_CLOSEST = 5
 
 @cache
 def imagenet_spellings() -> tuple[tuple[str, ...], ...]:
-    """The name of each of ImageNet's 1000 classes, followed by its synonyms; no two names are alike.
+    """For each of ImageNet's 1000 classes its name, which is unique, and its synonyms.
 
-    Source: the file's first lines.
+    Source: see the first lines of imagenet_classes.txt.
     """
     lines = IMAGENET_FILE.read_text(encoding="utf-8").splitlines()
     return tuple(tuple(line.split(", ")) for line in lines if not line.startswith("#"))
@@ -24,26 +24,26 @@ def imagenet_spellings() -> tuple[tuple[str, ...], ...]:
 
 @cache
 def imagenet_names() -> tuple[str, ...]:
-    """The names of ImageNet's 1000 classes, in the order of their labels: 207 is "golden retriever"."""
+    """The names of ImageNet's 1000 classes, indexed by label: 207 is "golden retriever"."""
     return tuple(name for name, *_ in imagenet_spellings())
 
 
 def find_class(word: str, names: Sequence[str], num_classes: int) -> int:
-    """The class that a word stands for: a name, a number, or one of ImageNet's synonyms, in any case.
+    """The label of a class, given by name, by number or by one of ImageNet's synonyms, in any case.
 
     Args:
-        names: of a model's classes; empty where they are unknown.
-        num_classes: how many there are; a number beyond them is for the caller to refuse.
+        names: the model's class names by label; empty if they are unknown.
+        num_classes: number of classes, for the error message; the range of a number is not checked.
 
     Raises:
-        ConfigError: the word stands for no class, or for several.
+        ConfigError: the word stands for no class, or for more than one.
     """
     if word not in names and re.fullmatch(r"[-+]?\d+", word):
         return int(word)
     named = [[name] for name in names]
     spelt = imagenet_spellings() if tuple(names) == imagenet_names() else named
     wanted = word.lower()
-    # A name goes before a synonym: "partridge" is a class, and a synonym of another.
+    # Names come before synonyms: "partridge" is the name of one class and a synonym of another.
     for found in (
         [label for label, name in enumerate(names) if name == word],
         [label for label, name in enumerate(names) if name.lower() == wanted],
@@ -58,7 +58,7 @@ def find_class(word: str, names: Sequence[str], num_classes: int) -> int:
 
 
 def _hint(wanted: str, names: Sequence[str], spelt: Sequence[Sequence[str]], num_classes: int) -> str:
-    """The tail of the error sentence: the names nearest to a word."""
+    """The end of the error message: the class names closest to a word."""
     labels = {spelling.lower(): label for label, each in enumerate(spelt) for spelling in each}
     holding = [spelling for spelling in labels if re.search(rf"\b{re.escape(wanted)}\b", spelling)]
     near = difflib.get_close_matches(wanted, labels, n=NUM_CLOSEST, cutoff=0.6)

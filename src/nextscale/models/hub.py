@@ -1,14 +1,27 @@
-"""Files of hub repositories, through huggingface_hub: its cache, its progress bars, its resumed downloads."""
+"""Files of Hugging Face repositories, through huggingface_hub and its cache."""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict
+
+from typing_extensions import Unpack
 
 from nextscale.base.errors import CheckpointError, first_sentence
 
+TIMEOUT = 10  # seconds until a hub that does not answer counts as out of reach
+
+
+class Access(TypedDict, total=False):
+    """How a repository is read; huggingface_hub documents these keywords."""
+
+    revision: str | None
+    token: str | bool | None
+    cache_dir: str | Path | None
+
 
 def url(repository: str) -> str:
-    """The page of a repository."""
+    """The web page of a repository."""
     return f"https://huggingface.co/{repository}"
 
 
@@ -17,54 +30,75 @@ def is_repository(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
 
 
-def find_cached(repository: str, names: Sequence[str]) -> Path | None:
-    """The folder of the cache that holds all these files of a repository; None where one is not there."""
+def find_cached(repository: str, names: Sequence[str], **access: Unpack[Access]) -> Path | None:
+    """The cache folder that holds all of these files of a repository, or None if any of them is missing."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(repository, allow_patterns=list(names), local_files_only=True))
-    except LocalEntryNotFoundError:
+        found = snapshot_download(repository, allow_patterns=list(names), local_files_only=True, **access)
+    except (LocalEntryNotFoundError, HFValidationError):
         return None
+    folder = Path(found)
     return folder if all((folder / name).is_file() for name in names) else None
 
 
-def download(repository: str, names: Sequence[str]) -> Path:
+def download(repository: str, names: Sequence[str], **access: Unpack[Access]) -> Path:
     """The folder with the newest version of these files of a repository.
 
-    What is cached is not downloaded again, and stands in where the hub cannot be reached.
+    Cached files are not downloaded again, and are used as they are if the hub cannot be reached.
 
     Raises:
-        CheckpointError: they can neither be downloaded nor found in the cache.
+        CheckpointError: a file can neither be downloaded nor found in the cache.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     try:
-        folder = Path(snapshot_download(repository, allow_patterns=list(names)))
-    except Exception as error:  # whatever its transport raises, besides its own
-        raise CheckpointError(f"{url(repository)} cannot be had ({first_sentence(error)})") from None
+        # snapshot_download alone would wait for ever for a hub that accepts the connection and stays silent.
+        HfApi(token=access.get("token")).model_info(
+            repository, revision=access.get("revision"), timeout=TIMEOUT
+        )
+        folder = Path(snapshot_download(repository, allow_patterns=list(names), **access))
+    except Exception as error:  # the transport below huggingface_hub raises errors of its own
+        if cached := find_cached(repository, names, **access):
+            return cached
+        raise CheckpointError(f"{url(repository)} cannot be read ({first_sentence(error)})") from None
     for name in names:
-        if not (folder / name).is_file():  # not in the repository, or not in the cache that stood in for it
+        if not (folder / name).is_file():
             raise CheckpointError(f"{url(repository)} gave no {name}")
     return folder
 
 
-def upload(repository: str, folder: Path, private: bool = False) -> str:
-    """Push a folder's files to a repository, which is made if need be; returns its page.
+def upload(
+    repository: str,
+    folder: Path,
+    private: bool = False,
+    *,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload a nextscale model",
+) -> str:
+    """Push the files of a folder to a repository, creating it if needed; returns the URL of its page.
 
     Args:
-        private: whether a new repository is for its owner only.
+        private: whether a newly created repository is private.
+        token: access token; by default the one that `hf auth login` stored.
+        revision: branch to commit to, created if needed; by default the main branch.
 
     Raises:
-        CheckpointError: the hub does not take it.
+        CheckpointError: the hub refuses the upload or cannot be reached.
     """
     from huggingface_hub import HfApi
 
     try:
-        api = HfApi()
+        api = HfApi(token=token)
         api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload a nextscale model")
-    except Exception as error:  # whatever its transport raises, besides its own
+        if revision is not None:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message=commit_message, revision=revision
+        )
+    except Exception as error:  # the transport below huggingface_hub raises errors of its own
         raise CheckpointError(
             f"'{repository}' was not pushed to the hub ({first_sentence(error)}): check its name and the "
             "connection, and log in with 'hf auth login'"

@@ -58,11 +58,13 @@ class NextScaleModel(nn.Module, ABC):
     condition.
 
     Attributes:
+        config: the record of its sizes, with `codebook_size`, `codebook_width` and `scale_sizes` among them.
         schedule: the scales.
         num_classes: of a class-conditional model; 0 of any other.
         gradient_checkpointing: recompute activations in the backward pass.
     """
 
+    config: Any
     schedule: ScaleSchedule
     num_classes: int = 0
     gradient_checkpointing: bool = False

@@ -19,7 +19,7 @@ PHI_RATIO = 0.5  # share of the convolution in phi(h) = (1 - r) h + r conv(h)
 
 
 class Phi(nn.Conv2d):
-    """The smoothing after an upsampled grid: (1 - r) h + r conv3x3(h)."""
+    """Smooths an upsampled grid: (1 - r) h + r conv3x3(h)."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, width, kernel_size=3, padding=1)
@@ -29,15 +29,16 @@ class Phi(nn.Conv2d):
 
 
 class SharedPhi(nn.Module):
-    """Four phi for S scales; scale k takes the one whose tick is nearest to k / (S - 1)."""
+    """Four phi shared by S scales; scale k uses the one whose tick is nearest to k / (S - 1)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.qresi_ls = nn.ModuleList(Phi(width) for _ in range(NUM_PHI))
 
     def index(self, k: int, num_scales: int) -> int:
-        # Ties at k = 2 and 7 of 10 scales are settled by float64 rounding, as in the official code: the
-        # arithmetic must stay numpy's.
+        """Which of the four phi scale k uses."""
+        # With 10 scales, k = 2 and k = 7 are ties that float64 rounding decides, as in the official code: the
+        # arithmetic has to stay numpy's.
         ticks = np.linspace(1 / 3 / NUM_PHI, 1 - 1 / 3 / NUM_PHI, NUM_PHI)
         return int(np.argmin(np.abs(ticks - k / max(num_scales - 1, 1))))
 
@@ -46,12 +47,12 @@ class SharedPhi(nn.Module):
 
 
 class MultiScaleQuantizer(nn.Module):
-    """Codebook and smoothing convolutions, and the arithmetic between tokens and latents.
+    """Codebook and smoothing convolutions, which turn latents into tokens and back.
 
     Args:
-        codebook_size: V.
-        width: D, channels of the latent.
-        schedule: the grids, coarse to fine; the last is the latent's own.
+        codebook_size: V, number of codes.
+        width: D, width of a code and number of channels of the latent.
+        schedule: the token grids; the last has the size of the latent.
     """
 
     ema_vocab_hit_SV: Tensor
@@ -60,22 +61,22 @@ class MultiScaleQuantizer(nn.Module):
         super().__init__()
         self.schedule = schedule
         self.quant_resi = SharedPhi(width)
-        # Usage statistics of the official training: kept so that checkpoints load and save key for key.
+        # Codebook usage in the official training: unused here, kept so that checkpoints match key for key.
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(schedule.num_scales, codebook_size))
         self.embedding = nn.Embedding(codebook_size, width)
 
     def empty_latent(self, num_images: int) -> Tensor:
-        """(B, D, h, w) zeros: the latent before the first scale."""
+        """(B, D, h, w) zeros, the latent before the first scale."""
         size = self.schedule.sizes[-1]
         weight = self.embedding.weight
         return weight.new_zeros(num_images, weight.shape[1], size, size)
 
     def add_scale(self, f_hat_BDhw: Tensor, tokens_Bl: Tensor, k: int) -> Tensor:
-        """The accumulated latent after scale k: f_hat + phi(upsample(embed(tokens)))."""
+        """(B, D, h, w): the accumulated latent after scale k, f_hat + phi(upsample(embed(tokens)))."""
         return f_hat_BDhw + self._spread(tokens_Bl, k)
 
     def next_inputs(self, f_hat_BDhw: Tensor, k: int) -> Tensor:
-        """(B, l, D): what the transformer sees at scale k of the latent accumulated so far."""
+        """(B, l, D): the accumulated latent downsampled to the grid of scale k, the transformer's input."""
         size = self.schedule.sizes[k]
         return rearrange(F.interpolate(f_hat_BDhw, (size, size), mode="area"), "B D h w -> B (h w) D")
 
@@ -98,7 +99,7 @@ class MultiScaleQuantizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, f_BDhw: Tensor) -> Tensor:
-        """(B, D, h, w) latent to (B, L) tokens, each scale the nearest code to what is still missing."""
+        """(B, D, h, w) latent to (B, L) tokens; each scale takes the codes nearest to the residual so far."""
         rest_BDhw, tokens = f_BDhw, []
         for k in range(self.schedule.num_scales):
             tokens_Bl = self._nearest(rest_BDhw, k)
@@ -107,11 +108,14 @@ class MultiScaleQuantizer(nn.Module):
         return torch.cat(tokens, dim=1)
 
     def forward(self, f_BDhw: Tensor, commitment: float = 0.25) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantize with a straight-through gradient, to train a tokenizer.
+        """Quantize with a straight-through gradient, for training a tokenizer.
+
+        Args:
+            commitment: weight of the commitment loss.
 
         Returns:
-            the quantized latent (B, D, h, w); the tokens (B, L); the codebook and commitment loss, a mean
-            over scales and elements.
+            the quantized latent (B, D, h, w), the tokens (B, L), and the sum of codebook and commitment loss,
+            a mean over scales and elements.
         """
         f_hat_BDhw, tokens, loss = torch.zeros_like(f_BDhw), [], f_BDhw.new_zeros(())
         for k in range(self.schedule.num_scales):
@@ -134,7 +138,7 @@ class MultiScaleQuantizer(nn.Module):
         return rearrange(distance_NV.argmin(1), "(B l) -> B l", l=size * size)
 
     def _spread(self, tokens_Bl: Tensor, k: int) -> Tensor:
-        """A scale's tokens as its (B, D, h, w) contribution to the latent."""
+        """(B, D, h, w): what the tokens of scale k add to the latent."""
         size, full = self.schedule.sizes[k], self.schedule.sizes[-1]
         h_BDhw = rearrange(self.embedding(tokens_Bl), "B (h w) D -> B D h w", h=size)
         if k != self.schedule.num_scales - 1:

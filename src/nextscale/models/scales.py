@@ -1,4 +1,4 @@
-"""The schedule of scales: which tokens belong to which scale, and who may see whom.
+"""The schedule of scales: which tokens belong to which scale, and which tokens each may attend to.
 
 Shapes: S scales · L tokens of all scales
 """
@@ -11,10 +11,13 @@ import torch
 
 @dataclass(frozen=True)
 class ScaleSchedule:
-    """The side lengths of the token grids, coarse to fine, e.g. (1, 2, 3, 4, 5, 6, 8, 10, 13, 16).
+    """The token grids of an image.
+
+    Attributes:
+        sizes: side lengths of the grids, coarse to fine, such as (1, 2, 3, 4, 5, 6, 8, 10, 13, 16).
 
     Raises:
-        ValueError: when a size is not positive or the sizes do not grow.
+        ValueError: a size is not positive, or the sizes are not strictly increasing.
     """
 
     sizes: tuple[int, ...]
@@ -27,6 +30,7 @@ class ScaleSchedule:
 
     @property
     def num_scales(self) -> int:
+        """S."""
         return len(self.sizes)
 
     @cached_property
@@ -36,28 +40,28 @@ class ScaleSchedule:
 
     @property
     def num_tokens(self) -> int:
-        """L, the tokens of all scales."""
+        """L, the number of tokens of all scales."""
         return sum(self.lengths)
 
     @cached_property
     def slices(self) -> tuple[slice, ...]:
-        """Where each scale's tokens stand among the L."""
+        """For each scale, the positions of its tokens among the L."""
         ends = [sum(self.lengths[: k + 1]) for k in range(self.num_scales)]
         return tuple(slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True))
 
     def scale_of_token(self) -> torch.Tensor:
-        """(L,) int64: the index of the scale each token belongs to."""
+        """(L,) int64: the index of the scale that each token belongs to."""
         return torch.cat([torch.full((length,), k) for k, length in enumerate(self.lengths)])
 
     def guidance_ramp(self) -> torch.Tensor:
-        """(L,) float32: k / (S - 1) for the tokens of scale k; the share of the guidance a token gets.
+        """(L,) float32: k / (S - 1) for the tokens of scale k, the factor that guidance is multiplied by.
 
         Source: official VAR, `t = cfg * ratio` with `ratio = si / num_stages_minus_1`.
         """
         return self.scale_of_token() / max(self.num_scales - 1, 1)
 
     def attention_bias(self) -> torch.Tensor:
-        """(L, L) float32: 0 where a token sees another (its own scale and all coarser ones), else -inf."""
+        """(L, L) float32: 0 where a token may attend to another (same scale or coarser), -inf elsewhere."""
         scale_L = self.scale_of_token()
         hidden_LL = scale_L[:, None] < scale_L[None, :]
         return torch.zeros(hidden_LL.shape).masked_fill(hidden_LL, float("-inf"))

@@ -1,4 +1,4 @@
-"""The VAR transformer: the distribution of each scale's tokens given all coarser scales and a class.
+"""The VAR transformer: the distribution of the tokens of each scale, given all coarser scales and a class.
 
 Shapes: B images · S scales · L tokens of all scales · l tokens of the scales at hand · V codebook size ·
 C width · D codebook width · H heads · d width of a head
@@ -29,41 +29,41 @@ MAX_LOG_ATTENTION_SCALE = math.log(100)
 
 
 class VARConfig(Record):
-    """Sizes of a VAR transformer. The defaults are those of the official d16."""
+    """Sizes of a VAR transformer. The defaults are those of the official VAR-d16."""
 
     depth: int = Field(default=16, gt=0)
-    """Number of blocks."""
+    """Number of transformer blocks."""
     width: int = Field(default=1024, gt=0)
-    """C."""
+    """Transformer width, C."""
     num_heads: int = Field(default=16, gt=0)
-    """H; must divide the width."""
+    """Number of attention heads, H; must divide the width."""
     mlp_ratio: float = Field(default=4.0, gt=0)
-    """Hidden width of the feed-forward part, in widths."""
+    """Hidden width of the feed-forward layers, as a multiple of the transformer's width."""
     num_classes: int = Field(default=1000, gt=0)
-    """Classes, without the null class, which is label `num_classes`."""
+    """Number of classes. The null class is not counted; its label is `num_classes`."""
     codebook_size: int = Field(default=4096, gt=0)
-    """V."""
+    """Number of codes, V."""
     codebook_width: int = Field(default=32, gt=0)
-    """D."""
+    """Width of a code, D."""
     scale_sizes: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
     """Side lengths of the token grids, coarse to fine."""
     shared_adaln: bool = False
-    """One AdaLN projection for all blocks, as in d36 at 512 px."""
+    """Whether all blocks share one AdaLN projection, as in VAR-d36 at 512 px."""
 
 
 class KVCache:
-    """Keys and values of the scales already run. The caller makes one for each batch it samples."""
+    """Keys and values of the scales that have run. The caller makes one for each batch that it samples."""
 
     def __init__(self) -> None:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def num_tokens(self) -> int:
-        """Tokens held, of all scales run so far."""
+        """Number of tokens held, of all scales that have run."""
         return self._layers[0][0].shape[2] if self._layers else 0
 
     def extend(self, layer: int, k_BHld: Tensor, v_BHld: Tensor) -> tuple[Tensor, Tensor]:
-        """Append one scale's keys and values to a layer's, and return all of them."""
+        """Append the keys and values of one scale to those of a layer; returns all of that layer's."""
         if layer in self._layers:
             k_held, v_held = self._layers[layer]
             k_BHld, v_BHld = torch.cat([k_held, k_BHld], 2), torch.cat([v_held, v_BHld], 2)
@@ -72,7 +72,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with unit queries and keys and a learned scale for each head."""
+    """Multi-head attention with L2-normalized queries and keys and a learned scale per head."""
 
     zero_k_bias: Tensor
 
@@ -101,7 +101,7 @@ class Attention(nn.Module):
 
 
 def _attention_kernel(x: Tensor) -> AbstractContextManager[object]:
-    """On a CPU, the backward pass of torch's fused attention takes longer than all the rest of the model."""
+    """The plain kernel for training on a CPU: the fused one's backward outlasts all the rest of the model."""
     slow = x.device.type == "cpu" and torch.is_grad_enabled()
     return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
 
@@ -117,7 +117,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each shifted, scaled and gated by the condition (AdaLN)."""
+    """Attention and feed-forward, each scaled, shifted and gated by the condition (AdaLN)."""
 
     def __init__(self, config: VARConfig) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class Block(nn.Module):
         layer: int,
     ) -> Tensor:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
-        # The residual stream stays float32: in bf16 the cached and the teacher-forced pass drift apart.
+        # The residual stream stays float32: in bfloat16, sampling and teacher forcing would drift apart.
         attended = self.attn(_modulate(x_BlC, scale1, shift1, self.attn.proj.weight), bias_ll, cache, layer)
         x_BlC = x_BlC + attended.float() * gamma1
         fed = self.ffn(_modulate(x_BlC, scale2, shift2, self.ffn.fc1.weight))
@@ -153,7 +153,7 @@ class Block(nn.Module):
 
 
 def _modulate(x_BlC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor, weight: Tensor) -> Tensor:
-    """LayerNorm without affine, scaled and shifted by the condition, in the dtype of the next weight."""
+    """LayerNorm without affine parameters, then scale and shift, in the dtype of the next layer's weight."""
     normed = F.layer_norm(x_BlC, x_BlC.shape[-1:], eps=1e-6)
     return (normed * (scale_B1C + 1) + shift_B1C).to(weight.dtype)
 
@@ -172,7 +172,7 @@ class VAR(NextScaleModel):
     """The next-scale transformer.
 
     Raises:
-        ValueError: when the number of heads does not divide the width.
+        ValueError: the number of heads does not divide the width.
     """
 
     lvl_1L: Tensor
@@ -244,11 +244,16 @@ class VAR(NextScaleModel):
 
     def _logits(self, x_BlC: Tensor, condition_BC: Tensor) -> Tensor:
         normed_BlC = self.head_nm(x_BlC, condition_BC)
-        with torch.autocast(x_BlC.device.type, enabled=False):  # log-probabilities need all 24 bits
+        with torch.autocast(x_BlC.device.type, enabled=False):  # log-probabilities need float32's precision
             return F.linear(normed_BlC.float(), self.head.weight.float(), self.head.bias.float())
 
     def init_weights(self, adaln_std: float = 0.5, adaln_gamma_std: float = 1e-5) -> None:
-        """Random weights in the official proportions, so that training starts near the identity."""
+        """Random weights as in the official code: every block starts near the identity.
+
+        Args:
+            adaln_std: factor on the weights of the AdaLN projections.
+            adaln_gamma_std: factor on those of the gates.
+        """
         std = math.sqrt(1 / self.config.width / 3)
         for parameter in (self.pos_start, self.pos_1LC):
             nn.init.trunc_normal_(parameter, std=std)
@@ -275,7 +280,7 @@ class VAR(NextScaleModel):
 
 
 def _last_weight(layers: nn.Sequential) -> Tensor:
-    """The weight of the linear layer that ends a modulation."""
+    """The weight of the linear layer at the end of a modulation."""
     linear = layers[-1]
     assert isinstance(linear, nn.Linear)
     return linear.weight

@@ -1,4 +1,4 @@
-"""The multi-scale VQVAE: images to grids of tokens and back.
+"""The multi-scale VQVAE: from images to grids of tokens and back.
 
 Shapes: B images · L tokens of all scales · D codebook width · h w the latent grid · H W pixels
 
@@ -7,6 +7,7 @@ those of the official checkpoint `vae_ch160v4096z32.pth`.
 """
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
+from nextscale.base.errors import ConfigError
 from nextscale.base.records import Record
 from nextscale.models.quantizer import MultiScaleQuantizer
 from nextscale.models.scales import ScaleSchedule
@@ -22,18 +24,18 @@ NORM_GROUPS = 32
 
 
 class VQVAEConfig(Record):
-    """Sizes of a VQVAE. The defaults are the official one's."""
+    """Sizes of a VQVAE. The defaults are those of the official checkpoint."""
 
     codebook_size: int = Field(default=4096, gt=0)
-    """V, number of codes."""
+    """Number of codes, V."""
     codebook_width: int = Field(default=32, gt=0)
-    """D, channels of the latent."""
+    """Width of a code and number of channels of the latent, D."""
     base_channels: int = Field(default=160, gt=0, multiple_of=NORM_GROUPS)
     """Channels at full resolution."""
     channel_multipliers: tuple[int, ...] = Field(default=(1, 1, 2, 2, 4), min_length=1)
-    """Channels of each level, in base channels; every level but the last halves the resolution."""
+    """Channels of each level, as multiples of the base; every level but the last halves the resolution."""
     num_res_blocks: int = Field(default=2, gt=0)
-    """Residual blocks of each encoder level; the decoder has one more."""
+    """Residual blocks per level of the encoder; the decoder has one more in each."""
     scale_sizes: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
     """Side lengths of the token grids, coarse to fine."""
 
@@ -41,6 +43,21 @@ class VQVAEConfig(Record):
     def image_size(self) -> int:
         """Side length of the images in pixels."""
         return self.scale_sizes[-1] * 2 ** (len(self.channel_multipliers) - 1)
+
+
+def check_same_grids(transformer: Any, tokenizer: VQVAEConfig) -> None:
+    """Check that a transformer predicts the tokens of this tokenizer.
+
+    Args:
+        transformer: the sizes of a transformer of any family.
+
+    Raises:
+        ConfigError: their codebooks or scales differ.
+    """
+    for name in ("codebook_size", "codebook_width", "scale_sizes"):
+        ours, theirs = getattr(transformer, name), getattr(tokenizer, name)
+        if ours != theirs:
+            raise ConfigError(f"the transformer has {name} {ours}, but the tokenizer has {theirs}")
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -85,7 +102,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(width, width, kernel_size=3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # pads right and bottom only, as the official one does
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # pads right and bottom only, as the official code does
 
 
 class Upsample(nn.Module):
@@ -109,7 +126,7 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution (each followed by attention at the lowest), then a resampling."""
+    """Residual blocks at one resolution (with attention after each at the lowest), then a resampling."""
 
     def __init__(self, width_in: int, width_out: int, num_blocks: int, *, has_attention: bool) -> None:
         super().__init__()
@@ -157,7 +174,7 @@ class Decoder(nn.Module):
         last = len(widths) - 1
         self.conv_in = _conv3(config.codebook_width, widths[-1])
         self.mid = Middle(widths[-1])
-        self.up = nn.ModuleList()  # up[0] is the finest, as the official keys have it; run from the last
+        self.up = nn.ModuleList()  # up[0] is the finest, as in the official keys, so it runs last
         for i in range(last + 1):
             width_in = widths[min(i + 1, last)]
             level = Level(width_in, widths[i], config.num_res_blocks + 1, has_attention=i == last)
@@ -177,11 +194,7 @@ class Decoder(nn.Module):
 
 
 class VQVAE(nn.Module):
-    """The tokenizer of a next-scale model.
-
-    Raises:
-        ValueError: from `encode`, when images are not (B, 3, H, W) of the model's size.
-    """
+    """The tokenizer of a next-scale model."""
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
@@ -195,7 +208,11 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) images in [0, 1] to (B, L) int64 tokens."""
+        """(B, 3, H, W) images in [0, 1] to (B, L) int64 tokens.
+
+        Raises:
+            ValueError: the images are not of the model's size.
+        """
         size = self.config.image_size
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
             raise ValueError(f"images must have shape (B, 3, {size}, {size}), got {tuple(images.shape)}")
@@ -229,5 +246,5 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def tokens_to_inputs(self, tokens_BL: Tensor) -> Tensor:
-        """(B, L) tokens to (B, L - 1, D): what the transformer sees of the coarser scales."""
+        """(B, L) tokens to the (B, L - 1, D) teacher-forcing inputs of scales 2 to S."""
         return self.quantize.tokens_to_inputs(tokens_BL)

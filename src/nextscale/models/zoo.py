@@ -1,12 +1,19 @@
-"""Models by name: where their files lie, what is known of them, and how to get them."""
+"""Models by name: the table of published ones, and where the files of any model are."""
 
-import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nextscale.base.errors import CheckpointError
+import torch
+from typing_extensions import Unpack
+
+from nextscale.base.errors import CheckpointError, ConfigError
 from nextscale.base.records import did_you_mean
 from nextscale.models import hub
+from nextscale.models.folder import CONFIG, FILES, read_config
+from nextscale.models.official import load_official
+from nextscale.models.var import VAR, VARConfig
+from nextscale.models.vqvae import VQVAE, VQVAEConfig
 from nextscale.policy import SamplingConfig
 
 TOY_ASSETS = Path(__file__).parent.parent / "toy" / "assets"
@@ -15,17 +22,17 @@ MODELS = {"toy": TOY_ASSETS / "pipeline"}
 """Name of an embedded model to its folder."""
 
 CLIPS = {"toy": TOY_ASSETS / "clip"}
-"""Name of an embedded CLIP to its folder; any other name is a hub repository's or a folder's."""
+"""Name of an embedded CLIP to its folder; any other CLIP is named by its hub repository or folder."""
 
 
 @dataclass(frozen=True)
 class HeadFile:
-    """Where the head of an aesthetic predictor lies, and the CLIP whose embeddings it takes.
+    """The file of an aesthetic predictor's head, and the CLIP whose embeddings it takes.
 
     Attributes:
         clip: name of the CLIP.
         source: an embedded file, or a URL.
-        sha256: of the file, where known.
+        sha256: of the file, if known.
     """
 
     clip: str
@@ -54,22 +61,8 @@ AESTHETIC_HEADS = {
 }
 """Aesthetic heads by name. LAION's are Apache-2.0 (v2) and MIT (v1); none comes with the package."""
 
-OWN_FILES = ("config.json", "transformer.safetensors", "tokenizer.safetensors")
-"""What `save_pretrained` writes and `from_pretrained` reads."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightFile:
-    """One file of a hub repository.
-
-    Attributes:
-        num_bytes: its size; where `sha256` is None, that of its tensors, computed from their shapes.
-        sha256: where it is known.
-    """
-
-    name: str
-    num_bytes: int
-    sha256: str | None = None
+SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 
 
 OFFICIAL_SAMPLING = SamplingConfig(guidance_scale=1.5, top_k=900, top_p=0.96)
@@ -77,154 +70,146 @@ OFFICIAL_SAMPLING = SamplingConfig(guidance_scale=1.5, top_k=900, top_p=0.96)
 
 @dataclass(frozen=True, kw_only=True)
 class OfficialModel:
-    """A checkpoint that VAR's authors published, trained on ImageNet's 1000 classes.
+    """A checkpoint that VAR's authors published, trained on the 1000 classes of ImageNet.
 
     Attributes:
-        repository: on the hub.
-        transformer: the VAR's file.
-        tokenizer: the VQVAE's file; the same for all.
-        image_size: side length in pixels.
-        num_parameters: of the transformer.
-        fid: in the paper (arXiv 2404.02905v2, tables 1 and 2), with 50,000 images drawn as `sampling` says.
+        files: names of the transformer's and the tokenizer's file in the repository.
+        transformer: sizes of the transformer.
+        tokenizer: sizes of the tokenizer.
+        fid: from the paper (arXiv 2404.02905v2, tables 1 and 2), of 50,000 images drawn with `sampling`.
         sampling: what the authors recommend.
-        licence: of the weights, as an SPDX identifier in the hub's lower case.
+        repository: on the hub.
+        licence: of the weights, as an SPDX identifier in lower case, which is how the hub writes it.
     """
 
-    repository: str = "FoundationVision/var"
-    transformer: WeightFile
-    tokenizer: WeightFile
-    image_size: int = 256
-    num_parameters: int
+    files: tuple[str, str]
+    transformer: VARConfig
+    tokenizer: VQVAEConfig
     fid: float
     sampling: SamplingConfig = OFFICIAL_SAMPLING
+    repository: str = "FoundationVision/var"
     licence: str = "mit"
 
-    @property
-    def files(self) -> tuple[WeightFile, WeightFile]:
-        return self.transformer, self.tokenizer
+    def num_bytes(self) -> tuple[int, int]:
+        """Bytes of the tensors in each of the two files."""
+        with torch.device("meta"):
+            networks = VAR(self.transformer), VQVAE(self.tokenizer)
+        var, vae = (sum(each.nbytes for each in network.state_dict().values()) for network in networks)
+        return var, vae
 
 
-# Size and sha256: the pointer in the hub's repository.
-_VQVAE = WeightFile(
-    name="vae_ch160v4096z32.pth",
-    num_bytes=436_075_834,
-    sha256="7c3ec27ae28a3f87055e83211ea8cc8558bd1985d7b51742d074fb4c2fcf186c",
-)
+def _official(
+    depth: int, fid: float, scales: tuple[int, ...], *, shared_adaln: bool = False
+) -> OfficialModel:
+    return OfficialModel(
+        files=(f"var_d{depth}.pth", "vae_ch160v4096z32.pth"),
+        transformer=VARConfig(
+            depth=depth, width=64 * depth, num_heads=depth, scale_sizes=scales, shared_adaln=shared_adaln
+        ),
+        tokenizer=VQVAEConfig(scale_sizes=scales),
+        fid=fid,
+    )
+
+
+# Source: VAR (arXiv 2404.02905), and the shapes of the tensors in the published files.
 OFFICIAL_MODELS = {
-    "var-d16": OfficialModel(
-        transformer=WeightFile(name="var_d16.pth", num_bytes=1_243_054_656),
-        tokenizer=_VQVAE,
-        num_parameters=310_283_520,
-        fid=3.30,
-    ),
-    "var-d20": OfficialModel(
-        transformer=WeightFile(name="var_d20.pth", num_bytes=2_405_625_984),
-        tokenizer=_VQVAE,
-        num_parameters=600_917_136,
-        fid=2.57,
-    ),
-    "var-d24": OfficialModel(
-        transformer=WeightFile(name="var_d24.pth", num_bytes=4_135_599_936),
-        tokenizer=_VQVAE,
-        num_parameters=1_033_399_360,
-        fid=2.09,
-    ),
-    "var-d30": OfficialModel(
-        transformer=WeightFile(name="var_d30.pth", num_bytes=8_042_166_864),
-        tokenizer=_VQVAE,
-        num_parameters=2_010_020_356,
-        fid=1.92,
-    ),
-    "var-d36": OfficialModel(
-        transformer=WeightFile(name="var_d36.pth", num_bytes=9_435_995_712),
-        tokenizer=_VQVAE,
-        image_size=512,
-        num_parameters=2_353_893_904,
-        fid=2.63,
-    ),
+    "var-d16": _official(16, 3.30, SCALES_256),
+    "var-d20": _official(20, 2.57, SCALES_256),
+    "var-d24": _official(24, 2.09, SCALES_256),
+    "var-d30": _official(30, 1.92, SCALES_256),
+    "var-d36": _official(36, 2.63, SCALES_512, shared_adaln=True),  # "d36-s" in the paper
 }
-"""Name of a published model to what is known of it."""
+"""Published models by name."""
 
 
 def find_official(source: str | None) -> str | None:
-    """The name of the published model that was loaded from `source`: its name, or the path of its file."""
+    """The name of the published model that `source` refers to, by its name or as the path of its file."""
     if source is None or source in OFFICIAL_MODELS:
         return source
-    files = {model.transformer.name: name for name, model in OFFICIAL_MODELS.items()}
+    files = {model.files[0]: name for name, model in OFFICIAL_MODELS.items()}
     return files.get(Path(source).name)
 
 
 def recommended_sampling(name: str) -> SamplingConfig:
-    """How a model's images are drawn where nothing else is said."""
+    """The settings with which a model's images are drawn by default."""
     return OFFICIAL_MODELS[name].sampling if name in OFFICIAL_MODELS else SamplingConfig(guidance_scale=1.5)
 
 
-def fetch_official(name: str) -> tuple[Path, Path]:
-    """The files of a published model, transformer and tokenizer: from the hub's cache, else downloaded.
+def fetch_official(name: str, **access: Unpack[hub.Access]) -> tuple[Path, Path]:
+    """The files of a published model, transformer and tokenizer: from the hub's cache, or else downloaded.
+
+    Args:
+        access: keywords of huggingface_hub.
 
     Raises:
-        CheckpointError: they are not cached and cannot be downloaded, or arrived damaged.
+        CheckpointError: a file is not in the cache and cannot be downloaded.
     """
     model = OFFICIAL_MODELS[name]
-    names = [file.name for file in model.files]
-    folder = hub.find_cached(model.repository, names)
+    folder = hub.find_cached(model.repository, model.files, **access)
     if folder is None:
         try:
-            folder = hub.download(model.repository, names)
+            folder = hub.download(model.repository, model.files, **access)
         except CheckpointError as error:
-            told = " and ".join(f"{file.name} ({file.num_bytes / 1e9:.1f} GB)" for file in model.files)
+            var, vae = model.files
+            sized = zip(model.files, model.num_bytes(), strict=True)
+            told = " and ".join(f"{file} ({num_bytes / 1e9:.1f} GB)" for file, num_bytes in sized)
             raise CheckpointError(
                 f"'{name}' is not in the cache, and {error}: get {told} from {hub.url(model.repository)} and "
-                f"load them with --model {names[0]} --vae {names[1]} (in a recipe, model and vae; in Python, "
+                f"load them with --model {var} --vae {vae} (in a recipe, model and vae; in Python, "
                 "VARPipeline.from_official)"
             ) from None
-        for file in model.files:
-            _check_hash(folder / file.name, file.sha256)
-    return folder / names[0], folder / names[1]
+    return folder / model.files[0], folder / model.files[1]
 
 
-def _check_hash(path: Path, expected: str | None) -> None:
-    """Remove a file that is not the one expected, for the cache would give it out again."""
-    if expected is None:
-        return
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if (found := digest.hexdigest()) != expected:
-        path.resolve().unlink()
-        path.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"'{path.name}' arrived with sha256 {found}, expected {expected}, and was removed: try again"
-        )
+def folder_of(name: str | Path, files: Sequence[str] = FILES, **access: Unpack[hub.Access]) -> Path:
+    """The folder of a model: an embedded one, one on this machine, or the cache folder of a hub repository.
 
-
-def folder_of(name: str | Path) -> Path:
-    """The folder of a model: an embedded one's, one on this machine, or a hub repository's in the cache.
+    Args:
+        files: what to download from a hub repository.
+        access: keywords of huggingface_hub.
 
     Raises:
-        CheckpointError: there is none of that name.
+        CheckpointError: there is no model of that name, or it cannot be downloaded.
+        ConfigError: a revision of something that is not on the hub.
     """
-    if str(name) in MODELS:
-        return MODELS[str(name)]
-    folder = Path(name)
-    if folder.is_dir():
+    folder = MODELS.get(str(name), Path(name))
+    if str(name) in MODELS or folder.is_dir():
+        if (revision := access.get("revision")) is not None:
+            raise ConfigError(f"revision '{revision}' has no effect on '{name}', which is not on the hub")
         return folder
     if folder.is_file():
         raise CheckpointError(
             f"no model '{name}': it is a file; give the tokenizer's file too, with --vae (in a recipe, vae; "
             "in Python, VARPipeline.from_official)"
         )
-    names = [*MODELS, *OFFICIAL_MODELS]
     if str(name) in {model.repository for model in OFFICIAL_MODELS.values()}:
         raise CheckpointError(
             f"'{name}' holds several models: name one of {', '.join(OFFICIAL_MODELS)} instead"
         )
     if not hub.is_repository(str(name)):
-        raise CheckpointError(
-            f"no model '{name}': it is neither a folder nor a known name{did_you_mean(str(name), names)}"
-        )
+        hint = did_you_mean(str(name), [*MODELS, *OFFICIAL_MODELS])
+        raise CheckpointError(f"no model '{name}': it is neither a folder nor a known name{hint}")
     try:
-        return hub.download(str(name), OWN_FILES)
+        return hub.download(str(name), files, **access)
     except CheckpointError as error:
         raise CheckpointError(f"no model '{name}': there is no such folder, and {error}") from None
+
+
+def sizes_of(name: str, vae: str | None = None) -> tuple[VARConfig, VQVAEConfig]:
+    """The sizes of a model, without loading its weights.
+
+    Args:
+        name: as `VARPipeline.from_pretrained` takes it; or, with `vae`, the transformer's official file.
+        vae: the tokenizer's official file.
+
+    Raises:
+        CheckpointError: there is no such model, or its sizes cannot be read.
+    """
+    if name in OFFICIAL_MODELS:
+        model = OFFICIAL_MODELS[name]
+        return model.transformer, model.tokenizer
+    if vae is not None:
+        networks = load_official(name, vae)  # the tensors stay on the disk, mapped
+        return networks[0].config, networks[1].config
+    config = read_config(folder_of(name, [CONFIG]))
+    return config.transformer, config.tokenizer
