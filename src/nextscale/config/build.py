@@ -1,11 +1,7 @@
 """Recipes in, objects out: the only place where the parts are put together."""
 
-import os
-import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -25,6 +21,7 @@ from nextscale.rewards import Reward, WeightedSum
 from nextscale.rewards.networks.backbones import DEFAULT_BACKBONES, KNOWN_CLIPS
 from nextscale.rewards.networks.clip import load_clip
 from nextscale.runs.checkpoint import find_checkpoint
+from nextscale.runs.environment import environment
 from nextscale.runs.writer import RunFolder
 from nextscale.toy.judges import judge_metrics
 from nextscale.toy.world import CLASSES, IMAGE_SIZE
@@ -246,21 +243,3 @@ def check_resumable(recipe: Recipe, path: Path) -> None:
                 f"{key} is {now!r}, but the run in '{path.parent}' has {was!r}: resume it with that value, "
                 "replace it with --run.overwrite true, or choose another --run.output_dir"
             )
-
-
-def environment(device: torch.device, command: Sequence[str]) -> dict[str, object]:
-    """What a run was made with; no path of the machine."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "num_threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "nextscale": sys.modules["nextscale"].__version__,  # an import would run upward
-        "python": platform.python_version(),
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(_without_folders(word) for word in command),
-    }
-
-
-def _without_folders(word: str) -> str:
-    option, equals, value = word.rpartition("=")
-    return option + equals + (os.path.basename(value) if os.path.isabs(value) else value)
