@@ -96,13 +96,17 @@ class GRPOTrainer:
             overwrite=self.run.overwrite,
         )
 
-        self.pipe = pipe.to(self.accelerator.device)
-        self.pipe.transformer.gradient_checkpointing = self.run.gradient_checkpointing
-        reference: VAR | None = None
-        if self.grpo.beta or self.grpo.measure_kl:
-            reference = copy.deepcopy(pipe.transformer).requires_grad_(False)
-        self.loss = GRPOLoss(self.grpo, self.sampling, pipe.transformer, reference)
-        self._prepare()
+        try:
+            self.pipe = pipe.to(self.accelerator.device)
+            self.pipe.transformer.gradient_checkpointing = self.run.gradient_checkpointing
+            reference: VAR | None = None
+            if self.grpo.beta or self.grpo.measure_kl:
+                reference = copy.deepcopy(pipe.transformer).requires_grad_(False)
+            self.loss = GRPOLoss(self.grpo, self.sampling, pipe.transformer, reference)
+            self._prepare()
+        except BaseException:
+            self.folder.close()
+            raise
         self.step_done, self.seconds_done = 0, 0.0
         self.watch = HackingWatch(self.rewards.held_out)
 
@@ -139,7 +143,15 @@ class GRPOTrainer:
 
         Raises:
             RewardError: a reward that cannot be used; a checkpoint is written first.
+            ConfigError: another run has taken the folder since this trainer's last `train`.
         """
+        self.folder.lock()
+        try:
+            return self._train()
+        finally:
+            self.folder.close()
+
+    def _train(self) -> Path:
         run, process = self.run, self.accelerator
         if run.resume and (path := find_checkpoint(run.resume, self.folder.checkpoints)):
             state = load_checkpoint(process, path)

@@ -1,6 +1,6 @@
-"""Reward hacking: the trained reward rises while one that is never trained on falls.
+"""Detection of reward hacking: the trained reward rises while a reward that is never trained on falls.
 
-Works on the metrics of evaluations alone, so it serves the trainer and the report.
+It works on the metrics of evaluations alone, so it serves the trainer and the report.
 """
 
 from collections.abc import Collection, Mapping
@@ -22,7 +22,7 @@ class HackingWatch:
         self.first: dict[str, float] | None = None
 
     def __call__(self, metrics: dict[str, float]) -> dict[str, str | None]:
-        """Each held-out reward with its warning, or None where there is nothing to warn of."""
+        """A warning for each held-out reward, or None where there is nothing to warn of."""
         self.first = first = self.first or dict(metrics)
         warnings: dict[str, str | None] = dict.fromkeys(self.held_out)
         for name in self.held_out:
@@ -61,7 +61,7 @@ def _mean(name: str) -> str:
 
 
 def _change(first: Mapping[str, float], last: Mapping[str, float], mean: str, error: str) -> float:
-    """The change of a mean, or 0 where it is within the noise."""
+    """The change of a mean; 0 where it is within the noise."""
     change = last[mean] - first[mean]
     noise = NOISE * (first[error] ** 2 + last[error] ** 2) ** 0.5
     return change if abs(change) > noise else 0.0
