@@ -13,13 +13,13 @@ from nextscale.base.files import replacing, write_text_aside
 from nextscale.base.images import to_pil
 from nextscale.runs.paths import RunPaths
 
-PATIENCE = 1.0  # seconds to wait for the lock, for a check of another process holds it for a moment
+PATIENCE = 1.0  # seconds to wait for the lock: another process's `check` holds it for a moment
 
 
 class RunFolder(RunPaths):
     """Where a run writes. From `open` to `close` it holds a lock, so that no two runs share a folder.
 
-    The operating system frees the lock of a process that ends in any way.
+    The operating system releases the lock of a process that ends, however it ends.
 
     Args:
         path: the folder.
@@ -48,21 +48,21 @@ class RunFolder(RunPaths):
         """Lock the folder, remove the run that is to be overwritten, and write `config.yaml`.
 
         Raises:
-            ConfigError: as `check` does; the folder is then as it was, and not locked.
+            ConfigError: as `check` does; the folder is then as it was.
         """
         self.lock()
         try:
             self._check_content(resume, overwrite)
-        except ConfigError:
+            if self.is_main:
+                if overwrite and not resume and self.metrics.exists():
+                    self._clear()
+                write_text_aside(self.config, config_yaml)
+        except BaseException:
             self.close()
             raise
-        if self.is_main:
-            if overwrite and not resume and self.metrics.exists():
-                self._clear()
-            write_text_aside(self.config, config_yaml)
 
     def lock(self) -> None:
-        """Reserve the folder, which is made if need be, for this run. Does nothing where that is done.
+        """Reserve the folder for this run, and make it if need be. Does nothing if that is done already.
 
         Raises:
             ConfigError: another run uses the folder, or it is a file.
@@ -80,7 +80,7 @@ class RunFolder(RunPaths):
             ) from None
 
     def close(self) -> None:
-        """Release the folder. Does nothing where it is not locked."""
+        """Release the folder. Does nothing if it is not locked."""
         self._lock.release()
 
     def write_environment(self, content: dict[str, object]) -> None:
@@ -89,7 +89,7 @@ class RunFolder(RunPaths):
             write_text_aside(self.environment, json.dumps(content, indent=2) + "\n")
 
     def keep_steps(self, last: int) -> None:
-        """Drop the metrics after step `last`, which a resumed run will write again, and any cut last line."""
+        """Drop the metrics after step `last`, which a resumed run writes again, and a last line cut short."""
         if not self.is_main or not self.metrics.exists():
             return
         kept = []
