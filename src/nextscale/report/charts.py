@@ -36,14 +36,11 @@ STYLE: dict[Any, Any] = {
 class Line:
     """A curve of a chart."""
 
-    key: str
-    """The metric."""
+    key: str  # the metric
     label: str
     colour: str = COLOURS[0]
-    band: str = ""
-    """The metric whose values are half the height of a band around the curve."""
-    measured: bool = False
-    """Whether the metric is measured only now and then, so that each value is marked."""
+    band: str = ""  # the metric that is half the height of a band around the curve
+    measured: bool = False  # only now and then, so that each value is marked
 
 
 @dataclass(frozen=True)
@@ -53,22 +50,7 @@ class Chart:
     title: str
     says: str
     lines: list[Line]
-    kind: str = ""
-    """"", "percent", "log" or "stacked"."""
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A chart as the page shows it."""
-
-    title: str
-    says: str
-    keys: list[dict[str, str]]
-    """The colour, the label and the last value of each curve."""
-    alt: str
-    """The chart in words, for those who cannot see it."""
-    svg: Markup
-    """The inside of an svg element."""
+    kind: str = ""  # "", "percent", "log" or "stacked"
 
 
 def charts(run: Run) -> list[Chart]:
@@ -102,9 +84,7 @@ def charts(run: Run) -> list[Chart]:
     diversity = [Line("eval_diversity", "diversity", measured=True)]
     times = [Line(f"time/{part}", part, c[i]) for i, part in enumerate(PARTS)]
     found += [
-        Chart(
-            "Multipliers", "What each constraint weighs. Grows while the mean is beyond its bound.", weights
-        ),
+        Chart("Multipliers", "What each constraint weighs. It grows while the bound is broken.", weights),
         Chart("Judges", "Share of images. No training ever saw these judges.", judged, "percent"),
         Chart("KL to the base model", "Nats an image.", [Line("kl_per_image", "KL")]),
         Chart("Entropy", "Nats a token. A fall to zero is collapse.", entropy),
@@ -119,8 +99,8 @@ def charts(run: Run) -> list[Chart]:
     return [chart for chart in found if chart.lines]
 
 
-def draw_chart(run: Run, chart: Chart) -> Drawing:
-    """Draw a chart, and put it into words."""
+def draw_chart(run: Run, chart: Chart) -> dict[str, Any]:
+    """A chart as the page's template takes it: drawn, and in words for those who cannot see it."""
     show = percent if chart.kind == "percent" else number
     keys, told = [], []
     for line in chart.lines:
@@ -128,7 +108,7 @@ def draw_chart(run: Run, chart: Chart) -> Drawing:
         keys.append({"colour": VARIABLES[line.colour], "label": line.label, "value": show(last)})
         told.append(f"{line.label} from {show(first)} to {show(last)}")
     alt = f"{chart.title} over the steps: {'; '.join(told)}."
-    return Drawing(chart.title, chart.says, keys, alt, _draw(run, chart))
+    return {"title": chart.title, "says": chart.says, "keys": keys, "alt": alt, "svg": _draw(run, chart)}
 
 
 def _draw(run: Run, chart: Chart) -> Markup:

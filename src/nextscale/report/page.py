@@ -6,7 +6,6 @@ Reads files only: no model, no torch, no network. What the page looks like stand
 import base64
 import io
 import re
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -69,30 +68,14 @@ def summarize(folder: Path) -> str:
 
 @cache
 def _templates() -> Environment:
-    templates = Environment(
-        loader=PackageLoader("nextscale.report"),
-        autoescape=True,  # names, prompts and settings come from files that anyone may have written
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    templates.filters["count"] = count
+    # Names, prompts and settings come from files that anyone may have written: everything is escaped.
+    templates = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    templates.loader = PackageLoader("nextscale.report")
+    templates.filters["counted"] = count
     return templates
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A grid of samples, ready for an img element."""
-
-    title: str
-    alt: str
-    source: str
-    width: int
-    height: int
-    look: str
-
-
-def _pictures(run: Run) -> tuple[list[Picture], list[Picture]]:
+def _pictures(run: Run) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The first and the last grid of samples, and some of those between."""
     grids = run.paths.grids()
     steps, between = list(grids), list(grids)[1:-1]
@@ -106,7 +89,7 @@ def _pictures(run: Run) -> tuple[list[Picture], list[Picture]]:
     return ends, [_picture(grids[step], title, title, 120_000) for step, title in titles.items()]
 
 
-def _picture(path: Path, title: str, alt: str, max_bytes: int) -> Picture:
+def _picture(path: Path, title: str, alt: str, max_bytes: int) -> dict[str, Any]:
     """The PNG as it is, or, where it is larger than `max_bytes`, the largest JPEG of it that is not."""
     try:
         with Image.open(path) as image:
@@ -120,7 +103,8 @@ def _picture(path: Path, title: str, alt: str, max_bytes: int) -> Picture:
         raise ConfigError(f"{path} is no readable image; restore or delete it") from None
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     # The nearest pixel is for enlarging a small grid; it would break one that is shown smaller than it is.
-    return Picture(title, alt, source, width, height, "pixel" if width <= 640 else "smooth")
+    look = "pixel" if width <= 640 else "smooth"
+    return {"title": title, "alt": alt, "source": source, "width": width, "height": height, "look": look}
 
 
 def _cost(run: Run) -> dict[str, str]:
@@ -138,15 +122,10 @@ def _cost(run: Run) -> dict[str, str]:
 
 def _shares(run: Run) -> list[dict[str, str]]:
     """Where the training time went: a piece of the bar and an entry of its key for each part of a step."""
-    colours = dict(zip(PARTS, COLOURS, strict=False))
+    colours, shares = dict(zip(PARTS, COLOURS, strict=False)), story.time_shares(run)
     return [
-        {
-            "colour": VARIABLES[colours.get(part, INK)],
-            "label": part,
-            "value": percent(share),
-            "width": f"{share:.2%}",
-        }
-        for part, share in story.time_shares(run).items()
+        {"colour": VARIABLES[colours.get(part, INK)], "label": part, "value": percent(x), "width": f"{x:.2%}"}
+        for part, x in shares.items()
     ]
 
 

@@ -102,10 +102,8 @@ def facts(run: Run) -> list[Fact]:
 
 def num_images(run: Run) -> int:
     """Images drawn in training. The metrics hold their rate, so each step's count is rounded."""
-    timed = [
-        r for r in run.records if is_number(r.get("images_per_second")) and is_number(r.get("step_time"))
-    ]
-    return sum(round(record["images_per_second"] * record["step_time"]) for record in timed)
+    timed = [(record.get("images_per_second"), record.get("step_time")) for record in run.records]
+    return sum(round(rate * time) for rate, time in timed if is_number(rate) and is_number(time))
 
 
 def time_shares(run: Run) -> dict[str, float]:

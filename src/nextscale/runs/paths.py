@@ -38,4 +38,4 @@ def by_step(folder: Path, ending: str = "") -> dict[int, Path]:
     found = {
         path.name.removeprefix("step-").removesuffix(ending): path for path in folder.glob(f"step-*{ending}")
     }
-    return {int(step): found[step] for step in sorted(filter(str.isdigit, found), key=int)}
+    return {int(step): found[step] for step in sorted(filter(str.isdecimal, found), key=int)}

@@ -8,7 +8,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import yaml
@@ -164,6 +164,6 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value is a finite number; a boolean is not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
