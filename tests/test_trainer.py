@@ -263,12 +263,14 @@ def test_resumed_is_straight_bit_for_bit(make_pipeline: MakePipeline, tmp_path: 
     )
     make_trainer(make_pipeline(), tmp_path / "straight", rewards, **options).train()
     interrupted = make_trainer(make_pipeline(), tmp_path / "parts", rewards, **options)
+    interrupted.open()
     interrupted.log(0, interrupted.evaluate(0))
     for step in (1, 2):
         interrupted.log(step, interrupted.step(step))
         interrupted.step_done = step
     interrupted.save()
     interrupted.log(3, interrupted.step(3))  # lost with the interruption: done after the checkpoint
+    interrupted.folder.close()  # as the end of its process would
     make_trainer(make_pipeline(), tmp_path / "parts", rewards, resume="auto", **options).train()
     straight, parts = (
         load_file(tmp_path / name / "final" / "transformer.safetensors") for name in ("straight", "parts")

@@ -37,6 +37,7 @@ from nextscale.rewards.protocol import Reward, WeightedSum, require_scores
 from nextscale.rollout import Rollout, collect, step_conditions
 from nextscale.runs.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from nextscale.runs.config import RunConfig
+from nextscale.runs.environment import environment
 from nextscale.runs.hacking import HackingWatch
 from nextscale.runs.writer import RunFolder
 
@@ -52,10 +53,12 @@ class GRPOTrainer:
         sampling: the policy that draws, and is trained.
         judges: independent classifiers for the evaluation.
         embed: embeddings for the evaluation's diversity.
-        config_yaml: the contents of the run's `config.yaml`.
+        config_yaml: the contents of the run's `config.yaml`; by default the options above.
+        command: the words that the run was started with, for its `environment.json`.
 
     Raises:
-        ConfigError: options that do not fit the model or each other.
+        ConfigError: options that do not fit the model or each other, or a folder that is in use or holds a
+        run.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class GRPOTrainer:
         judges: Judges | None = None,
         embed: Embedder | None = None,
         config_yaml: str | None = None,
+        command: Sequence[str] = (),
     ) -> None:
         self.grpo, self.run = grpo or GRPOConfig(), run or RunConfig()
         self.sampling, self.optimizer_config = sampling or SamplingConfig(), optimizer or OptimizerConfig()
@@ -90,11 +94,8 @@ class GRPOTrainer:
         self.grpo.check_processes(self.accelerator.num_processes)
         self._check_held_out()
         self.folder = RunFolder(Path(self.run.output_dir), self.accelerator.is_main_process)
-        self.folder.open(
-            self._default_config(pipe.source) if config_yaml is None else config_yaml,
-            resume=bool(self.run.resume),
-            overwrite=self.run.overwrite,
-        )
+        self.folder.check(resume=bool(self.run.resume), overwrite=self.run.overwrite)
+        self.config_yaml, self.command = config_yaml or self._default_config(pipe.source), command
 
         self.pipe = pipe.to(self.accelerator.device)
         transformer = pipe.transformer
@@ -125,12 +126,31 @@ class GRPOTrainer:
 
     # ---- the loop
 
+    def open(self) -> None:
+        """Take the run's folder for this run alone; `train` does so by itself.
+
+        Raises:
+            ConfigError: another run is using it, or it holds a run that is neither to be resumed nor
+            replaced.
+        """
+        run = self.run
+        self.folder.open(self.config_yaml, resume=bool(run.resume), overwrite=run.overwrite)
+        self.folder.write_environment(environment(self.accelerator.device, self.command))
+
     def train(self) -> Path:
         """Run all steps; returns the run's folder.
 
         Raises:
+            ConfigError: as `open` does.
             RewardError: a reward that cannot be used; a checkpoint is written first.
         """
+        self.open()
+        try:
+            return self._train()
+        finally:
+            self.folder.close()
+
+    def _train(self) -> Path:
         run, process = self.run, self.accelerator
 
         # Continue where an earlier run stopped. What it logged after its last checkpoint is logged anew.

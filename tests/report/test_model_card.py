@@ -1,12 +1,15 @@
 """The model card, the commands that write it, and the way to the hub. No test reaches the network."""
 
 import json
+import socket
 
 import huggingface_hub
 import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
+from jinja2 import Environment, meta
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -14,6 +17,7 @@ from nextscale.base.errors import CheckpointError, ConfigError
 from nextscale.cli.main import main
 from nextscale.grpo import GRPOConfig
 from nextscale.pipeline import VARPipeline
+from nextscale.report import model_card
 from nextscale.report.model_card import write_model_card
 from nextscale.runs.config import RunConfig
 from nextscale.trainer import GRPOTrainer
@@ -144,6 +148,32 @@ def test_a_model_without_a_run(tmp_path):
     front = yaml.safe_load(text.split("---\n")[1])
     assert front["base_model"] == "FoundationVision/var" and "grpo" not in front["tags"]
     assert "## How to load it" in text and "## Recipe" not in text
+
+
+@pytest.mark.parametrize("has_run", [True, False])
+def test_the_template_uses_what_it_is_given_and_nothing_else(run, tmp_path, monkeypatch, has_run):
+    """It is rendered by huggingface_hub, which takes a name that is not given as empty."""
+    given = {}
+    render = ModelCard.from_template
+
+    def record(data, **values):
+        given.update(values)
+        return render(data, **values)
+
+    monkeypatch.setattr(ModelCard, "from_template", record)
+    write_model_card(tmp_path, run if has_run else None)
+    used = meta.find_undeclared_variables(Environment().parse(model_card.TEMPLATE.read_text()))
+    assert set(given) - {"template_path"} <= used
+    if has_run:
+        assert used == set(given) - {"template_path"} | {"card_data"}
+
+
+def test_a_card_is_written_offline(run, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    write_model_card(tmp_path, run, repository="someone/bright")
 
 
 def test_what_is_no_run_folder(tmp_path):

@@ -17,6 +17,7 @@ from nextscale.base.errors import ConfigError
 from nextscale.report import page as report
 from nextscale.report.page import summarize, write_report
 
+NOT_FILLED = "$name {{ name }} {% include 'page.html' %} & \"quotes\""
 CONFIG = """# Paints photos: shows that style can be learned without losing the object.
 model: toy
 sampling: {guidance_scale: 1.5, temperature: 1.0, top_k: 0, top_p: 1.0}
@@ -218,18 +219,18 @@ def test_before_and_after_are_the_first_and_the_last_grid(tmp_path):
 
 
 def test_text_of_files_is_escaped_and_nothing_is_loaded(tmp_path):
-    bad = "<script src=//x.example>alert(1)</script>"
+    bad = "\"'><script src=//x.example>alert(1)</script>"
     lines = [
         {k.replace("painting", bad).replace("rewards/clip", f"rewards/{bad}$x"): v for k, v in line.items()}
         for line in metrics()
     ]
-    config = CONFIG + f"description: '{bad} $name & \"quotes\"'\n"
+    config = CONFIG + f"description: {json.dumps(bad + NOT_FILLED)}\n"
     folder = make_run(tmp_path / "a <b> & c", lines, config=config)
     (folder / "environment.json").write_text(json.dumps({"device": bad}))
     (folder / "samples" / "index.json").write_text(json.dumps({"classes": [bad]}))
     page = Page(write_report(folder))
     assert "script" not in page.tags and bad in page.text and f"Judged {bad}" in page.text
-    assert '$name & "quotes"' in page.text and "a <b> & c" in page.text
+    assert NOT_FILLED in page.text and "a <b> & c" in page.text
     assert page.references and all(ref.startswith(("data:image/png;", "#")) for ref in page.references)
     assert not re.search(r"https?://|url\((?!#)|@import", page.raw)
 

@@ -9,6 +9,9 @@ from typing_extensions import Self
 
 from nextscale.base.errors import ConfigError
 
+ROLES = ("weight", "at_least", "at_most", "held_out")
+"""What a reward can be for: an objective with a weight, a constraint on its mean, or only measured."""
+
 
 class Record(pydantic.BaseModel):
     """A frozen, keyword-only, validated record that rejects unknown keys and names the nearest valid one.

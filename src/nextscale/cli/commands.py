@@ -150,7 +150,7 @@ def export(args: Namespace) -> int:
     from nextscale.config.build import load_pipeline
     from nextscale.models import hub
     from nextscale.report.model_card import write_model_card
-    from nextscale.runs.writer import find_run
+    from nextscale.runs.reader import find_run
 
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise ConfigError(f"'{args.output}' exists and is no empty folder: choose another --output")

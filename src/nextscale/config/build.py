@@ -1,11 +1,7 @@
 """Recipes in, objects out: the only place where the parts are put together."""
 
-import os
-import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -206,7 +202,7 @@ def backbone_of(config: RewardConfig) -> str | None:
 
 
 def build_trainer(recipe: Recipe, command: Sequence[str] = ()) -> GRPOTrainer:
-    """The trainer of a recipe; opens the run's folder.
+    """The trainer of a recipe. Writes nothing.
 
     Args:
         command: the words the run was started with, for its environment.json.
@@ -214,7 +210,7 @@ def build_trainer(recipe: Recipe, command: Sequence[str] = ()) -> GRPOTrainer:
     parts = build_parts(recipe)
     # How it was started is no property of the run: config.yaml is a recipe that can be run again.
     lasting = recipe.replace(run=recipe.run.replace(resume=None, overwrite=False))
-    trainer = GRPOTrainer(
+    return GRPOTrainer(
         parts.pipe,
         parts.rewards,
         recipe.grpo,
@@ -224,9 +220,8 @@ def build_trainer(recipe: Recipe, command: Sequence[str] = ()) -> GRPOTrainer:
         judges=parts.judges,
         embed=parts.embed,
         config_yaml=to_yaml(lasting),
+        command=command,
     )
-    trainer.folder.write_environment(environment(trainer.accelerator.device, command))
-    return trainer
 
 
 def check_resumable(recipe: Recipe, path: Path) -> None:
@@ -247,21 +242,3 @@ def check_resumable(recipe: Recipe, path: Path) -> None:
                 f"{key} is {now!r}, but the run in '{path.parent}' has {was!r}: resume it with that value, "
                 "replace it with --run.overwrite true, or choose another --run.output_dir"
             )
-
-
-def environment(device: torch.device, command: Sequence[str]) -> dict[str, object]:
-    """What a run was made with; no path of the machine."""
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "num_threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "nextscale": sys.modules["nextscale"].__version__,  # an import would run upward
-        "python": platform.python_version(),
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(_without_folders(word) for word in command),
-    }
-
-
-def _without_folders(word: str) -> str:
-    option, equals, value = word.rpartition("=")
-    return option + equals + (os.path.basename(value) if os.path.isabs(value) else value)

@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from typing_extensions import Self
 
 from nextscale.base.errors import ConfigError
-from nextscale.base.records import Record, did_you_mean, suggest
+from nextscale.base.records import ROLES, Record, did_you_mean, suggest
 from nextscale.grpo import GRPOConfig
 from nextscale.optimizer import OptimizerConfig
 from nextscale.policy import SamplingConfig
@@ -63,8 +63,6 @@ REWARD_KINDS: dict[str, RewardKind] = {
 }
 
 
-# What a reward can be for: an objective with a weight, a constraint, or only measured.
-ROLES = ("weight", "at_least", "at_most", "held_out")
 COMMON_OPTIONS = (*ROLES, "timeout")  # of a reward of any kind
 
 

@@ -1,4 +1,4 @@
-"""The charts of a report: which a run has figures for, and each as the inside of an svg element."""
+"""The charts of a report: which of them a run has figures for, and each drawn as SVG."""
 
 import io
 import math
@@ -8,11 +8,11 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from nextscale.base.numbers import number, percent
-from nextscale.report.text import Html, fill, join
 from nextscale.runs.reader import Run
 
 PARTS: tuple[str, ...] = ("rollout", "decode", "reward", "update")
@@ -34,17 +34,19 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Line:
-    """A curve. `band` names the metric of its half width; `measured` marks values taken now and then."""
+    """A curve of a chart."""
 
-    key: str
+    key: str  # the metric
     label: str
     colour: str = COLOURS[0]
-    band: str = ""
-    measured: bool = False
+    band: str = ""  # the metric that is half the height of a band around the curve
+    measured: bool = False  # only now and then, so that each value is marked
 
 
 @dataclass(frozen=True)
 class Chart:
+    """Curves with one pair of axes, and how to show them."""
+
     title: str
     says: str
     lines: list[Line]
@@ -52,7 +54,7 @@ class Chart:
 
 
 def charts(run: Run) -> list[Chart]:
-    """Every chart that the run has figures for."""
+    """The charts that the run has figures for."""
     c = COLOURS
     judged = [Line("eval_judge/class_accuracy", "class accuracy", INK, measured=True)]
     for i, name in enumerate(run.names("eval_judge/style/(.+)")):
@@ -82,9 +84,7 @@ def charts(run: Run) -> list[Chart]:
     diversity = [Line("eval_diversity", "diversity", measured=True)]
     times = [Line(f"time/{part}", part, c[i]) for i, part in enumerate(PARTS)]
     found += [
-        Chart(
-            "Multipliers", "What each constraint weighs. Grows while the mean is beyond its bound.", weights
-        ),
+        Chart("Multipliers", "What each constraint weighs. It grows while the bound is broken.", weights),
         Chart("Judges", "Share of images. No training ever saw these judges.", judged, "percent"),
         Chart("KL to the base model", "Nats an image.", [Line("kl_per_image", "KL")]),
         Chart("Entropy", "Nats a token. A fall to zero is collapse.", entropy),
@@ -99,19 +99,19 @@ def charts(run: Run) -> list[Chart]:
     return [chart for chart in found if chart.lines]
 
 
-def draw_chart(run: Run, chart: Chart) -> Html:
-    """A chart with its title, its key and a text for who cannot see it."""
+def draw_chart(run: Run, chart: Chart) -> dict[str, Any]:
+    """A chart as the page's template takes it: drawn, and in words for those who cannot see it."""
     show = percent if chart.kind == "percent" else number
     keys, told = [], []
     for line in chart.lines:
         first, *_, last = 2 * run.values(line.key)
-        keys.append(fill("key", colour=VARIABLES[line.colour], label=line.label, value=show(last)))
+        keys.append({"colour": VARIABLES[line.colour], "label": line.label, "value": show(last)})
         told.append(f"{line.label} from {show(first)} to {show(last)}")
     alt = f"{chart.title} over the steps: {'; '.join(told)}."
-    return fill("chart", title=chart.title, says=chart.says, keys=join(keys), alt=alt, svg=_draw(run, chart))
+    return {"title": chart.title, "says": chart.says, "keys": keys, "alt": alt, "svg": _draw(run, chart)}
 
 
-def _draw(run: Run, chart: Chart) -> Html:
+def _draw(run: Run, chart: Chart) -> Markup:
     """The curves of a chart as the inside of an svg element."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.6, 2.1), layout="constrained")
@@ -142,24 +142,24 @@ def _draw(run: Run, chart: Chart) -> Html:
     return _inner_svg(buffer.getvalue())
 
 
-def _inner_svg(text: str) -> Html:
-    """What the svg element holds, in the page's font and colours, without metadata."""
+def _inner_svg(text: str) -> Markup:
+    """The inside of the svg element, in the page's font and colours, without metadata."""
     text = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL).replace("xlink:href", "href")
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     text = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 var(--sans)", text)
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
-    return Html(text)
+    return Markup(text)
 
 
 def piece_length(length: int) -> int:
-    """Steps that one point of a curve stands for."""
+    """The number of steps that one point of a curve is the mean of, where it has `length` values."""
     return max(1, math.ceil(length / MAX_POINTS))
 
 
 def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Steps, means, least and greatest values of equal pieces, at most MAX_POINTS of them."""
+    """Mean step, mean, least and greatest value of each of at most MAX_POINTS equal pieces of a curve."""
     starts = np.arange(0, len(values), piece_length(len(values)))
     counts = np.diff(np.append(starts, len(values)))
     means = [np.add.reduceat(series, starts) / counts for series in (steps, values)]

@@ -1,6 +1,6 @@
 """Checkpoints that are whole or absent, and the newest of a run.
 
-Accelerate writes and reads what is in them; here is where they lie and how they get there.
+Accelerate writes and reads what is in them; this module decides where they lie and when they count.
 """
 
 import json
@@ -10,21 +10,23 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from nextscale.base.errors import CheckpointError
+from nextscale.runs.paths import by_step, step_name
 
 STATE_FILE = "trainer_state.json"
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, state: dict, limit: int) -> Path:
-    """Write `step-NNNNNN` aside and rename it when it is whole; then remove all but the newest `limit`.
+    """Write a checkpoint aside and rename it when it is whole; then remove all but the newest `limit`.
 
     Args:
-        folder: the run's `checkpoints` folder.
-        state: numbers of the trainer itself; must be JSON.
+        folder: the run's folder of checkpoints.
+        step: the number of steps done.
+        state: the trainer's own state; must be JSON.
 
     Returns:
         the checkpoint's path.
     """
-    final = folder / f"step-{step:06d}"
+    final = folder / step_name(step)
     aside = folder / f".writing-{final.name}"
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
@@ -44,7 +46,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, state: di
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / STATE_FILE).is_file())
+    return [path for path in by_step(folder).values() if (path / STATE_FILE).is_file()]
 
 
 def find_checkpoint(resume: str, folder: Path) -> Path | None:
@@ -54,7 +56,7 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
         resume: "auto" for the newest in `folder`, or a checkpoint's path.
 
     Raises:
-        CheckpointError: the path is no checkpoint.
+        CheckpointError: the path is not a checkpoint.
     """
     if resume == "auto":
         return next(reversed(list_checkpoints(folder)), None)
@@ -65,10 +67,10 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
 
 
 def load_checkpoint(accelerator: Accelerator, path: Path) -> dict:
-    """Put the state of model, optimizer and schedule back; returns what the trainer saved of itself.
+    """Restore the model, the optimizer and the learning-rate schedule; returns the trainer's own state.
 
     Raises:
-        CheckpointError: a file of it is missing or broken.
+        CheckpointError: a file of the checkpoint is missing or broken.
     """
     try:
         state = _with_controllers(json.loads((path / STATE_FILE).read_text()))

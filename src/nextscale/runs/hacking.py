@@ -1,6 +1,6 @@
-"""Reward hacking: the trained reward rises while one that is never trained on falls.
+"""Detection of reward hacking: the trained reward rises while a reward that is never trained on falls.
 
-Works on the metrics of evaluations alone, so it serves the trainer and the report.
+It works on the metrics of evaluations alone, so it serves the trainer and the report.
 """
 
 from collections.abc import Collection, Mapping
@@ -70,7 +70,7 @@ def _mean(name: str) -> str:
 
 
 def _change(first: Mapping[str, float], last: Mapping[str, float], mean: str, error: str) -> float:
-    """The change of a mean, or 0 where it is within the noise."""
+    """The change of a mean; 0 where it is within the noise."""
     change = last[mean] - first[mean]
     noise = NOISE * (first[error] ** 2 + last[error] ** 2) ** 0.5
     return change if abs(change) > noise else 0.0

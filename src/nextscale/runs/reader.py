@@ -1,31 +1,48 @@
-"""What a run folder says: its configuration, its metrics step by step, its environment. Reads files only."""
+"""A run folder as it is read: configuration, environment, metrics step by step, grids of samples.
+
+Reads files only: no model, no torch, no lock, so that a live run can be looked at.
+"""
 
 import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import yaml
 
 from nextscale.base.errors import ConfigError
+from nextscale.runs.paths import RunPaths
+
+MAX_ROWS = 16  # more row names beside a grid of samples would not be readable
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder says. `records` holds one mapping a step, in the order of the steps."""
+    """What a run folder holds."""
 
-    folder: Path
+    paths: RunPaths
     config: dict[str, Any]
     config_text: str
+    """The configuration as written, with its comments."""
     environment: dict[str, Any]
     records: list[dict[str, Any]]
+    """The metrics of each step, in the order of the steps."""
     notes: list[str]
+    """Sentences about what is missing or left out."""
+
+    @property
+    def name(self) -> str:
+        return self.paths.path.resolve().name
+
+    @property
+    def num_steps(self) -> int:
+        return self.records[-1]["step"]
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values of a metric, where it is a finite number."""
+        """Steps and values of a metric, where it is a finite number: two arrays of equal length."""
         found = [(record["step"], record[key]) for record in self.records if is_number(record.get(key))]
         return np.array([step for step, _ in found]), np.array([value for _, value in found], dtype=float)
 
@@ -38,49 +55,62 @@ class Run:
         return (values[0], values[-1]) if len(values) > 1 else None
 
     def names(self, pattern: str) -> list[str]:
-        """What the group in `pattern` stands for, over all metrics, in their own order."""
+        """What the group in `pattern` matches in the names of metrics, in the order of the metrics."""
         keys = dict.fromkeys(key for record in self.records for key in record)
         return [match[1] for key in keys if (match := re.fullmatch(pattern, key))]
 
-    @property
-    def num_steps(self) -> int:
-        return self.records[-1]["step"]
+    def row_names(self) -> list[str]:
+        """The names of the rows of each grid of samples; empty where they are unknown or more than 16.
+
+        Raises:
+            ConfigError: the index of the samples is broken.
+        """
+        names = read_object(self.paths.samples_index).get("classes")
+        return [str(name) for name in names] if isinstance(names, list) and len(names) <= MAX_ROWS else []
+
+
+def find_run(source: str) -> tuple[Path | None, str]:
+    """The run that trained a model, and the model, where `source` names a run's folder or its final model.
+
+    Returns:
+        (None, source) where it names neither.
+    """
+    path = Path(source)
+    for run in map(RunPaths, (path, path.parent)):
+        is_named = path in (run.path, run.final)
+        if is_named and run.metrics.is_file() and (run.final / "config.json").is_file():
+            return run.path, str(run.final)
+    return None, source
 
 
 def read_run(folder: Path) -> Run:
-    """The run in a folder; raises as write_report does."""
-    advice = "give the folder that a training run wrote"
+    """The run in a folder.
+
+    Raises:
+        ConfigError: the folder is not a run folder, or a file in it is broken.
+    """
+    paths, advice = RunPaths(folder), "give the folder that a training run wrote"
     if not folder.is_dir():
         raise ConfigError(f"the run folder {folder} does not exist; {advice}")
     if not any(folder.iterdir()):
         raise ConfigError(f"the run folder {folder} is empty; {advice}")
-    for name in ("config.yaml", "metrics.jsonl"):
-        if not (folder / name).is_file():
-            raise ConfigError(f"{folder} is no run folder, for it has no {name}; {advice}")
-    records, notes = _read_metrics(folder / "metrics.jsonl")
-    text = (folder / "config.yaml").read_text(encoding="utf-8", errors="replace")
+    for path in (paths.config, paths.metrics):
+        if not path.is_file():
+            raise ConfigError(f"{folder} is no run folder, for it has no {path.name}; {advice}")
+    records, notes = _read_metrics(paths.metrics)
+    text = paths.config.read_text(encoding="utf-8", errors="replace")
     try:
         config = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        line = (
-            error.problem_mark.line + 1
-            if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark
-            else 1
-        )
-        raise ConfigError(
-            f"{folder / 'config.yaml'}, line {line}, is not valid YAML; restore the file"
-        ) from None
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        raise ConfigError(f"{paths.config}, line {line}, is not valid YAML; restore the file") from None
     if not isinstance(config, dict):
-        raise ConfigError(
-            f"{folder / 'config.yaml'} must be a mapping of sections such as grpo; restore the file"
-        )
+        raise ConfigError(f"{paths.config} must be a mapping of sections such as grpo; restore the file")
     planned = config["run"].get("max_steps") if isinstance(config.get("run"), dict) else None
-    if isinstance(planned, int) and records[-1]["step"] < planned:
-        notes.append(
-            f"The metrics end at step {records[-1]['step']} of {planned}: still running, or stopped early."
-        )
-    environment = read_object(folder / "environment.json")
-    return Run(folder, config, text, environment, records, notes)
+    if isinstance(planned, int) and (last := records[-1]["step"]) < planned:
+        notes.append(f"The metrics end at step {last} of {planned}: still running, or stopped early.")
+    return Run(paths, config, text, read_object(paths.environment), records, notes)
 
 
 def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -95,7 +125,7 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
             record = json.loads(line)
         except ValueError:
             if number == len(lines):  # no newline ends it: the writer was interrupted
-                notes.append(f"The last line of metrics.jsonl (line {number}) was cut short and is left out.")
+                notes.append(f"The last line of {path.name} (line {number}) was cut short and is left out.")
                 break
             raise ConfigError(
                 f"{path}, line {number}, is not valid JSON; restore or delete that line"
@@ -120,7 +150,11 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file that may be missing."""
+    """The JSON object in a file; empty where there is no file.
+
+    Raises:
+        ConfigError: the file holds something else.
+    """
     try:
         found = json.loads(path.read_bytes()) if path.is_file() else {}
     except ValueError:
@@ -130,6 +164,6 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def is_number(value: Any) -> bool:
-    """Whether it is a finite number, and no boolean."""
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a finite number; a boolean is not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

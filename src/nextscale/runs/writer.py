@@ -1,65 +1,95 @@
-"""One run = one folder: its configuration, metrics, sample grids, checkpoints and final model."""
+"""A run folder as its run writes it."""
 
 import json
 import shutil
 from pathlib import Path
 
 from einops import rearrange
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from nextscale.base.errors import ConfigError
+from nextscale.base.files import replacing, write_text_aside
 from nextscale.base.images import to_pil
+from nextscale.runs.paths import RunPaths
+
+PATIENCE = 1.0  # seconds to wait for the lock: another process's `check` holds it for a moment
 
 
-class RunFolder:
-    """Where a run writes.
+class RunFolder(RunPaths):
+    """Where a run writes. From `open` to `close` it holds a lock, so that no two runs share a folder.
+
+    The operating system releases the lock of a process that ends, however it ends.
 
     Args:
         path: the folder.
-        is_main: whether this process is the one that writes.
+        is_main: whether this is the process that writes; in the others, the methods that write do nothing.
     """
 
     def __init__(self, path: Path, is_main: bool = True) -> None:
-        self.path = path
+        super().__init__(path)
         self.is_main = is_main
-        self.checkpoints = path / "checkpoints"
-        self.final = path / "final"
-        self.metrics = path / "metrics.jsonl"
+        # Of the object, not of the thread: a run may be started in one thread and end in another.
+        self._lock = FileLock(self.lock_file, timeout=PATIENCE, thread_local=False)
 
     def check(self, *, resume: bool, overwrite: bool) -> None:
-        """An earlier run is never mixed with a new one.
+        """Whether `open` would succeed now. Changes nothing.
 
         Raises:
-            ConfigError: the folder is a file, or holds a run and neither `resume` nor `overwrite` is set.
+            ConfigError: the folder is a file, is in use, or holds a run that is neither to be resumed nor
+                overwritten.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"'{self.path}' is not a folder: choose another --run.output_dir")
-        if self.metrics.exists() and not resume and not overwrite:
-            raise ConfigError(
-                f"'{self.path}' already holds a run: continue it with --run.resume auto, replace it with "
-                "--run.overwrite true, or choose another --run.output_dir"
-            )
+        if self.lock_file.exists() and not self._lock.is_locked:
+            self.lock()
+            self.close()
+        self._check_content(resume, overwrite)
 
     def open(self, config_yaml: str, *, resume: bool, overwrite: bool) -> None:
-        """Make the folder and write `config.yaml`; raises as `check` does."""
-        self.check(resume=resume, overwrite=overwrite)
-        if not self.is_main:
+        """Lock the folder, remove the run that is to be overwritten, and write `config.yaml`.
+
+        Raises:
+            ConfigError: as `check` does; the folder is then as it was.
+        """
+        self.lock()
+        try:
+            self._check_content(resume, overwrite)
+            if self.is_main:
+                if overwrite and not resume and self.metrics.exists():
+                    self._clear()
+                write_text_aside(self.config, config_yaml)
+        except BaseException:
+            self.close()
+            raise
+
+    def lock(self) -> None:
+        """Reserve the folder for this run, and make it if need be. Does nothing if that is done already.
+
+        Raises:
+            ConfigError: another run uses the folder, or it is a file.
+        """
+        if not self.is_main or self._lock.is_locked:
             return
-        if overwrite and not resume and self.metrics.exists():
-            for name in ("checkpoints", "final", "samples", "tensorboard"):
-                shutil.rmtree(self.path / name, ignore_errors=True)
-            for name in ("metrics.jsonl", "report.html"):
-                (self.path / name).unlink(missing_ok=True)
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.yaml").write_text(config_yaml)
+        self._check_is_folder()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except Timeout:
+            raise ConfigError(
+                f"another run is using '{self.path}': wait until it has ended, or choose another "
+                "--run.output_dir"
+            ) from None
+
+    def close(self) -> None:
+        """Release the folder. Does nothing if it is not locked."""
+        self._lock.release()
 
     def write_environment(self, content: dict[str, object]) -> None:
-        """`environment.json`: device, threads, versions."""
+        """Write `environment.json`."""
         if self.is_main:
-            (self.path / "environment.json").write_text(json.dumps(content, indent=2) + "\n")
+            write_text_aside(self.environment, json.dumps(content, indent=2) + "\n")
 
     def keep_steps(self, last: int) -> None:
-        """Drop the metrics after step `last`, which a resumed run will write again, and any cut last line."""
+        """Drop the metrics after step `last`, which a resumed run writes again, and a last line cut short."""
         if not self.is_main or not self.metrics.exists():
             return
         kept = []
@@ -69,35 +99,45 @@ class RunFolder:
                     kept.append(line + "\n")
             except json.JSONDecodeError:
                 break  # cut short by an interruption; nothing whole follows
-        self.metrics.write_text("".join(kept) if last else "")
+        write_text_aside(self.metrics, "".join(kept) if last else "")
 
     def append_metrics(self, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl."""
+        """Append a line to `metrics.jsonl`."""
         if self.is_main:
             with self.metrics.open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
 
     def save_grid(self, step: int, images: Tensor, row_names: list[str]) -> None:
-        """`samples/step-NNNNNN.png`: (rows, columns, 3, H, W) in [0, 1] as one picture."""
+        """Write images as one picture, and the names of its rows.
+
+        Args:
+            step: the number of steps done.
+            images: (rows, columns, 3, H, W) in [0, 1].
+        """
         if not self.is_main:
             return
-        folder = self.path / "samples"
-        folder.mkdir(exist_ok=True)
+        self.samples.mkdir(exist_ok=True)
         grid = rearrange(images, "rows columns c h w -> 1 c (rows h) (columns w)")
-        to_pil(grid)[0].save(folder / f"step-{step:06d}.png")
+        with replacing(self.grid(step)) as aside:
+            to_pil(grid)[0].save(aside)
         index = {"classes": row_names, "num_columns": images.shape[1]}
-        (folder / "index.json").write_text(json.dumps(index) + "\n")
+        write_text_aside(self.samples_index, json.dumps(index) + "\n")
 
+    def _check_is_folder(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"'{self.path}' is not a folder: choose another --run.output_dir")
 
-def find_run(source: str) -> tuple[Path | None, str]:
-    """The run that trained a model, and the model, where `source` names a run's folder or its final model.
+    def _check_content(self, resume: bool, overwrite: bool) -> None:
+        self._check_is_folder()
+        if self.metrics.exists() and not resume and not overwrite:
+            raise ConfigError(
+                f"'{self.path}' already holds a run: continue it with --run.resume auto, replace it with "
+                "--run.overwrite true, or choose another --run.output_dir"
+            )
 
-    Returns:
-        (None, source) where it names neither.
-    """
-    path = Path(source)
-    for run in (path, path.parent):
-        is_named = path == run or path.name == "final"
-        if is_named and (run / "metrics.jsonl").is_file() and (run / "final" / "config.json").is_file():
-            return run, str(run / "final")
-    return None, source
+    def _clear(self) -> None:
+        """Remove what a run has written; its metrics last, for they mark the folder as a run's."""
+        for folder in (self.checkpoints, self.final, self.samples, self.tensorboard):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.report, self.metrics):
+            file.unlink(missing_ok=True)

@@ -1,0 +1,41 @@
+"""Where everything lies in a run folder. Whoever writes or reads one takes the names from here."""
+
+from pathlib import Path
+
+
+class RunPaths:
+    """The files and folders of a run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"  # the resolved recipe
+        self.environment = path / "environment.json"
+        self.metrics = path / "metrics.jsonl"  # one object a step
+        self.samples = path / "samples"  # grids of images
+        self.samples_index = self.samples / "index.json"  # what the rows of a grid are
+        self.checkpoints = path / "checkpoints"
+        self.final = path / "final"  # the trained model
+        self.tensorboard = path / "tensorboard"
+        self.report = path / "report.html"
+        self.lock_file = path / ".lock"
+
+    def grid(self, step: int) -> Path:
+        """The grid of samples after `step` steps."""
+        return self.samples / f"{step_name(step)}.png"
+
+    def grids(self) -> dict[int, Path]:
+        """The grids of samples that there are, by step, in order."""
+        return by_step(self.samples, ".png")
+
+
+def step_name(step: int) -> str:
+    """What a checkpoint or a grid is called."""
+    return f"step-{step:06d}"
+
+
+def by_step(folder: Path, ending: str = "") -> dict[int, Path]:
+    """The paths in `folder` that `step_name` named, by step, in order."""
+    found = {
+        path.name.removeprefix("step-").removesuffix(ending): path for path in folder.glob(f"step-*{ending}")
+    }
+    return {int(step): found[step] for step in sorted(filter(str.isdecimal, found), key=int)}
