@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from nextscale.config.build import plan_recipe
-from nextscale.config.recipe import load_recipe, packaged_recipes
+from nextscale.config.files import packaged_recipes
+from nextscale.config.recipe import load_recipe
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
 BEGIN, END = "<!-- benchmarks/plans.py writes from here -->", "<!-- to here -->"

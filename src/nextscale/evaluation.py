@@ -14,8 +14,8 @@ from nextscale.base.seeding import generator_for
 from nextscale.base.statistics import deviation, standard_error
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
-from nextscale.rewards import WeightedSum
 from nextscale.rewards.protocol import require_scores
+from nextscale.rewards.reward_set import RewardSet
 from nextscale.rollout import collect
 
 MAX_ROWS = 16  # of a grid of samples
@@ -45,7 +45,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     pipe: VARPipeline,
-    rewards: WeightedSum,
+    rewards: RewardSet,
     sampling: SamplingConfig,
     num_images: int = 512,
     seed: int = 0,

@@ -17,7 +17,7 @@ from nextscale.base.seeding import generator_for
 from nextscale.models.protocol import Conditioning
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
-from nextscale.rewards import WeightedSum
+from nextscale.rewards.reward_set import RewardSet
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def collect(
     group_seeds: Sequence[tuple[int | str, ...]],
     num_generations: int,
     sampling: SamplingConfig,
-    rewards: WeightedSum,
+    rewards: RewardSet,
     batch_size: int | None = None,
 ) -> Rollout:
     """Sample, decode and score one group for each condition.
@@ -91,7 +91,7 @@ def collect(
     drawn = pipe.draw(conditions, group_seeds, num_generations, sampling, batch_size)
     clock = Clock(pipe.device)
     with clock("reward"):
-        scores = rewards.components(drawn.images, drawn.conditions)
+        scores = rewards.scores(drawn.images, drawn.conditions)
     return Rollout(
         conditions=drawn.conditions,
         conditioning=drawn.conditioning,

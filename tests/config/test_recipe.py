@@ -1,30 +1,12 @@
-import itertools
-import re
-from typing import get_args
+"""Recipes: one validated record, and the rewards that are made of it."""
 
 import pytest
 import yaml
 
 from nextscale.base.errors import ConfigError
-from nextscale.config.build import make_rewards
-from nextscale.config.recipe import (
-    COMMON_OPTIONS,
-    RECIPES,
-    REWARD_KINDS,
-    ROLES,
-    SECTIONS,
-    Recipe,
-    RewardConfig,
-    apply_overrides,
-    flatten,
-    load_recipe,
-    packaged_recipes,
-    read_recipe,
-    to_yaml,
-)
-from nextscale.rewards.jpeg import JPEG_REWARDS
-from nextscale.rewards.pixels import PIXEL_REWARDS
-from nextscale.rewards.roles import AtLeast, AtMost
+from nextscale.config.build import check_resumable, make_rewards
+from nextscale.config.recipe import SECTIONS, Recipe, load_recipe, to_yaml
+from nextscale.rewards.kinds import read_reward
 
 PAINTING = "rewards: {painting: {clip_score: 'a painting of a {label}', clip: toy}}\n"
 
@@ -39,40 +21,6 @@ def write(tmp_path):
     return write
 
 
-# Rewards
-
-
-def test_every_kind_of_reward_has_a_field_and_every_field_a_use():
-    options = {name for kind in REWARD_KINDS.values() for name in kind.options}
-    assert set(RewardConfig.model_fields) == {*REWARD_KINDS, *options, *COMMON_OPTIONS}
-
-
-def test_a_reward_is_of_one_kind():
-    reward = RewardConfig(clip_score="a {label}", clip="toy", weight=2)
-    assert (reward.kind, reward.options(), reward.weight) == ("clip_score", {"clip": "toy"}, 2.0)
-    for values in ({}, {"weight": 2.0}, {"aesthetic": "toy", "python": "a.py:f"}):
-        with pytest.raises(ConfigError, match=f"exactly one of {', '.join(REWARD_KINDS)}"):
-            RewardConfig(**values)
-
-
-def test_an_option_without_effect_is_an_error():
-    with pytest.raises(ConfigError, match=r"'clip' has no effect on a python reward"):
-        RewardConfig(python="a.py:f", clip="toy")
-
-
-def test_a_reward_has_one_role():
-    kind = {"python": "a.py:f"}
-    assert RewardConfig(**kind).weight == 1.0 and RewardConfig(**kind).constraint is None
-    least, most = RewardConfig(**kind, at_least="base"), RewardConfig(**kind, at_most=0)
-    assert (least.weight, least.constraint) == (None, AtLeast("base"))
-    assert (most.weight, most.constraint) == (None, AtMost(0.0))
-    assert RewardConfig(**kind, held_out=True).weight is None
-    values = {"weight": 0.0, "at_least": 0, "at_most": "base", "held_out": True}
-    for first, second in itertools.combinations(ROLES, 2):
-        with pytest.raises(ConfigError, match=f"'{first}' has no effect beside '{second}'"):
-            RewardConfig(**kind, **{role: values[role] for role in (first, second)})
-
-
 @pytest.mark.parametrize("bound", ["bass", ".nan", "true", "[1]"])
 def test_a_bound_is_a_number_or_base(bound):
     with pytest.raises(ConfigError, match=r"rewards\.painting\.at_most = .* expected a number, or base"):
@@ -85,41 +33,15 @@ def test_a_recipe_trains_on_a_reward():
             load_recipe("toy-aesthetic", {f"rewards.aesthetic.{role}": value})
 
 
-def test_every_neural_kind_and_its_options():
-    for values in (
-        {"aesthetic": "laion-v2-l14", "clip": "a/b"},
-        {"clip_score": ("a {label}", "a photo"), "negative": ("a moon",), "clip": "a/b"},
-        {"pick_score": "a {label}", "checkpoint": "a/b", "tokenizer": "c/d"},
-        {"hps": "a {label}", "checkpoint": "a.pt", "tokenizer": "c/d"},
-        {"image_reward": "a {label}", "checkpoint": "a.pt", "tokenizer": "c/d"},
-        {"class_probability": "a/b", "match": "label"},
-    ):
-        kind, *options = values
-        reward = RewardConfig(**values)
-        assert reward.kind == kind and set(reward.options()) == set(options)
-    with pytest.raises(ConfigError, match=r"'negative' has no effect on a pick_score reward"):
-        RewardConfig(pick_score="a {label}", negative="a moon")
-
-
 def test_prompts_are_one_or_several(write):
     several = "rewards: {r: {clip_score: [a, 'b {label}'], negative: c, clip: toy}}"
     reward = load_recipe(write(several)).rewards["r"]
-    assert reward.clip_score == ("a", "b {label}") and reward.negative == "c"
+    assert reward.prompt == ("a", "b {label}") and reward.negative == "c"
     assert load_recipe(write(to_yaml(load_recipe(write(several))), "again.yaml")).rewards["r"] == reward
     texts = {"rewards.r.clip_score": "{label}: no", "rewards.r.negative": "[a moon, '{label}']"}
     reward = load_recipe(write(several), texts).rewards["r"]
-    assert reward.clip_score == "{label}: no" and reward.negative == ("a moon", "{label}")
+    assert reward.prompt == "{label}: no" and reward.negative == ("a moon", "{label}")
     assert load_recipe(write(several), {"rewards.r.negative": "null"}).rewards["r"].negative is None
-
-
-@pytest.mark.parametrize(("kind", "table"), [("jpeg", JPEG_REWARDS), ("pixels", PIXEL_REWARDS)])
-def test_every_word_of_a_kind_is_in_its_table(kind, table):
-    (words, _) = get_args(RewardConfig.model_fields[kind].annotation)
-    assert get_args(words) == tuple(table)
-    with pytest.raises(
-        ConfigError, match=rf"{kind} = 'size' cannot be used: input should be '{next(iter(table))}'"
-    ):
-        RewardConfig(**{kind: "size"})
 
 
 def test_options_reach_their_reward(monkeypatch):
@@ -127,97 +49,28 @@ def test_options_reach_their_reward(monkeypatch):
     request = {"request_timeout": 7.0, "retries": 5, "api_key_env": "KEY"}
     asking = {"vlm_model": "m", "question": "{label}?", "score_range": (1, 5), "concurrency": 3}
     configs = {
-        "far": RewardConfig(remote="http://h/score", batch_size=9, timeout=60, **request),
-        "judge": RewardConfig(vlm_judge="http://h/v1", weight=2, **request, **asking),
+        "far": read_reward({"remote": "http://h/score", "batch_size": 9, "timeout": 60, **request}),
+        "judge": read_reward({"vlm_judge": "http://h/v1", "weight": 2, **request, **asking}),
     }
     made = make_rewards(configs)
     far, judge = made.rewards.values()
     assert (made.timeouts, made.weights) == ({"far": 60.0}, {"far": 1.0, "judge": 2.0})
     assert (far.batch_size, judge.concurrency, judge.vlm_model) == (9, 3, "m")
     assert judge.question == "{label}?" and "1 to 5" in judge.instruction
-    for server in (far.server, judge.server):
-        assert (server.retries, server._client.timeout.read) == (5, 7.0)
-        assert server._client.headers["Authorization"] == "Bearer sesame"
+    for client in (far.client, judge.client):
+        assert (client.retries, client._client.timeout.read) == (5, 7.0)
+        assert client._client.headers["Authorization"] == "Bearer sesame"
     assert "sesame" not in to_yaml(Recipe(rewards=configs))
     with pytest.raises(ConfigError, match="reward 'judge': a judge needs vlm_model"):
-        make_rewards({"judge": RewardConfig(vlm_judge="http://h/v1")})
+        make_rewards({"judge": read_reward({"vlm_judge": "http://h/v1", "vlm_model": ""})})
+    with pytest.raises(ConfigError, match="'vlm_model' is missing"):
+        read_reward({"vlm_judge": "http://h/v1"})
 
 
 @pytest.mark.parametrize("weight", [".nan", ".inf"])
 def test_a_weight_is_a_number(write, weight):
     with pytest.raises(ConfigError, match=r"rewards\.r\.weight = (nan|inf) cannot be used"):
         load_recipe(write(f"rewards: {{r: {{python: 'a.py:f', weight: {weight}}}}}"))
-
-
-# Reading
-
-
-@pytest.mark.parametrize("name", packaged_recipes())
-def test_packaged_recipes_say_what_they_show_and_load_by_name(name):
-    recipe = load_recipe(name)
-    assert recipe == load_recipe(RECIPES / f"{name}.yaml") == load_recipe(f"{name}.yaml")
-    assert recipe.description and (RECIPES / f"{name}.yaml").read_text().startswith("# ")
-    assert recipe.run.output_dir == f"runs/{name}"
-
-
-def test_the_packaged_recipes():
-    assert set(packaged_recipes()) >= {"toy-painting", "toy-aesthetic", "toy-combined", "toy-collapse"}
-
-
-def test_a_file_wins_over_a_packaged_name(write, monkeypatch):
-    path = write(PAINTING + "description: of mine", "toy-painting")
-    monkeypatch.chdir(path.parent)
-    assert load_recipe("toy-painting").description == "of mine"
-
-
-def test_values_are_those_of_yaml_1_2(write):
-    text = "optimizer: {learning_rate: 1e-4, weight_decay: '1e-2'}\nrun: {mixed_precision: no, seed: 010}\n"
-    recipe = load_recipe(write(PAINTING + text))
-    assert recipe.optimizer.learning_rate == 1e-4 and recipe.optimizer.weight_decay == 1e-2
-    assert recipe.run.mixed_precision == "no" and recipe.run.seed == 10
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("", "holds nothing, expected keys"),
-        ("just words", "holds a str, expected keys"),
-        ("- a\n- b", "holds a list, expected keys"),
-        ("rewards: [", "line 1, is not valid YAML"),
-        ("a: 1\nb: [1, 2\nc: 3", "line 3, is not valid YAML"),
-        ("a: !!python/object/apply:os.system ['true']", "not valid YAML: could not determine a constructor"),
-        ("model: toy", "'rewards' is missing"),
-        ("rewards: {}", "rewards = {} cannot be used"),
-        ("rewards: {a: 3}", "rewards.a = 3 cannot be used"),
-        (PAINTING + "grpoo: {}", "unknown key 'grpoo'; did you mean 'grpo'?"),
-        (PAINTING + "grpo: {betta: 1}", "unknown key 'grpo.betta'; did you mean 'beta'?"),
-        (PAINTING + "grpo: {beta: -1}", "grpo.beta = -1 cannot be used"),
-        (PAINTING + "grpo: {num_groups: 2.5}", "grpo.num_groups = 2.5 cannot be used"),
-        (PAINTING + "grpo: {scale_weighting: tokens}", "grpo.scale_weighting = 'tokens' cannot be used"),
-        (PAINTING + "grpo: 3", "grpo = 3 cannot be used"),
-        ("rewards: {a: {clipscore: b}}", "unknown key 'rewards.a.clipscore'; did you mean 'clip_score'?"),
-    ],
-)
-def test_what_is_no_recipe_is_told_in_one_sentence(write, text, says):
-    path = write(text)
-    with pytest.raises(ConfigError, match=f"^recipe '{re.escape(str(path))}'") as caught:
-        load_recipe(path)
-    assert says in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(ConfigError, match=r"no recipe 'toy-paintin'.*did you mean 'toy-painting'"):
-        load_recipe("toy-paintin")
-    with pytest.raises(ConfigError, match=r"no recipe 'elsewhere/mine.yaml'"):
-        load_recipe("elsewhere/mine.yaml")
-    with pytest.raises(ConfigError, match=r"is a folder, expected a YAML file$"):
-        load_recipe(tmp_path)
-    (tmp_path / "config.yaml").write_text(PAINTING)
-    with pytest.raises(ConfigError, match=r"did you mean '.*config\.yaml'"):
-        load_recipe(tmp_path)
-    (tmp_path / "binary").write_bytes(b"\x89PNG")
-    with pytest.raises(ConfigError, match=r"cannot be read"):
-        load_recipe(tmp_path / "binary")
 
 
 def test_a_python_file_beside_the_recipe_is_found(write, tmp_path, monkeypatch):
@@ -227,109 +80,10 @@ def test_a_python_file_beside_the_recipe_is_found(write, tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "mine.py").touch()
     monkeypatch.chdir(tmp_path / "work")
-    found = {name: reward.python for name, reward in load_recipe(path).rewards.items()}
+    found = {name: reward.function for name, reward in load_recipe(path).rewards.items()}
     assert found == {"a": f"{tmp_path}/mine.py:f", "b": "other.py:f", "c": "/mine.py:f"}
-    assert load_recipe("../mine.yaml").rewards["a"].python == "../mine.py:f"
-    assert load_recipe(path, {"rewards.a.python": "mine.py:f"}).rewards["a"].python == "mine.py:f"
-
-
-# Overriding
-
-
-def test_overrides_reach_every_section(write):
-    recipe = load_recipe(
-        write(PAINTING),
-        {
-            "model": "some/folder",
-            "description": "12",
-            "sampling.top-k": "5",
-            "grpo.class_labels": "[1, 2]",
-            "grpo.scale-weighting": "[1, 2e0]",
-            "grpo.epsilon_high": "null",
-            "optimizer.learning_rate": "2e-5",
-            "run.overwrite": "true",
-            "run.mixed_precision": "no",
-            "run.output_dir": "007",
-            "run.resume": "auto",
-            "rewards.painting.weight": "0.5",
-            "rewards.mine.python": "a.py:f",
-            "rewards.mine.at-least": "1e-1",
-            "rewards.kept.python": "a.py:g",
-            "rewards.kept.at_most": "base",
-            "rewards.other.python": "a.py:h",
-            "rewards.other.held_out": "true",
-        },
-    )
-    assert recipe.model == "some/folder" and recipe.description == "12"
-    assert recipe.sampling.top_k == 5
-    assert recipe.grpo.class_labels == (1, 2) and recipe.grpo.scale_weighting == (1.0, 2.0)
-    assert recipe.grpo.epsilon_high is None
-    assert recipe.optimizer.learning_rate == 2e-5
-    assert recipe.run.overwrite is True and recipe.run.mixed_precision == "no"
-    assert recipe.run.output_dir == "007" and recipe.run.resume == "auto"
-    assert recipe.rewards["painting"].weight == 0.5 and recipe.rewards["painting"].clip == "toy"
-    assert recipe.rewards["mine"].python == "a.py:f"
-    assert recipe.rewards["mine"].constraint == AtLeast(0.1)
-    assert recipe.rewards["kept"].constraint == AtMost("base")
-    assert recipe.rewards["other"].held_out
-
-
-def test_every_key_can_be_overridden_with_its_own_value():
-    mapping = read_recipe("toy-combined")
-    values = flatten(load_recipe("toy-combined"))
-    texts = {
-        key: yaml.safe_dump(value, default_flow_style=True).split("\n")[0] for key, value in values.items()
-    }
-    texts = {key: text for key, text in texts.items() if not isinstance(values[key], str)}
-    assert len(texts) > 30
-    assert Recipe.from_mapping(apply_overrides(mapping, texts)) == load_recipe("toy-combined")
-
-
-def test_the_mapping_itself_stays_as_it_was():
-    mapping = read_recipe("toy-painting")
-    apply_overrides(mapping, {"grpo.beta": "0.5", "rewards.painting.weight": "3"})
-    assert mapping == read_recipe("toy-painting")
-
-
-def test_hyphens_in_the_name_of_a_reward():
-    mapping = {"rewards": {"my-own_one": {"python": "a.py:f"}}}
-    for key in ("rewards.my-own_one.weight", "rewards.my_own_one.weight", "rewards.my-own-one.weight"):
-        assert apply_overrides(mapping, {key: "2"})["rewards"] == {
-            "my-own_one": {"python": "a.py:f", "weight": 2}
-        }
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "says"),
-    [
-        ("grpo.betta", "1", "unknown key 'grpo.betta'; did you mean 'grpo.beta'?"),
-        ("gpro.beta", "1", "unknown key 'gpro.beta'; did you mean 'grpo.beta'?"),
-        ("modle", "x", "unknown key 'modle'; did you mean 'model'?"),
-        ("model.name", "x", "'model' has no keys of its own"),
-        ("grpo", "1", "expected a key such as 'grpo.num_generations'"),
-        ("grpo.beta.x", "1", "expected a key such as"),
-        ("rewards.painting", "1", "expected a key such as 'rewards.NAME.weight'"),
-        ("rewards.painting.wait", "1", "did you mean 'rewards.painting.weight'?"),
-        ("rewards.paint.weight", "1", "the recipe has no reward 'paint'; did you mean 'painting'?"),
-        ("grpo.beta", "[1", "value '[1' of 'grpo.beta'"),
-    ],
-)
-def test_overrides_that_cannot_be(key, value, says):
-    with pytest.raises(ConfigError) as caught:
-        apply_overrides(read_recipe("toy-painting"), {key: value})
-    assert says in str(caught.value)
-
-
-def test_an_override_of_a_broken_section(write):
-    with pytest.raises(ConfigError, match=r"'grpo' of the recipe is 3"):
-        load_recipe(write(PAINTING + "grpo: 3"), {"grpo.beta": "1"})
-    with pytest.raises(ConfigError, match=r"'rewards' of the recipe is None|rewards = None"):
-        load_recipe(write("rewards:"), {"rewards.a.weight": "1"})
-    with pytest.raises(ConfigError, match=r"rewards = \['a'\] cannot be used"):
-        load_recipe(write("rewards: [a]"), {"grpo.beta": "1"})
-
-
-# Writing
+    assert load_recipe("../mine.yaml").rewards["a"].function == "../mine.py:f"
+    assert load_recipe(path, {"rewards.a.python": "mine.py:f"}).rewards["a"].function == "mine.py:f"
 
 
 def test_the_resolved_recipe_has_all_keys_and_loads_back_equal(write):
@@ -344,3 +98,20 @@ def test_the_resolved_recipe_has_all_keys_and_loads_back_equal(write):
     for name, record in SECTIONS.items():
         assert set(loaded[name]) == set(record.model_fields)
     assert loaded["rewards"]["painting"]["weight"] == 1.0
+
+
+def test_the_config_of_an_earlier_run_is_read_and_may_be_resumed(write):
+    """It has the short form, and no key that was not set."""
+    old = "painting: {clip_score: 'a {label}', clip: toy, weight: 1.0, held_out: false}"
+    far = "far: {remote: 'http://h/score', batch_size: 9, at_least: base, held_out: false, timeout: 60.0}"
+    path = write(f"rewards:\n  {old}\n  {far}\n")
+    recipe = load_recipe(path)
+    assert load_recipe(write(to_yaml(recipe), "new.yaml")) == recipe
+    far = recipe.rewards["far"]
+    check_resumable(
+        recipe.replace(rewards={**recipe.rewards, "far": far.replace(batch_size=3, retries=1)}), path
+    )
+    with pytest.raises(ConfigError, match=r"rewards\.far\.url is 'http://other', but the run in"):
+        check_resumable(
+            recipe.replace(rewards={**recipe.rewards, "far": far.replace(url="http://other")}), path
+        )

@@ -15,9 +15,10 @@ from nextscale.base.records import did_you_mean
 from nextscale.models.class_names import find_class
 
 if TYPE_CHECKING:
-    from nextscale.config.recipe import Recipe, RewardConfig
+    from nextscale.config.recipe import Recipe
     from nextscale.pipeline import VARPipeline
     from nextscale.policy import SamplingConfig
+    from nextscale.rewards.protocol import RewardConfig
 
 MAX_ROWS = 8  # of a grid, where no classes are asked for
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
@@ -221,8 +222,8 @@ def _sampling(args: Namespace, recipe: "Recipe | None") -> "SamplingConfig":
 
 
 def _rewards_of_words(words: list[str], clip: str | None) -> "dict[str, RewardConfig]":
-    from nextscale.config.recipe import REWARD_KINDS, RewardConfig
     from nextscale.models.zoo import AESTHETIC_HEADS
+    from nextscale.rewards.kinds import REWARD_KINDS, read_reward
 
     rewards: dict[str, RewardConfig] = {}
     for word in words:
@@ -230,10 +231,10 @@ def _rewards_of_words(words: list[str], clip: str | None) -> "dict[str, RewardCo
         if kind not in REWARD_KINDS or not equals:
             hint = did_you_mean(kind, [f"{each}=VALUE" for each in REWARD_KINDS])
             raise ConfigError(f"--reward '{word}' must be of the form KIND=VALUE{hint}")
-        has_own = "clip" not in REWARD_KINDS[kind].options or value in AESTHETIC_HEADS
+        has_own = "clip" not in REWARD_KINDS[kind].model_fields or value in AESTHETIC_HEADS
         options = {"clip": clip} if clip and not has_own else {}
         name = kind if kind not in rewards else f"{kind}_{len(rewards) + 1}"
-        rewards[name] = RewardConfig.from_mapping({kind: value, **options})
+        rewards[name] = read_reward({kind: value, **options})
     return rewards
 
 

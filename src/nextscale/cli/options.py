@@ -56,7 +56,9 @@ def type_name(annotation: Any) -> str:
 
 def list_recipe_options(parser: Parser) -> None:
     """Put every key of a recipe into the help, as the records tell it; `take_overrides` reads them."""
-    from nextscale.config.recipe import SECTIONS, Recipe, RewardConfig, packaged_recipes
+    from nextscale.config.files import packaged_recipes
+    from nextscale.config.recipe import SECTIONS, Recipe
+    from nextscale.rewards.kinds import RewardOptions
 
     parser.description = f"{parser.description} Packaged recipes: {', '.join(packaged_recipes())}."
     top = parser.add_argument_group(
@@ -69,13 +71,14 @@ def list_recipe_options(parser: Parser) -> None:
         for name in record.model_fields:
             _list_option(group, f"{section}.{name}", name, record)
     rewards = parser.add_argument_group("rewards", "For each reward, by its name in the recipe.")
-    for name in RewardConfig.model_fields:
-        _list_option(rewards, f"rewards.NAME.{name}", name, RewardConfig)
+    for name in RewardOptions.model_fields:
+        _list_option(rewards, f"rewards.NAME.{name}", name, RewardOptions)
 
 
 def _list_option(group: Any, key: str, name: str, record: type[Record]) -> None:
     field = record.model_fields[name]
-    default = "" if field.default in (None, "") else f" (default: {str(field.default).lower()})"
+    default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+    default = "" if default in (None, "") else f" (default: {default})"
     text = f"{' '.join((field.description or '').split())}{default}"
     group.add_argument(
         f"--{key}",
@@ -93,14 +96,9 @@ def take_overrides(words: list[str]) -> tuple[list[str], dict[str, str]]:
     Raises:
         ConfigError: a key without a value.
     """
-    from nextscale.config.recipe import SECTIONS, RewardConfig
+    from nextscale.config.recipe import KEYS
 
-    booleans = {
-        f"{section}.{name}"
-        for section, record in [*SECTIONS.items(), ("rewards.NAME", RewardConfig)]
-        for name, field in record.model_fields.items()
-        if field.annotation is bool
-    }
+    booleans = {key for key, annotation in KEYS.items() if annotation is bool}
     rest: list[str] = []
     overrides: dict[str, str] = {}
     queue = deque(words)

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from nextscale.base.errors import CheckpointError, ConfigError, NextscaleError
-from nextscale.config.recipe import REWARD_KINDS, Recipe, RewardConfig, flatten, load_recipe, to_yaml
+from nextscale.base.records import free_on_resume
+from nextscale.config.recipe import Recipe, flatten, load_recipe, to_yaml
 from nextscale.evaluation import Embedder, Judges
 from nextscale.losses import token_weights
 from nextscale.models import hub, zoo
@@ -17,9 +18,10 @@ from nextscale.models.zoo import sizes_of
 from nextscale.pipeline import VARPipeline
 from nextscale.plan.gpus import DEFAULT_GPU
 from nextscale.plan.planning import Plan, make_plan
-from nextscale.rewards import Reward, WeightedSum
-from nextscale.rewards.networks.backbones import DEFAULT_BACKBONES, KNOWN_CLIPS
+from nextscale.rewards import Reward, RewardSet
+from nextscale.rewards.kinds import RewardOptions
 from nextscale.rewards.networks.clip import load_clip
+from nextscale.rewards.protocol import RewardConfig
 from nextscale.runs.checkpoint import find_checkpoint
 from nextscale.runs.writer import RunFolder
 from nextscale.toy.judges import judge_metrics
@@ -32,8 +34,6 @@ FREE_ON_RESUME = {
     *(f"run.{name}" for name in ("output_dir", "max_steps", "resume", "overwrite", "disable_tqdm")),
     *(f"run.{name}" for name in ("eval_steps", "save_steps", "save_total_limit", "report_to")),
 }
-# The same of a reward: how it is asked, not what.
-REWARD_FREE_ON_RESUME = ("timeout", "request_timeout", "retries", "batch_size", "concurrency", "api_key_env")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Parts:
     """What a trainer is made of."""
 
     pipe: VARPipeline
-    rewards: WeightedSum
+    rewards: RewardSet
     judges: Judges | None
     embed: Embedder | None
 
@@ -69,14 +69,14 @@ def load_pipeline(
         raise error from None
 
 
-def build_rewards(recipe: Recipe) -> WeightedSum:
+def build_rewards(recipe: Recipe) -> RewardSet:
     """The recipe's rewards, each in its role."""
     return make_rewards(recipe.rewards)
 
 
-def make_rewards(configs: dict[str, RewardConfig]) -> WeightedSum:
+def make_rewards(configs: dict[str, RewardConfig]) -> RewardSet:
     """Named rewards, each in its role."""
-    return WeightedSum(
+    return RewardSet(
         {name: _make_reward(name, config) for name, config in configs.items()},
         {name: config.weight for name, config in configs.items() if config.weight is not None},
         {name: config.constraint for name, config in configs.items() if config.constraint},
@@ -87,7 +87,7 @@ def make_rewards(configs: dict[str, RewardConfig]) -> WeightedSum:
 
 def _make_reward(name: str, config: RewardConfig) -> Reward:
     try:
-        return REWARD_KINDS[config.kind].make(getattr(config, config.kind), **config.options())
+        return config.make()
     except NextscaleError as error:
         raise type(error)(f"reward '{name}': {error}") from error
 
@@ -152,7 +152,7 @@ def rehearse(recipe: Recipe, num_processes: int) -> list[str]:
         NextscaleError: something cannot be loaded, or does not fit together.
     """
     recipe.grpo.check_processes(num_processes)
-    backbones = {name: backbone_of(config) for name, config in recipe.rewards.items()}
+    backbones = {name: config.backbone for name, config in recipe.rewards.items()}
     names = [recipe.model, *backbones.values(), recipe.run.diversity_clip]
     missing = [name for name in dict.fromkeys(names) if name and _has_to_be_downloaded(name)]
     if not missing:
@@ -173,8 +173,8 @@ def _has_to_be_downloaded(name: str) -> bool:
     if name in zoo.OFFICIAL_MODELS:
         model = zoo.OFFICIAL_MODELS[name]
         return hub.find_cached(model.repository, model.files) is None
-    is_known = name in (*KNOWN_CLIPS, *DEFAULT_BACKBONES.values()) and not Path(name).is_dir()
-    return is_known and hub.find_cached(name, ["config.json"]) is None
+    # Of a network under a reward, whatever is cached will do: not all repositories have a config.json.
+    return hub.is_repository(name) and not Path(name).exists() and hub.find_cached(name, []) is None
 
 
 def plan_recipe(recipe: Recipe, gpu: str = DEFAULT_GPU, num_gpus: int = 1) -> Plan:
@@ -183,22 +183,12 @@ def plan_recipe(recipe: Recipe, gpu: str = DEFAULT_GPU, num_gpus: int = 1) -> Pl
     Raises:
         NextscaleError: an unknown GPU or model, or groups that the GPUs cannot share.
     """
-    trained = {name: backbone_of(each) for name, each in recipe.rewards.items() if not each.held_out}
-    evaluated = {name: backbone_of(each) for name, each in recipe.rewards.items() if each.held_out}
+    trained = {name: each.backbone for name, each in recipe.rewards.items() if not each.held_out}
+    evaluated = {name: each.backbone for name, each in recipe.rewards.items() if each.held_out}
     if recipe.run.diversity_clip:
         evaluated["run.diversity_clip"] = recipe.run.diversity_clip
     sizes = sizes_of(recipe.model, recipe.vae)
     return make_plan(*sizes, trained, recipe.grpo, recipe.sampling, recipe.run, gpu, num_gpus, evaluated)
-
-
-def backbone_of(config: RewardConfig) -> str | None:
-    """The network that a reward runs: a hub repository, a folder or "toy"; None where it has none by name."""
-    options = config.options()
-    if config.kind == "class_probability":
-        return config.class_probability
-    head = zoo.AESTHETIC_HEADS.get(config.aesthetic or "")
-    named = options.get("clip") or options.get("checkpoint") or (head and head.clip)
-    return named or DEFAULT_BACKBONES.get(config.kind)
 
 
 def build_trainer(recipe: Recipe, command: Sequence[str] = ()) -> GRPOTrainer:
@@ -236,7 +226,7 @@ def check_resumable(recipe: Recipe, path: Path) -> None:
         free.remove("run.max_steps")  # it shapes the schedule
     for key in [*present, *(key for key in earlier if key not in present)]:
         was, now = earlier.get(key), present.get(key)
-        asks = key.startswith("rewards.") and key.split(".")[-1] in REWARD_FREE_ON_RESUME
+        asks = key.startswith("rewards.") and key.split(".")[-1] in free_on_resume(RewardOptions)
         if was != now and key not in free and not asks:
             raise ConfigError(
                 f"{key} is {now!r}, but the run in '{path.parent}' has {was!r}: resume it with that value, "

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from nextscale.base.files import write_text_aside
-from nextscale.base.records import ROLES
+from nextscale.base.roles import ROLES
 from nextscale.models import hub, zoo
 from nextscale.runs.reader import Run, read_run
 

@@ -8,10 +8,11 @@ from nextscale.rewards.image_reward import ImageReward
 from nextscale.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 from nextscale.rewards.pick_score import PickScore
 from nextscale.rewards.pixels import brightness, colourfulness, sharpness
-from nextscale.rewards.protocol import Reward, WeightedSum, score
+from nextscale.rewards.protocol import Reward, score
+from nextscale.rewards.python import load_function
 from nextscale.rewards.remote import Remote
+from nextscale.rewards.reward_set import RewardSet
 from nextscale.rewards.roles import AtLeast, AtMost
-from nextscale.rewards.user import load_function
 from nextscale.rewards.vlm_judge import VlmJudge
 
 __all__ = [
@@ -27,8 +28,8 @@ __all__ = [
     "PickScore",
     "Remote",
     "Reward",
+    "RewardSet",
     "VlmJudge",
-    "WeightedSum",
     "brightness",
     "colourfulness",
     "load_function",

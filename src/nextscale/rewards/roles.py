@@ -1,4 +1,4 @@
-"""What a reward can be for besides being raised: a constraint, whose mean is kept within a bound."""
+"""Constraints: the role of a reward whose mean is kept within a bound while others are raised."""
 
 import math
 from dataclasses import dataclass
@@ -11,32 +11,35 @@ BoundValue = float | Literal["base"]
 
 
 def check_bound(bound: object) -> None:
-    """Raises ConfigError for what is neither a finite number nor "base"."""
+    """Check that a bound is a finite number or "base".
+
+    Raises:
+        ConfigError: it is neither.
+    """
     is_number = isinstance(bound, int | float) and not isinstance(bound, bool) and math.isfinite(bound)
     if not is_number and bound != "base":
         raise ConfigError(f"expected a number, or base for the reward's mean before training, got {bound!r}")
 
 
 @dataclass(frozen=True)
-class AtLeast:
+class Constraint:
+    """A bound on the mean of a reward: an `AtLeast` or an `AtMost`."""
+
+    bound: BoundValue = "base"
+    role: ClassVar[str]
+    sign: ClassVar[int]
+
+    def __post_init__(self) -> None:
+        check_bound(self.bound)
+
+
+class AtLeast(Constraint):
     """The mean of a reward stays at the bound or above."""
 
-    bound: BoundValue = "base"
-    sign: ClassVar[int] = 1
-
-    def __post_init__(self) -> None:
-        check_bound(self.bound)
+    role, sign = "at_least", 1
 
 
-@dataclass(frozen=True)
-class AtMost:
+class AtMost(Constraint):
     """The mean of a reward stays at the bound or below."""
 
-    bound: BoundValue = "base"
-    sign: ClassVar[int] = -1
-
-    def __post_init__(self) -> None:
-        check_bound(self.bound)
-
-
-Constraint = AtLeast | AtMost
+    role, sign = "at_most", -1
