@@ -4,7 +4,7 @@ from pydantic import Field
 
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError, NextscaleError
-from nextscale.base.records import Record, did_you_mean, suggest
+from nextscale.base.records import FREE_ON_RESUME, Record, did_you_mean, free_on_resume, suggest
 
 
 class Optimizer(Record):
@@ -148,6 +148,14 @@ def test_the_nearest_name_is_suggested_or_none():
     assert did_you_mean("xyz", ["top_k", "top_p"]) == "; valid are top_k, top_p"
     assert did_you_mean("xyz", ["top_k", "top_p"], "see the list") == "; see the list"
     assert did_you_mean("xyz", []) == ""
+
+
+def test_fields_that_a_resumed_run_may_change_are_marked():
+    class Run(Record):
+        seed: int = 0
+        max_steps: int = Field(default=10, ge=1, json_schema_extra=FREE_ON_RESUME)
+
+    assert free_on_resume(Run) == {"max_steps"} and free_on_resume(Recipe) == set()
 
 
 def test_errors_are_value_errors():

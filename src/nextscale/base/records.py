@@ -9,6 +9,9 @@ from typing_extensions import Self
 
 from nextscale.base.errors import ConfigError
 
+FREE_ON_RESUME: dict[str, Any] = {"free_on_resume": True}
+"""Marks a field that a resumed run may change: `Field(default=..., json_schema_extra=FREE_ON_RESUME)`."""
+
 
 class Record(pydantic.BaseModel):
     """A frozen, keyword-only, validated record that rejects unknown keys and names the nearest valid one.
@@ -43,6 +46,11 @@ class Record(pydantic.BaseModel):
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, validated like a new one."""
         return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
+
+
+def free_on_resume(record: type[Record]) -> set[str]:
+    """Names of the fields of a record that are marked FREE_ON_RESUME."""
+    return {name for name, field in record.model_fields.items() if field.json_schema_extra == FREE_ON_RESUME}
 
 
 def describe_validation_error(record: type[pydantic.BaseModel], error: pydantic.ValidationError) -> str:
