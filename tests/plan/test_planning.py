@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from nextscale.base.errors import ConfigError, RewardError
-from nextscale.config.build import backbone_of, plan_recipe, rehearse
-from nextscale.config.recipe import RECIPES, RewardConfig, load_recipe, packaged_recipes
+from nextscale.config.build import backbone_of
+from nextscale.config.reading import RECIPES, packaged_recipes
+from nextscale.config.recipe import RewardConfig, load_recipe
+from nextscale.config.rehearsal import plan_recipe, rehearse
 from nextscale.grpo import GRPOConfig
 from nextscale.models.sizes import OFFICIAL_SIZES
 from nextscale.models.var import VAR, VARConfig

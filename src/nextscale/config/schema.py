@@ -1,0 +1,79 @@
+"""The keys of a recipe: their types, defaults and texts, read without importing torch as the records do.
+
+They stand in recipe.schema.json: `make schema` writes it from the records, and a test compares the two.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+FILE = Path(__file__).parent / "recipe.schema.json"
+Schema = dict[str, Any]
+REWARD = "rewards.NAME"  # the group of keys that each reward has, whatever its name
+
+
+@cache
+def recipe_schema() -> Schema:
+    """The JSON Schema of a recipe; editors that know YAML can check recipes with it, too."""
+    return json.loads(FILE.read_text(encoding="utf-8"))
+
+
+@cache
+def recipe_groups() -> dict[str, tuple[str, dict[str, Schema]]]:
+    """Description and keys of each group: "" (keys without a section), "sampling", "rewards.NAME", ..."""
+    groups: dict[str, tuple[str, dict[str, Schema]]] = {"": ("", {})}
+    for name, schema in recipe_schema()["properties"].items():
+        (kind,) = alternatives(schema)
+        if isinstance(records := kind.get("additionalProperties"), dict):
+            keys = {
+                key: each for record in alternatives(records) for key, each in record["properties"].items()
+            }
+            groups[REWARD] = ("For each reward, by its name in the recipe.", keys)
+        elif "properties" in kind:
+            groups[name] = (kind["description"], kind["properties"])
+        else:
+            groups[""][1][name] = schema
+    return groups
+
+
+def reward_kinds() -> set[str]:
+    """The keys of which a reward has exactly one."""
+    return set(recipe_schema()["$defs"]["RewardConfig"]["kinds"])
+
+
+def alternatives(schema: Schema) -> list[Schema]:
+    """The types that a value may have, references resolved; null is left out."""
+    if "$ref" in schema:
+        return alternatives(recipe_schema()["$defs"][schema["$ref"].rpartition("/")[2]])
+    if several := schema.get("anyOf") or schema.get("oneOf"):
+        return [kind for each in several for kind in alternatives(each)]
+    return [] if schema["type"] == "null" else [schema]
+
+
+def type_name(schema: Schema) -> str:
+    """A type as the help shows it: INT, TEXT, a|b, [INT,...]."""
+    names = {"integer": "INT", "number": "NUMBER", "string": "TEXT", "boolean": "true|false"}
+    shown = []
+    for kind in alternatives(schema):
+        if kind["type"] == "array":
+            shown.append(f"[{type_name(kind.get('items') or kind['prefixItems'][0])},...]")
+        else:
+            shown.append("|".join(words_of(kind)) or names[kind["type"]])
+    return "|".join(shown)
+
+
+def words_of(schema: Schema) -> list[str]:
+    """The words that a value may be, if it may be only some."""
+    kinds = alternatives(schema)
+    return [word for kind in kinds for word in kind.get("enum", [kind["const"]] if "const" in kind else [])]
+
+
+def is_text(schema: Schema, value: str) -> bool:
+    """Whether a value is taken as typed, not parsed: text, or one text where a list of several is allowed."""
+    kinds = alternatives(schema)
+    if all(kind["type"] == "string" for kind in kinds):
+        return True
+    return any(kind.get("items") == {"type": "string"} for kind in kinds) and not value.lstrip().startswith(
+        "["
+    )
