@@ -8,7 +8,7 @@ from nextscale.base.errors import ConfigError
 from nextscale.cli.parser import Parser, complete_with
 from nextscale.config.overrides import apply_overrides
 from nextscale.config.reading import packaged_recipes, read_recipe
-from nextscale.config.schema import Schema, recipe_groups, type_name, words_of
+from nextscale.config.schema import Schema, recipe_sections, type_name, words_of
 from nextscale.models.class_names import find_class
 
 if TYPE_CHECKING:
@@ -24,22 +24,20 @@ def add_recipe(parser: Parser, shows_keys: bool) -> None:
     """Add RECIPE, and every key of a recipe for the help and completion; `take_overrides` reads them."""
     recipe = parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or name of a packaged recipe")
     complete_with(recipe, packaged_recipes(), "yaml")
-    for name, (text, keys) in recipe_groups().items():
-        if not name:
-            text = "Any key can be overridden; values are YAML, and hyphens in a key equal underscores."
-        group = parser.add_argument_group(name.split(".")[0] or "recipe", text) if shows_keys else parser
+    for title, (text, keys) in recipe_sections().items():
+        group = parser.add_argument_group(title, text) if shows_keys else parser
         for key, schema in keys.items():
-            _add_key(group, f"--{name}.{key}" if name else f"--{key}", schema, shows_keys)
+            _add_key(group, key, schema, shows_keys)
 
 
-def _add_key(group: Any, option: str, schema: Schema, is_shown: bool) -> None:
+def _add_key(group: Any, key: str, schema: Schema, is_shown: bool) -> None:
     default = schema.get("default")
     text = " ".join(schema.get("description", "").split()).replace("%", "%%")
     if default not in (None, ""):
         text = f"{text} (default: {str(default).lower()})"
     is_boolean = schema.get("type") == "boolean"
     group.add_argument(
-        option,
+        f"--{key}",
         metavar=type_name(schema),
         choices=["true", "false"] if is_boolean else words_of(schema) or None,
         nargs="?" if is_boolean else None,

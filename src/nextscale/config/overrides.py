@@ -8,7 +8,7 @@ from typing import Any
 from nextscale.base.errors import ConfigError
 from nextscale.base.records import did_you_mean
 from nextscale.config.reading import parse_yaml
-from nextscale.config.schema import REWARD, Schema, alternatives, is_text, recipe_groups, reward_kinds
+from nextscale.config.schema import Schema, is_text, recipe_keys, reward_kinds
 
 
 def take_overrides(words: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -22,18 +22,18 @@ def take_overrides(words: list[str]) -> tuple[list[str], dict[str, str]]:
     Raises:
         ConfigError: a key without a value.
     """
-    alone = "|".join(recipe_groups()[""][1])
+    tops = "|".join(key for key in recipe_keys() if "." not in key)
     rest: list[str] = []
     overrides: dict[str, str] = {}
     queue = deque(words)
     while queue:
         word = queue.popleft()
-        match = re.fullmatch(rf"--({alone}|\w[\w-]*\..*?)(?:=(.*))?", word, re.DOTALL)
+        match = re.fullmatch(rf"--({tops}|\w[\w-]*\..*?)(?:=(.*))?", word, re.DOTALL)
         if match is None:
             rest.append(word)
             continue
         key, value = match.groups()
-        if value is None and _is_boolean(key):
+        if value is None and recipe_keys().get(_general(key), {}).get("type") == "boolean":
             is_given = bool(queue) and queue[0].lower() in ("true", "false")
             value = queue.popleft() if is_given else "true"
         elif value is None:
@@ -70,47 +70,36 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Mapping[str, str]) ->
     return result
 
 
-def _find(path: list[str]) -> tuple[str, str]:
-    """The group of a key's path, and the key's name in it; there may be no such group or name."""
-    *parents, name = [part.replace("-", "_") for part in path]
-    is_reward = len(parents) == 2 and parents[0] == "rewards"
-    return REWARD if is_reward else ".".join(parents), name
-
-
-def _is_boolean(key: str) -> bool:
-    group, name = _find(key.split("."))
-    schema = recipe_groups().get(group, ("", {}))[1].get(name)
-    return schema is not None and [kind["type"] for kind in alternatives(schema)] == ["boolean"]
+def _general(key: str) -> str:
+    """A key as `recipe_keys` would have it: with underscores, and NAME for that of a reward."""
+    first, *rest = key.replace("-", "_").split(".")
+    return ".".join([first, "NAME", *rest[1:]] if first == "rewards" and rest else [first, *rest])
 
 
 def _resolve(key: str, rewards: Collection[str]) -> tuple[list[str], Schema]:
     """The names along a dotted key, and the type of its value."""
-    path = key.split(".")
-    group, name = _find(path)
-    _, keys = recipe_groups().get(group, ("", {}))
-    if name not in keys:
-        raise ConfigError(f"unknown key '{key}'{_hint(path, group)}")
-    if group != REWARD:
-        return [*filter(None, [group]), name], keys[name]
-    alike = [each for each in rewards if each.replace("-", "_") == path[1].replace("-", "_")]
-    return ["rewards", path[1] if path[1] in rewards or not alike else alike[0], name], keys[name]
+    general, keys = _general(key), recipe_keys()
+    if general not in keys:
+        raise ConfigError(f"unknown key '{key}'{_hint(key, general)}")
+    path = general.split(".")
+    if path[0] == "rewards":
+        name = key.split(".")[1]
+        alike = [each for each in rewards if each.replace("-", "_") == name.replace("-", "_")]
+        path[1] = name if name in rewards or not alike else alike[0]
+    return path, keys[general]
 
 
-def _hint(path: list[str], group: str) -> str:
+def _hint(key: str, general: str) -> str:
     """The tail of the sentence about an unknown key."""
-    groups = recipe_groups()
-    first, prefix = path[0].replace("-", "_"), ".".join(path[:-1])
-    if prefix and group in groups:
-        return did_you_mean(".".join(path), [f"{prefix}.{name}" for name in groups[group][1]])
-    if first in groups[""][1]:
-        return f": '{first}' has no keys of its own"
-    if first == "rewards":
-        return f": expected a key such as '{REWARD}.weight'"
-    if first in groups:
-        return f": expected a key such as '{first}.{next(iter(groups[first][1]))}'"
-    valid = [".".join(filter(None, [each, name])) for each, (_, keys) in groups.items() for name in keys]
-    tops = dict.fromkeys(key.split(".")[0] for key in valid)
-    return did_you_mean(".".join(path), valid, f"valid are {', '.join(tops)}")
+    keys = recipe_keys()
+    tops = {each.split(".")[0]: each for each in reversed(keys)}  # with the first key of each
+    example = tops.get(general.split(".")[0])
+    if example and example.count(".") != key.count("."):
+        return f"; expected a key such as '{example}'"
+    reward = ".".join(key.split(".")[1:-1])
+    return did_you_mean(
+        key, [each.replace("NAME", reward) for each in keys], f"valid are {', '.join(reversed(tops))}"
+    )
 
 
 def _parse_value(key: str, text: str, schema: Schema) -> Any:

@@ -10,7 +10,6 @@ from typing import Any
 
 FILE = Path(__file__).parent / "recipe.schema.json"
 Schema = dict[str, Any]
-REWARD = "rewards.NAME"  # the group of keys that each reward has, whatever its name
 
 
 @cache
@@ -20,21 +19,28 @@ def recipe_schema() -> Schema:
 
 
 @cache
-def recipe_groups() -> dict[str, tuple[str, dict[str, Schema]]]:
-    """Description and keys of each group: "" (keys without a section), "sampling", "rewards.NAME", ..."""
-    groups: dict[str, tuple[str, dict[str, Schema]]] = {"": ("", {})}
+def recipe_sections() -> dict[str, tuple[str, dict[str, Schema]]]:
+    """Text of each section of a recipe and its dotted keys, with "rewards.NAME.weight" for any reward's."""
+    tops: dict[str, Schema] = {}
+    sections = {"recipe": ("Any key can be overridden, with values in YAML and - or _ in names.", tops)}
     for name, schema in recipe_schema()["properties"].items():
         (kind,) = alternatives(schema)
-        if isinstance(records := kind.get("additionalProperties"), dict):
-            keys = {
-                key: each for record in alternatives(records) for key, each in record["properties"].items()
-            }
-            groups[REWARD] = ("For each reward, by its name in the recipe.", keys)
-        elif "properties" in kind:
-            groups[name] = (kind["description"], kind["properties"])
+        if isinstance(named := kind.get("additionalProperties"), dict):
+            keys = {key: each for record in alternatives(named) for key, each in record["properties"].items()}
+            text, name = f"For each of the {name}, by its NAME in the recipe.", f"{name}.NAME"
         else:
-            groups[""][1][name] = schema
-    return groups
+            text, keys = kind.get("description", ""), kind.get("properties", {})
+        if keys:
+            sections[name.split(".")[0]] = (text, {f"{name}.{key}": each for key, each in keys.items()})
+        else:
+            tops[name] = schema
+    return sections
+
+
+@cache
+def recipe_keys() -> dict[str, Schema]:
+    """Every key of a recipe, as `recipe_sections` has them."""
+    return {key: schema for _, keys in recipe_sections().values() for key, schema in keys.items()}
 
 
 def reward_kinds() -> set[str]:
@@ -72,8 +78,6 @@ def words_of(schema: Schema) -> list[str]:
 def is_text(schema: Schema, value: str) -> bool:
     """Whether a value is taken as typed, not parsed: text, or one text where a list of several is allowed."""
     kinds = alternatives(schema)
-    if all(kind["type"] == "string" for kind in kinds):
-        return True
-    return any(kind.get("items") == {"type": "string"} for kind in kinds) and not value.lstrip().startswith(
-        "["
-    )
+    if any(kind.get("items") == {"type": "string"} for kind in kinds):
+        return not value.lstrip().startswith("[")
+    return all(kind["type"] == "string" for kind in kinds)
