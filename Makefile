@@ -38,11 +38,8 @@ format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format
 
 # What --help, completion and overrides read in place of the records, whose import takes seconds.
-WRITE_SCHEMA := import json; from nextscale.config.recipe import Recipe; from nextscale.config.schema import FILE; \
-  FILE.write_text(json.dumps(Recipe.model_json_schema(), indent=1) + "\n")
-
 schema: $(VENV)/.installed
-	$(RUN) -c '$(WRITE_SCHEMA)'
+	$(RUN) -c 'from nextscale.config.recipe import write_schema; write_schema()'
 
 toy: $(VENV)/.installed
 	$(VENV)/bin/nextscale toy train --output build/toy

@@ -7,7 +7,7 @@ python benchmarks/plans.py --write    # put it into the page
 import sys
 from pathlib import Path
 
-from nextscale.config.reading import packaged_recipes
+from nextscale.config.files import packaged_recipes
 from nextscale.config.recipe import load_recipe
 from nextscale.config.rehearsal import plan_recipe
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from nextscale.evaluation import evaluate
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
-from nextscale.rewards import WeightedSum
+from nextscale.rewards import RewardSet
 
 
 def test_the_standard_error_counts_the_images_that_were_scored(tiny_pipeline: VARPipeline) -> None:
@@ -23,7 +23,7 @@ def test_the_standard_error_counts_the_images_that_were_scored(tiny_pipeline: VA
     def every(images: Tensor, conditions: list) -> Tensor:
         return images[:, 0].mean((1, 2))
 
-    rewards = WeightedSum({"every": every, "some": some}, held_out=["some"])
+    rewards = RewardSet({"every": every, "some": some}, held_out=["some"])
     metrics = evaluate(tiny_pipeline, rewards, SamplingConfig(), num_images=32).metrics
     scored = torch.cat(scores)
     assert len(scored) == 16 and metrics["num_images"] == 32

@@ -11,11 +11,12 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "nextscale"
 # the root, or a new wing, has to be placed here, deliberately. CONTRIBUTING.md points here.
 FLOORS = (
     ("base.*",),
-    ("policy", "models.*", "multipliers", "constraints"),
+    ("policy", "models.*", "multipliers"),
     ("runs.*", "report.*"),
     ("sampling", "rescoring", "rewards.*", "pipeline"),
     (
         "advantages",
+        "constraints",
         "controllers",
         "losses",
         "reference",

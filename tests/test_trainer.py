@@ -17,7 +17,7 @@ from nextscale.grpo import GRPOConfig
 from nextscale.optimizer import OptimizerConfig
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
-from nextscale.rewards import AtLeast, AtMost, WeightedSum
+from nextscale.rewards import AtLeast, AtMost, RewardSet
 from nextscale.runs.config import RunConfig
 from nextscale.trainer import GRPOTrainer
 
@@ -115,7 +115,7 @@ def test_a_constraint_binds_and_holds(make_pipeline: MakePipeline, tmp_path: Pat
         }
         options = {"max_steps": max_steps, "beta": 0.0, "entropy_coef": 0.1, "learning_rate": 5e-4}
         options |= {"num_generations": 8, "constraint_rate": 0.5}
-        make_trainer(pipe, tmp_path / name, WeightedSum(rewards, **roles), **options).train()
+        make_trainer(pipe, tmp_path / name, RewardSet(rewards, **roles), **options).train()
         records = metrics_of(tmp_path / name)[-4:]
         return tuple([each[f"rewards/{key}/mean"] for each in records] for key in rewards)
 
@@ -128,7 +128,7 @@ def test_a_constraint_binds_and_holds(make_pipeline: MakePipeline, tmp_path: Pat
 def test_a_steps_advantages_have_the_multiplier_of_its_own_violation(
     make_pipeline: MakePipeline, tmp_path: Path
 ) -> None:
-    rewards = WeightedSum(
+    rewards = RewardSet(
         {"red": redness, "dark": brightness, "bright": brightness},
         constraints={"dark": AtMost(-1.0), "bright": AtLeast(9.0)},
     )
@@ -151,7 +151,7 @@ def test_a_steps_advantages_have_the_multiplier_of_its_own_violation(
 def test_base_is_what_the_evaluation_before_training_found(
     make_pipeline: MakePipeline, tmp_path: Path
 ) -> None:
-    rewards = WeightedSum({"red": redness, "bright": brightness}, constraints={"bright": AtLeast("base")})
+    rewards = RewardSet({"red": redness, "bright": brightness}, constraints={"bright": AtLeast("base")})
     options = {"max_steps": 1, "eval_num_images": 8}
     make_trainer(make_pipeline(), tmp_path / "measured", rewards, eval_steps=1, **options).train()
     before, first = metrics_of(tmp_path / "measured")
@@ -172,7 +172,7 @@ def test_a_held_out_reward_is_measured_in_evaluations_alone(
         sizes.append(len(images))
         return -redness(images, conditions)
 
-    rewards = WeightedSum({"red": redness, "other": other}, held_out=["other"])
+    rewards = RewardSet({"red": redness, "other": other}, held_out=["other"])
     options = {"max_steps": 8, "eval_steps": 4, "eval_num_images": 32, "learning_rate": 5e-3, "beta": 0.0}
     make_trainer(make_pipeline(), tmp_path / "run", rewards, **options).train()
     assert sum(sizes) == 3 * 32
@@ -189,7 +189,7 @@ def test_a_held_out_reward_is_measured_in_evaluations_alone(
 def test_a_held_out_reward_without_evaluations_is_an_error(
     tiny_pipeline: VARPipeline, tmp_path: Path
 ) -> None:
-    rewards = WeightedSum({"red": redness, "bright": brightness}, held_out=["bright"])
+    rewards = RewardSet({"red": redness, "bright": brightness}, held_out=["bright"])
     with pytest.raises(ConfigError, match="'bright' is held out, but with run"):
         make_trainer(tiny_pipeline, tmp_path / "run", rewards)
     assert not (tmp_path / "run").exists()
@@ -249,7 +249,7 @@ def test_resumed_is_straight_bit_for_bit(make_pipeline: MakePipeline, tmp_path: 
     options: dict[str, Any] = {"save_steps": 2, "lr_scheduler_type": "cosine", "warmup_steps": 1}
     options |= {"num_iterations": 2, "entropy_floor": 1.0, "entropy_floor_rate": 10.0, "max_steps": 4}
     options |= {"eval_steps": 4, "eval_num_images": 16, "constraint_rate": 3.0}
-    rewards = WeightedSum(
+    rewards = RewardSet(
         {"red": redness, "bright": brightness, "other": lambda *given: -redness(*given)},
         constraints={"bright": AtMost("base")},
         held_out=["other"],
@@ -353,7 +353,7 @@ def test_a_reward_that_hangs_stops_the_run_after_a_checkpoint(
     tiny_pipeline: VARPipeline, tmp_path: Path
 ) -> None:
     over = threading.Event()
-    rewards = WeightedSum({"slow": lambda images, conditions: over.wait(600)}, timeouts={"slow": 0.1})
+    rewards = RewardSet({"slow": lambda images, conditions: over.wait(600)}, timeouts={"slow": 0.1})
     with pytest.raises(RewardError, match=r"^reward 'slow': no answer within its timeout of 0\.1 s$"):
         make_trainer(tiny_pipeline, tmp_path / "run", rewards).train()
     over.set()
@@ -413,7 +413,7 @@ def test_an_evaluation_needs_a_score_of_some_image_not_of_every_class(tiny_pipel
     def of_class_2(images: Tensor, conditions: list) -> list[float | None]:
         return [0.5 + i if each.label == 2 else None for i, each in enumerate(conditions)]
 
-    rewards = WeightedSum({"mine": of_class_2})
+    rewards = RewardSet({"mine": of_class_2})
     metrics = evaluate(tiny_pipeline, rewards, GUIDED, num_images=8).metrics
     assert (metrics["rewards/mine/mean"], metrics["num_images"]) == (1.0, 8.0)
     with pytest.raises(RewardError, match="reward 'mine' returned NaN for all 6 images"):

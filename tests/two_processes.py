@@ -7,11 +7,11 @@ import torch
 from accelerate import PartialState
 
 from conftest import random_pipeline
-from nextscale.rewards import AtLeast, AtMost, WeightedSum
+from nextscale.rewards import AtLeast, AtMost, RewardSet
 from test_trainer import brightness, gradient, make_trainer, redness
 
 folder = Path(sys.argv[1])
-rewards = WeightedSum(
+rewards = RewardSet(
     {"red": redness, "bright": brightness, "dark": brightness, "held": redness},
     constraints={"bright": AtLeast(0.6), "dark": AtMost("base")},
     held_out=["held"],

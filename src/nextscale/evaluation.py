@@ -12,7 +12,8 @@ from torch import Tensor
 from nextscale.base.seeding import generator_for
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
-from nextscale.rewards.protocol import WeightedSum, require_scores
+from nextscale.rewards.protocol import require_scores
+from nextscale.rewards.reward_set import RewardSet
 from nextscale.rollout import collect
 
 Judges = Callable[[Tensor, Tensor], dict[str, float]]
@@ -40,7 +41,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     pipe: VARPipeline,
-    rewards: WeightedSum,
+    rewards: RewardSet,
     sampling: SamplingConfig,
     num_images: int = 512,
     seed: int = 0,
@@ -98,7 +99,7 @@ def mean_pairwise_distance(embeddings_GE: Tensor) -> float:
     return ((num * num - cosine_GG.sum()) / (num * (num - 1))).item()
 
 
-def _score_metrics(rewards: WeightedSum, scores: dict[str, Tensor]) -> dict[str, float]:
+def _score_metrics(rewards: RewardSet, scores: dict[str, Tensor]) -> dict[str, float]:
     total = rewards.total(scores)
     metrics = {
         "reward": total.nanmean().item(),

@@ -15,7 +15,7 @@ from nextscale.base.conditions import Condition
 from nextscale.base.seeding import generator_for, group_uniforms
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
-from nextscale.rewards.protocol import WeightedSum
+from nextscale.rewards.reward_set import RewardSet
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def collect(
     group_seeds: Sequence[tuple[int | str, ...]],
     num_generations: int,
     sampling: SamplingConfig,
-    rewards: WeightedSum,
+    rewards: RewardSet,
     batch_size: int | None = None,
 ) -> Rollout:
     """Sample, decode and score one group for each label.
@@ -100,7 +100,7 @@ def collect(
         log_probs.append(samples.log_probs)
     all_images = torch.cat(images)
     with clock("reward"):
-        scores = rewards.components(all_images, conditions)
+        scores = rewards.scores(all_images, conditions)
     return Rollout(
         labels=torch.tensor(each_label, device=pipe.device),
         conditions=conditions,

@@ -33,7 +33,8 @@ from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.report.model_card import write_model_card
 from nextscale.rewards.asking.processes import fail_together
-from nextscale.rewards.protocol import Reward, WeightedSum, require_scores
+from nextscale.rewards.protocol import Reward, require_scores
+from nextscale.rewards.reward_set import RewardSet
 from nextscale.rollout import Rollout, collect, step_labels
 from nextscale.runs.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from nextscale.runs.config import RunConfig
@@ -46,7 +47,7 @@ class GRPOTrainer:
 
     Args:
         pipe: the model; its transformer is trained, its tokenizer stays frozen.
-        rewards: one reward, several by name, or a `WeightedSum`, with weights, constraints and held-out ones.
+        rewards: one reward, several by name, or a `RewardSet`, with weights, constraints and held-out ones.
         grpo: the algorithm.
         sampling: the policy that draws, and is trained.
         judges: independent classifiers for the evaluation.
@@ -353,13 +354,13 @@ def check_processes(grpo: GRPOConfig, num_processes: int) -> None:
         )
 
 
-def _named(rewards: Reward | Mapping[str, Reward]) -> WeightedSum:
-    if isinstance(rewards, WeightedSum):
+def _named(rewards: Reward | Mapping[str, Reward]) -> RewardSet:
+    if isinstance(rewards, RewardSet):
         return rewards
     if isinstance(rewards, Mapping):
-        return WeightedSum(rewards)
+        return RewardSet(rewards)
     name = getattr(rewards, "__name__", type(rewards).__name__)
-    return WeightedSum({name: rewards})
+    return RewardSet({name: rewards})
 
 
 def _postfix(metrics: dict[str, float]) -> dict[str, str]:

@@ -18,9 +18,9 @@ from nextscale.cli.main import main
 from nextscale.config.build import make_rewards
 from nextscale.config.overrides import take_overrides
 from nextscale.config.recipe import Recipe, load_recipe
-from nextscale.constraints import AtLeast, AtMost
 from nextscale.models.zoo import TOY_ASSETS
 from nextscale.pipeline import VARPipeline
+from nextscale.rewards import AtLeast, AtMost
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 NAMES = ["fish", "hare", "boat", "tree"]

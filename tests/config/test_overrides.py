@@ -1,21 +1,20 @@
-"""Overrides of a recipe's keys."""
+"""Overrides: what is typed for a key of a recipe reaches it, or is answered in one sentence."""
 
 import pytest
 import yaml
 
 from nextscale.base.errors import ConfigError
 from nextscale.config.overrides import apply_overrides
-from nextscale.config.reading import read_recipe
-from nextscale.config.recipe import Recipe, load_recipe
-from nextscale.constraints import AtLeast, AtMost
+from nextscale.config.recipe import Recipe, load_recipe, read_recipe
+from nextscale.rewards import AtLeast, AtMost
 
 PAINTING = "rewards: {painting: {clip_score: 'a painting of a {label}', clip: toy}}\n"
 
 
 @pytest.fixture
 def write(tmp_path):
-    def write(text):
-        path = tmp_path / "mine.yaml"
+    def write(text, name="mine.yaml"):
+        path = tmp_path / name
         path.write_text(text)
         return path
 
@@ -62,7 +61,7 @@ def test_overrides_reach_every_section(write):
     assert recipe.run.overwrite is True and recipe.run.mixed_precision == "no"
     assert recipe.run.output_dir == "007" and recipe.run.resume == "auto"
     assert recipe.rewards["painting"].weight == 0.5 and recipe.rewards["painting"].clip == "toy"
-    assert recipe.rewards["mine"].python == "a.py:f"
+    assert recipe.rewards["mine"].function == "a.py:f"
     assert recipe.rewards["mine"].constraint == AtLeast(0.1)
     assert recipe.rewards["kept"].constraint == AtMost("base")
     assert recipe.rewards["other"].held_out
@@ -100,12 +99,13 @@ def test_hyphens_in_the_name_of_a_reward():
         ("gpro.beta", "1", "unknown key 'gpro.beta'; did you mean 'grpo.beta'?"),
         ("xyz", "x", "unknown key 'xyz'; valid are description, model, vae, sampling"),
         ("modle", "x", "unknown key 'modle'; did you mean 'model'?"),
-        ("model.name", "x", "expected a key such as 'model'"),
+        ("model.name", "x", "'model' has no keys of its own"),
         ("grpo", "1", "expected a key such as 'grpo.num_generations'"),
         ("grpo.beta.x", "1", "expected a key such as"),
-        ("rewards.painting", "1", "expected a key such as 'rewards.NAME."),
+        ("rewards.painting", "1", "expected a key such as 'rewards.NAME.kind'"),
         ("rewards.painting.wait", "1", "did you mean 'rewards.painting.weight'?"),
         ("rewards.paint.weight", "1", "the recipe has no reward 'paint'; did you mean 'painting'?"),
+        ("rewards.painting.prompts", "1", "did you mean 'rewards.painting.prompt'?"),
         ("grpo.beta", "[1", "value '[1' of 'grpo.beta'"),
     ],
 )
@@ -122,3 +122,37 @@ def test_an_override_of_a_broken_section(write):
         load_recipe(write("rewards:"), {"rewards.a.weight": "1"})
     with pytest.raises(ConfigError, match=r"rewards = \['a'\] cannot be used"):
         load_recipe(write("rewards: [a]"), {"grpo.beta": "1"})
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"rewards.new.clip_score": "a {label}", "rewards.new.clip": "toy"},
+        {"rewards.new.clip": "toy", "rewards.new.clip-score": "a {label}"},
+        {"rewards.new.kind": "clip_score", "rewards.new.prompt": "a {label}", "rewards.new.clip": "toy"},
+        {"rewards.painting.clip_score": "a {label}"},
+        {"rewards.painting.prompt": "a {label}"},
+        {"rewards.painting.kind": "clip_score", "rewards.painting.prompt": "a {label}"},
+    ],
+)
+@pytest.mark.parametrize(
+    "form", ["{clip_score: 'a b', clip: toy}", "{kind: clip_score, prompt: 'a b', clip: toy}"]
+)
+def test_a_reward_is_overridden_in_short_and_in_full_however_the_recipe_writes_it(write, form, overrides):
+    (name,) = {key.split(".")[1] for key in overrides}
+    reward = load_recipe(write(f"rewards: {{painting: {form}}}"), overrides).rewards[name]
+    assert (reward.kind, reward.prompt, reward.clip, reward.weight) == ("clip_score", "a {label}", "toy", 1)
+
+
+def test_a_reward_may_become_one_of_another_kind(write):
+    path = write("rewards: {a: {pick_score: 'a {label}', weight: 2}}")
+    reward = load_recipe(path, {"rewards.a.kind": "hps", "rewards.a.checkpoint": "a.pt"}).rewards["a"]
+    assert (reward.kind, reward.prompt, reward.checkpoint, reward.weight) == ("hps", "a {label}", "a.pt", 2)
+    with pytest.raises(ConfigError, match=r"unknown kind 'hsp'; did you mean 'hps'\?"):
+        load_recipe(path, {"rewards.a.kind": "hsp"})
+    with pytest.raises(
+        ConfigError, match="needs exactly one of aesthetic, .*, vlm_judge, got pick_score and python"
+    ):
+        load_recipe(path, {"rewards.a.python": "a.py:f"})
+    with pytest.raises(ConfigError, match="'prompt' has no effect on an aesthetic reward"):
+        load_recipe(path, {"rewards.a.kind": "aesthetic"})

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from nextscale.config.recipe import REWARD_KINDS, Recipe
-from nextscale.config.schema import FILE, is_text, recipe_keys, recipe_sections, reward_kinds, type_name
+from nextscale.config.recipe import Recipe
+from nextscale.config.schema import FILE, is_text, main_options, recipe_keys, recipe_sections, type_name
+from nextscale.rewards.kinds import REWARD_KINDS, RewardOptions
 
 
 def test_the_schema_is_that_of_the_records():
@@ -19,10 +20,9 @@ def test_sections_and_their_keys():
         text, keys = sections[name]
         record = Recipe.model_fields[name].annotation
         assert text == record.__doc__ and list(keys) == [f"{name}.{each}" for each in record.model_fields]
-    rewards = {"weight", "at_least", "timeout", *REWARD_KINDS}
-    assert {f"rewards.NAME.{name}" for name in rewards} <= set(sections["rewards"][1])
+    assert list(sections["rewards"][1]) == [f"rewards.NAME.{each}" for each in RewardOptions.model_fields]
     assert sum(len(keys) for _, keys in sections.values()) == len(recipe_keys())
-    assert reward_kinds() == set(REWARD_KINDS)
+    assert main_options() == {kind: record.main_option for kind, record in REWARD_KINDS.items()}
 
 
 @pytest.mark.parametrize(

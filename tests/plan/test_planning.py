@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from nextscale.base.errors import ConfigError, RewardError
-from nextscale.config.build import backbone_of
-from nextscale.config.reading import RECIPES, packaged_recipes
-from nextscale.config.recipe import RewardConfig, load_recipe
+from nextscale.config.files import RECIPES, packaged_recipes
+from nextscale.config.recipe import load_recipe
 from nextscale.config.rehearsal import plan_recipe, rehearse
 from nextscale.grpo import GRPOConfig
 from nextscale.models.sizes import OFFICIAL_SIZES
@@ -166,11 +165,7 @@ def test_gpus():
     assert all(float(re.search(r"(\d+)gb", name)[1]) * 1e9 == gpu.memory for name, gpu in GPUS.items())
 
 
-def test_backbones_of_rewards():
-    named = RewardConfig(clip_score="a {label}", clip="toy")
-    assert backbone_of(named) == "toy"
-    assert backbone_of(RewardConfig(aesthetic="head.pth")) == "openai/clip-vit-large-patch14"
-    assert backbone_of(RewardConfig(python="f.py:f")) is None
+def test_backbones_that_are_not_known():
     plan = small_plan(backbones={"mine": None, "other": "somebody/clip"})
     assert plan.unknown == ("mine", "other") and plan.resident["rewards"] == plan.flops["reward"] == 0
     assert "that of 'mine' unknown, not counted" in describe(plan)

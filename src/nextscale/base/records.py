@@ -2,9 +2,10 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, get_args
+from typing import Any
 
 import pydantic
+from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
 from nextscale.base.errors import ConfigError
@@ -33,6 +34,14 @@ class Record(pydantic.BaseModel):
     # Nested records are then validated by pydantic itself, so an error carries the whole path to its key.
     __init__.__pydantic_base_init__ = True  # pyright: ignore[reportFunctionMemberAccess]
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _knows_its_keys(cls, values: Any) -> Any:
+        for key in values if isinstance(values, Mapping) else ():
+            if key not in cls.model_fields:
+                raise unknown_key(str(key), cls.model_fields)
+        return values
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
         """The record with these values, nested mappings becoming nested records."""
@@ -53,15 +62,20 @@ def free_on_resume(record: type[Record]) -> set[str]:
     return {name for name, field in record.model_fields.items() if field.json_schema_extra == FREE_ON_RESUME}
 
 
+def unknown_key(key: str, valid: Iterable[str]) -> PydanticCustomError:
+    """The error that a validator raises about a key of its input, for `describe_validation_error`."""
+    return PydanticCustomError("unknown_key", "{key}{hint}", {"key": key, "hint": did_you_mean(key, valid)})
+
+
 def describe_validation_error(record: type[pydantic.BaseModel], error: pydantic.ValidationError) -> str:
     """One sentence about the first thing wrong."""
     first = error.errors()[0]
-    # pydantic adds which member of a union it tried, as in literal['token','scale']: no part of the key
-    path = [str(part) for part in first["loc"] if "[" not in str(part)]
+    # pydantic adds which member of a union it tried, such as str or literal['token','scale']: not in the key
+    path = [str(part) for part in first["loc"] if "[" not in str(part) and part not in ("str", "float")]
     key = ".".join(path) or record.__name__
-    if first["type"] == "extra_forbidden":
-        valid = list(_record_at(record, path[:-1]).model_fields)
-        return f"unknown key '{key}'{did_you_mean(path[-1], valid)}"
+    if first["type"] == "unknown_key":
+        context = first.get("ctx", {})
+        return f"unknown key '{'.'.join([*path, context['key']])}'{context['hint']}"
     if first["type"] == "missing":
         return f"'{key}' is missing"
     reason = first["msg"].removeprefix("Value error, ")
@@ -85,15 +99,3 @@ def did_you_mean(name: str, valid: Iterable[str], otherwise: str | None = None) 
     if otherwise is None and valid:
         otherwise = f"valid are {', '.join(valid)}"
     return f"; {otherwise}" if otherwise else ""
-
-
-def _record_at(record: type[pydantic.BaseModel], path: list[str]) -> type[pydantic.BaseModel]:
-    for name in path:
-        field = record.model_fields.get(name)
-        annotation = field.annotation if field else None
-        choices = get_args(annotation) or (annotation,)  # `Inner | None` holds an Inner
-        inner = [each for each in choices if isinstance(each, type) and issubclass(each, pydantic.BaseModel)]
-        if len(inner) != 1:
-            break
-        record = inner[0]
-    return record

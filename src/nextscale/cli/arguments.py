@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from nextscale.base.errors import ConfigError
 from nextscale.cli.parser import Parser, complete_with
+from nextscale.config.files import packaged_recipes, read_mapping
 from nextscale.config.overrides import apply_overrides
-from nextscale.config.reading import packaged_recipes, read_recipe
 from nextscale.config.schema import Schema, recipe_sections, type_name, words_of
 from nextscale.models.class_names import find_class
 
@@ -48,7 +48,7 @@ def _add_key(group: Any, key: str, schema: Schema, is_shown: bool) -> None:
 def load_recipe_of(args: argparse.Namespace) -> "Recipe":
     """The recipe of a command with the overrides that were given."""
     # First without the records: a wrong name or key is answered before the seconds of importing torch.
-    apply_overrides(read_recipe(args.recipe), args.overrides)
+    apply_overrides(read_mapping(args.recipe), args.overrides)
     from nextscale.config.recipe import load_recipe
 
     return load_recipe(args.recipe, args.overrides)

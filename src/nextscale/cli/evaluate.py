@@ -9,10 +9,10 @@ from nextscale.base.errors import ConfigError
 from nextscale.base.records import did_you_mean
 from nextscale.cli import arguments
 from nextscale.cli.parser import add_command, complete_with
-from nextscale.config.reading import packaged_recipes, read_recipe
+from nextscale.config.files import find_recipe, packaged_recipes
 
 if TYPE_CHECKING:
-    from nextscale.config.recipe import RewardConfig
+    from nextscale.rewards.protocol import RewardConfig
 
 
 def add(commands: Any) -> None:
@@ -43,7 +43,7 @@ def run(args: Namespace) -> int:
     if args.num_images < 2:
         raise ConfigError(f"--num-images must be at least 2, got {args.num_images}")
     if args.recipe:
-        read_recipe(args.recipe)  # a wrong name is answered before the seconds that importing torch takes
+        find_recipe(args.recipe)  # a wrong name is answered before the seconds that importing torch takes
     from nextscale import evaluation
     from nextscale.config.build import embedder, is_miniature, judges_for, make_rewards
     from nextscale.config.recipe import load_recipe
@@ -91,8 +91,8 @@ def rewards_of_words(words: list[str], clip: str | None) -> "dict[str, RewardCon
     Args:
         clip: the CLIP of those that need one and do not name their own.
     """
-    from nextscale.config.recipe import REWARD_KINDS, RewardConfig
     from nextscale.models.zoo import AESTHETIC_HEADS
+    from nextscale.rewards.kinds import REWARD_KINDS, read_reward
 
     rewards: dict[str, RewardConfig] = {}
     for word in words:
@@ -100,8 +100,8 @@ def rewards_of_words(words: list[str], clip: str | None) -> "dict[str, RewardCon
         if kind not in REWARD_KINDS or not equals:
             hint = did_you_mean(kind, [f"{each}=VALUE" for each in REWARD_KINDS])
             raise ConfigError(f"--reward '{word}' must be of the form KIND=VALUE{hint}")
-        has_own = "clip" not in REWARD_KINDS[kind].options or value in AESTHETIC_HEADS
+        has_own = "clip" not in REWARD_KINDS[kind].model_fields or value in AESTHETIC_HEADS
         options = {"clip": clip} if clip and not has_own else {}
         name = kind if kind not in rewards else f"{kind}_{len(rewards) + 1}"
-        rewards[name] = RewardConfig.from_mapping({kind: value, **options})
+        rewards[name] = read_reward({kind: value, **options})
     return rewards

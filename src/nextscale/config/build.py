@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 
 from nextscale.base.errors import CheckpointError, ConfigError, NextscaleError
-from nextscale.config.recipe import REWARD_KINDS, Recipe, RewardConfig, to_yaml
+from nextscale.config.recipe import Recipe, to_yaml
 from nextscale.config.resume import check_folder
 from nextscale.evaluation import Embedder, Judges
 from nextscale.losses import token_weights
 from nextscale.models import zoo
 from nextscale.pipeline import VARPipeline
-from nextscale.rewards import Reward, WeightedSum
-from nextscale.rewards.networks.backbones import DEFAULT_BACKBONES
+from nextscale.rewards import Reward, RewardSet
 from nextscale.rewards.networks.clip import load_clip
+from nextscale.rewards.protocol import RewardConfig
 from nextscale.toy.judges import judge_metrics
 from nextscale.toy.world import CLASSES, IMAGE_SIZE
 from nextscale.trainer import GRPOTrainer
@@ -26,7 +26,7 @@ class Parts:
     """What a trainer is made of."""
 
     pipe: VARPipeline
-    rewards: WeightedSum
+    rewards: RewardSet
     judges: Judges | None
     embed: Embedder | None
 
@@ -54,9 +54,9 @@ def load_pipeline(
         raise error from None
 
 
-def make_rewards(configs: dict[str, RewardConfig]) -> WeightedSum:
+def make_rewards(configs: dict[str, RewardConfig]) -> RewardSet:
     """Named rewards, each in its role."""
-    return WeightedSum(
+    return RewardSet(
         {name: make_reward(name, config) for name, config in configs.items()},
         {name: config.weight for name, config in configs.items() if config.weight is not None},
         {name: config.constraint for name, config in configs.items() if config.constraint},
@@ -68,7 +68,7 @@ def make_rewards(configs: dict[str, RewardConfig]) -> WeightedSum:
 def make_reward(name: str, config: RewardConfig) -> Reward:
     """One reward; an error that it raises names it."""
     try:
-        return REWARD_KINDS[config.kind].make(getattr(config, config.kind), **config.options())
+        return config.make()
     except NextscaleError as error:
         raise type(error)(f"reward '{name}': {error}") from error
 
@@ -105,16 +105,6 @@ def check_fit(recipe: Recipe, pipe: VARPipeline) -> None:
     """Check that the model has the recipe's classes, and as many scales as it gives weights for."""
     pipe.conditions(recipe.grpo.class_labels or range(pipe.num_classes))
     token_weights(pipe.transformer.schedule.lengths, recipe.grpo.scale_weighting)
-
-
-def backbone_of(config: RewardConfig) -> str | None:
-    """The network that a reward runs: a hub repository, a folder or "toy"; None if it has none by name."""
-    options = config.options()
-    if config.kind == "class_probability":
-        return config.class_probability
-    head = zoo.AESTHETIC_HEADS.get(config.aesthetic or "")
-    named = options.get("clip") or options.get("checkpoint") or (head and head.clip)
-    return named or DEFAULT_BACKBONES.get(config.kind)
 
 
 def build_trainer(recipe: Recipe, command: Sequence[str] = ()) -> GRPOTrainer:

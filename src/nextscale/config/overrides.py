@@ -7,8 +7,8 @@ from typing import Any
 
 from nextscale.base.errors import ConfigError
 from nextscale.base.records import did_you_mean
-from nextscale.config.reading import parse_yaml
-from nextscale.config.schema import Schema, is_text, recipe_keys, reward_kinds
+from nextscale.config.files import parse_yaml
+from nextscale.config.schema import Schema, is_text, main_options, recipe_keys
 
 
 def take_overrides(words: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -62,10 +62,13 @@ def apply_overrides(mapping: Mapping[str, Any], overrides: Mapping[str, str]) ->
                 raise ConfigError(
                     f"'{key}' cannot be set: '{name}' of the recipe is {inner!r}, expected keys"
                 )
-        inner[path[-1]] = _parse_value(key, text, schema)
-    for name in {key.split(".")[1]: None for key in overrides if key.startswith("rewards.")}:
-        reward = result["rewards"].get(name)  # none, where the name was matched by its hyphens
-        if name not in known and reward and not set(reward) & reward_kinds():
+        name = path[-1]
+        if path[0] == "rewards" and inner.get("kind") == name:  # in short, for what stands there in full
+            name = main_options()[name]
+        inner[name] = _parse_value(key, text, schema)
+    rewards = result.get("rewards")
+    for name, reward in rewards.items() if isinstance(rewards, dict) else ():
+        if name not in known and not {"kind", *main_options()} & set(reward):
             raise ConfigError(f"the recipe has no reward '{name}'{did_you_mean(name, known)}")
     return result
 
@@ -93,9 +96,10 @@ def _hint(key: str, general: str) -> str:
     """The tail of the sentence about an unknown key."""
     keys = recipe_keys()
     tops = {each.split(".")[0]: each for each in reversed(keys)}  # with the first key of each
-    example = tops.get(general.split(".")[0])
-    if example and example.count(".") != key.count("."):
-        return f"; expected a key such as '{example}'"
+    if (first := general.split(".")[0]) in keys:
+        return f": '{first}' has no keys of its own"
+    if first in tops and tops[first].count(".") != key.count("."):
+        return f": expected a key such as '{tops[first]}'"
     reward = ".".join(key.split(".")[1:-1])
     return did_you_mean(
         key, [each.replace("NAME", reward) for each in keys], f"valid are {', '.join(reversed(tops))}"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from nextscale.config.build import backbone_of, build_parts, check_fit, make_reward
+from nextscale.config.build import build_parts, check_fit, make_reward
 from nextscale.config.recipe import Recipe
 from nextscale.config.resume import check_folder
 from nextscale.models import hub, zoo
@@ -14,7 +14,6 @@ from nextscale.models.vqvae import VQVAE
 from nextscale.pipeline import VARPipeline
 from nextscale.plan.gpus import DEFAULT_GPU
 from nextscale.plan.planning import Plan, make_plan
-from nextscale.rewards.networks.backbones import DEFAULT_BACKBONES, KNOWN_CLIPS
 from nextscale.trainer import check_processes
 
 
@@ -28,7 +27,7 @@ def rehearse(recipe: Recipe, num_processes: int) -> list[str]:
         NextscaleError: something cannot be loaded, or does not fit together.
     """
     check_processes(recipe.grpo, num_processes)
-    backbones = {name: backbone_of(config) for name, config in recipe.rewards.items()}
+    backbones = {name: config.backbone for name, config in recipe.rewards.items()}
     names = [recipe.model, *backbones.values(), recipe.run.diversity_clip]
     missing = [name for name in dict.fromkeys(names) if name and _needs_download(name)]
     if not missing:
@@ -49,8 +48,8 @@ def _needs_download(name: str) -> bool:
     if name in zoo.OFFICIAL_MODELS:
         model = zoo.OFFICIAL_MODELS[name]
         return hub.find_cached(model.repository, [file.name for file in model.files]) is None
-    is_known = name in (*KNOWN_CLIPS, *DEFAULT_BACKBONES.values()) and not Path(name).is_dir()
-    return is_known and hub.find_cached(name, ["config.json"]) is None
+    # Of a network under a reward, whatever is cached will do: not all repositories have a config.json.
+    return hub.is_repository(name) and not Path(name).exists() and hub.find_cached(name, []) is None
 
 
 def plan_recipe(recipe: Recipe, gpu: str = DEFAULT_GPU, num_gpus: int = 1) -> Plan:
@@ -59,8 +58,8 @@ def plan_recipe(recipe: Recipe, gpu: str = DEFAULT_GPU, num_gpus: int = 1) -> Pl
     Raises:
         NextscaleError: an unknown GPU or model, or groups that the GPUs cannot share.
     """
-    trained = {name: backbone_of(each) for name, each in recipe.rewards.items() if not each.held_out}
-    evaluated = {name: backbone_of(each) for name, each in recipe.rewards.items() if each.held_out}
+    trained = {name: each.backbone for name, each in recipe.rewards.items() if not each.held_out}
+    evaluated = {name: each.backbone for name, each in recipe.rewards.items() if each.held_out}
     if recipe.run.diversity_clip:
         evaluated["run.diversity_clip"] = recipe.run.diversity_clip
     sizes = sizes_of(recipe.model, recipe.vae)

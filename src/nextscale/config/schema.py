@@ -43,9 +43,11 @@ def recipe_keys() -> dict[str, Schema]:
     return {key: schema for _, keys in recipe_sections().values() for key, schema in keys.items()}
 
 
-def reward_kinds() -> set[str]:
-    """The keys of which a reward has exactly one."""
-    return set(recipe_schema()["$defs"]["RewardConfig"]["kinds"])
+@cache
+def main_options() -> dict[str, str]:
+    """Each kind of reward with the option that its short form `{clip_score: VALUE}` sets."""
+    keys = {key.removeprefix("rewards.NAME."): schema for key, schema in recipe_keys().items()}
+    return {key: schema["main_option"] for key, schema in keys.items() if "main_option" in schema}
 
 
 def alternatives(schema: Schema) -> list[Schema]:

@@ -11,12 +11,12 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from nextscale.base.roles import ROLES
 from nextscale.models import hub, zoo
 from nextscale.runs.reader import Run, read_object, read_run
 
 TAGS = ["image-generation", "class-conditional", "var", "next-scale-prediction"]
 GRPO_TAGS = ["grpo", "reinforcement-learning"]
-ROLES = ("weight", "at_least", "at_most", "held_out")
 PAPER = "https://arxiv.org/abs/2505.23331"
 MAX_WIDTH = 1600  # of the picture of samples
 GAP = 16

@@ -1,6 +1,5 @@
 """Rewards: any callable `(images (B, 3, H, W) in [0, 1], conditions) -> (B,) floats`; NaN is "not scored"."""
 
-from nextscale.constraints import AtLeast, AtMost
 from nextscale.rewards.aesthetic import Aesthetic
 from nextscale.rewards.class_probability import ClassProbability
 from nextscale.rewards.clip_score import ClipScore
@@ -9,9 +8,11 @@ from nextscale.rewards.image_reward import ImageReward
 from nextscale.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 from nextscale.rewards.pick_score import PickScore
 from nextscale.rewards.pixels import brightness, colourfulness, sharpness
-from nextscale.rewards.protocol import Reward, WeightedSum, score
+from nextscale.rewards.protocol import Reward, score
+from nextscale.rewards.python import load_function
 from nextscale.rewards.remote import Remote
-from nextscale.rewards.user import load_function
+from nextscale.rewards.reward_set import RewardSet
+from nextscale.rewards.roles import AtLeast, AtMost
 from nextscale.rewards.vlm_judge import VlmJudge
 
 __all__ = [
@@ -27,8 +28,8 @@ __all__ = [
     "PickScore",
     "Remote",
     "Reward",
+    "RewardSet",
     "VlmJudge",
-    "WeightedSum",
     "brightness",
     "colourfulness",
     "load_function",

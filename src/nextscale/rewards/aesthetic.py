@@ -8,6 +8,7 @@ github.com/christophschuhmann/improved-aesthetic-predictor (v2, five layers with
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,10 @@ from nextscale.base.tensors import read_state_dict
 from nextscale.models import zoo
 from nextscale.rewards.networks.clip import load_clip
 from nextscale.rewards.networks.pretrained import follow, web_file
+from nextscale.rewards.protocol import Reward, RewardConfig
 
 DEFAULT_HEAD = "laion-v2-l14"
-DEFAULT_CLIP = "openai/clip-vit-large-patch14"  # of a head that is given as a file
+DEFAULT_CLIP = "openai/clip-vit-large-patch14"  # for a head that is given as a file
 LINEAR_LAYERS = (0, 2, 4, 6, 7)  # with dropout between: in eval mode one affine map
 RELU_LAYERS = (0, 3, 6, 9, 11)  # with ReLU and dropout between
 
@@ -87,6 +89,12 @@ def load_head(path: str | Path) -> AestheticHead:
     )
 
 
+def _clip_of(head: str | Path) -> str:
+    """The CLIP that a head was trained on."""
+    entry = zoo.AESTHETIC_HEADS.get(str(head))
+    return entry.clip if entry else DEFAULT_CLIP
+
+
 def _find_head(name: str | Path) -> Path:
     entry = zoo.AESTHETIC_HEADS.get(str(name))
     if entry is None:
@@ -113,18 +121,17 @@ class Aesthetic:
     """Predicted human rating of an image, about 1 to 10.
 
     Args:
-        head: a name or a file that `load_head` takes.
-        clip: the CLIP it was trained on; known of a head with a name, ViT-L/14 for a file by default.
+        head: a name or a file, as for `load_head`.
+        clip: the CLIP whose embeddings the head was trained on; by default that of the named head, or
+            ViT-L/14 for a file.
 
     Raises:
-        CheckpointError: either cannot be had, or their widths differ.
+        CheckpointError: head or CLIP cannot be loaded, or their widths differ.
     """
 
     def __init__(self, head: str | Path = DEFAULT_HEAD, clip: str | Path | None = None) -> None:
         self.head = load_head(head)
-        if clip is None:
-            entry = zoo.AESTHETIC_HEADS.get(str(head))
-            clip = entry.clip if entry else DEFAULT_CLIP
+        clip = clip or _clip_of(head)
         self.clip = load_clip(clip)
         width = self.clip.model.config.projection_dim
         if self.head.width != width:
@@ -136,3 +143,22 @@ class Aesthetic:
     def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         follow(self.head, images)
         return self.head(self.clip.embed_images(images))
+
+
+class AestheticConfig(RewardConfig):
+    """Aesthetic predictor: how people would rate an image, about 1 to 10."""
+
+    main_option = "head"
+
+    kind: Literal["aesthetic"] = "aesthetic"
+    head: str = DEFAULT_HEAD
+    """Head of the predictor: "toy", one of LAION's by name such as "laion-v2-l14", or a file."""
+    clip: str | None = None
+    """CLIP: "toy", a folder or a hub repository; by default the one that the head was trained on."""
+
+    def make(self) -> Reward:
+        return Aesthetic(**self.options())
+
+    @property
+    def backbone(self) -> str | None:
+        return self.clip or _clip_of(self.head)

@@ -1,4 +1,4 @@
-"""Class probability: how sure an image classifier is that an image shows what was asked for."""
+"""Class probability: how sure an image classifier is that an image shows the requested class."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,21 +13,26 @@ from nextscale.base.errors import ConfigError
 from nextscale.base.records import did_you_mean
 from nextscale.rewards.networks.preprocessing import read_preprocessing
 from nextscale.rewards.networks.pretrained import follow, load_frozen
+from nextscale.rewards.protocol import Reward, RewardConfig
+
+Match = Literal["name", "label"]
+DEFAULT_MATCH: Match = "name"
 
 
 class ClassProbability:
     """Softmax probability of the condition's class under an image classifier, in [0, 1].
 
     Args:
-        classifier: one of transformers: a folder, or a hub repository such as "google/vit-base-patch16-224".
-        match: how the condition's class is found among the classifier's: by its "name" (the whole name, or
-            one of several between commas; case does not matter), or by its "label", where both count alike.
+        classifier: an image classifier of transformers: a folder, or a hub repository such as
+            "google/vit-base-patch16-224".
+        match: how the classifier's class is found: by the condition's "name" (the whole name, or one of
+            several separated by commas, ignoring case), or by its "label", if both number classes alike.
 
     Raises:
-        CheckpointError: the classifier cannot be had, or needs another preprocessing than ours.
+        CheckpointError: the classifier cannot be loaded, or needs a preprocessing that is not supported.
     """
 
-    def __init__(self, classifier: str | Path, match: Literal["name", "label"] = "name") -> None:
+    def __init__(self, classifier: str | Path, match: Match = DEFAULT_MATCH) -> None:
         self.classifier = str(classifier)
         self.model = load_frozen(AutoModelForImageClassification, "classifier", classifier)
         self.prepare = read_preprocessing(classifier)
@@ -50,7 +55,7 @@ class ClassProbability:
         """The classifier's class for a condition.
 
         Raises:
-            ConfigError: there is none, or more than one.
+            ConfigError: the classifier has no such class, or more than one.
         """
         if self.match == "label":
             if condition.label is None or not 0 <= condition.label < len(self.names):
@@ -78,3 +83,22 @@ class ClassProbability:
 
 def _plain(name: str) -> str:
     return " ".join(name.casefold().replace("_", " ").split())
+
+
+class ClassProbabilityConfig(RewardConfig):
+    """Probability of the requested class under an image classifier."""
+
+    main_option = "classifier"
+
+    kind: Literal["class_probability"] = "class_probability"
+    classifier: str
+    """Image classifier of transformers: a folder or a hub repository."""
+    match: Match = DEFAULT_MATCH
+    """How the classifier's class is found: by the condition's "name", or by its "label"."""
+
+    def make(self) -> Reward:
+        return ClassProbability(**self.options())
+
+    @property
+    def backbone(self) -> str | None:
+        return self.classifier

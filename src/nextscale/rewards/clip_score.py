@@ -2,34 +2,37 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
 from nextscale.base.conditions import Condition
 from nextscale.rewards.networks.clip import load_clip
-from nextscale.rewards.prompts import DEFAULT_PROMPT, check_prompts
+from nextscale.rewards.networks.prompts import DEFAULT_PROMPT, check_prompts
+from nextscale.rewards.protocol import Reward, RewardConfig
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 
 
 class ClipScore:
-    """Mean cosine between an image and some prompts, in [-1, 1]; with negative prompts, less theirs.
+    """Mean cosine of an image with its prompts, in [-1, 1], minus that with the negative ones, if any.
 
     Args:
-        prompt: a template or several; "{label}" becomes the condition's text: "a painting of a {label}".
+        prompt: one template or several, such as "a painting of a {label}"; the condition's text replaces
+            "{label}".
         clip: "toy", a folder, or a hub repository.
         negative: templates of what the image should not show.
 
     Raises:
-        ConfigError: no prompt, or one that is empty or broken, or has a field other than {label}.
-        CheckpointError: the CLIP cannot be had.
+        ConfigError: there is no prompt, or one is empty, malformed, or has a field other than {label}.
+        CheckpointError: the CLIP cannot be loaded.
     """
 
     def __init__(
         self,
         prompt: str | Sequence[str] = DEFAULT_PROMPT,
         clip: str | Path = DEFAULT_CLIP,
-        negative: str | Sequence[str] = (),
+        negative: str | Sequence[str] | None = None,
     ) -> None:
         self.positive = check_prompts(prompt)
         self.negative = check_prompts(negative) if negative else ()
@@ -39,3 +42,24 @@ class ClipScore:
         cosines = self.clip.cosines(images, conditions, [*self.positive, *self.negative])
         scores = cosines[:, : len(self.positive)].mean(1)
         return scores - cosines[:, len(self.positive) :].mean(1) if self.negative else scores
+
+
+class ClipScoreConfig(RewardConfig):
+    """CLIP score: how well an image fits a prompt."""
+
+    main_option = "prompt"
+
+    kind: Literal["clip_score"] = "clip_score"
+    prompt: str | tuple[str, ...] = DEFAULT_PROMPT
+    """Prompt such as "a painting of a {label}", or several, whose mean counts."""
+    clip: str = DEFAULT_CLIP
+    """CLIP: "toy", a folder or a hub repository."""
+    negative: str | tuple[str, ...] | None = None
+    """Prompts whose mean score is subtracted."""
+
+    def make(self) -> Reward:
+        return ClipScore(**self.options())
+
+    @property
+    def backbone(self) -> str | None:
+        return self.clip

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -12,7 +12,8 @@ from nextscale.rewards.networks.clip import Clip, load_tokenizer
 from nextscale.rewards.networks.open_clip import load_open_clip
 from nextscale.rewards.networks.preprocessing import Preprocessing
 from nextscale.rewards.networks.pretrained import hub_file
-from nextscale.rewards.prompts import DEFAULT_PROMPT, check_prompts
+from nextscale.rewards.networks.prompts import DEFAULT_PROMPT, check_prompts
+from nextscale.rewards.protocol import Reward, RewardConfig
 
 REPOSITORY, FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 DEFAULT_TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -21,17 +22,17 @@ DEFAULT_TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 class HPSv2:
     """Cosine of image and prompt under a ViT-H-14 trained on preferences, about 0.2 to 0.35.
 
-    The tokenizer has open_clip's byte pairs. It does not pad, where open_clip pads with 0, to no effect:
-    attention is causal, and the features are those of the end of the text, before all padding.
+    The tokenizer has open_clip's byte pairs. It does not pad, whereas open_clip pads with 0, which makes no
+    difference: attention is causal, and the features are those of the end of the text, before any padding.
 
     Args:
-        prompt: a template; "{label}" becomes the condition's text.
-        checkpoint: the file `HPS_v2.1_compressed.pt`; from the hub by default.
+        prompt: a template; the condition's text replaces "{label}".
+        checkpoint: the file `HPS_v2.1_compressed.pt`; downloaded from the hub by default.
         tokenizer: a folder or a hub repository.
 
     Raises:
-        ConfigError: the prompt is empty or broken.
-        CheckpointError: the weights or the tokenizer cannot be had, or do not belong together.
+        ConfigError: the prompt is empty or malformed.
+        CheckpointError: the weights or the tokenizer cannot be loaded, or do not belong together.
 
     Source: Wu et al., "Human Preference Score v2", 2023; github.com/tgxs002/HPSv2 hpsv2/img_score.py
     """
@@ -57,3 +58,24 @@ class HPSv2:
 
     def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         return self.clip.cosines(images, conditions, self.prompts)[:, 0]
+
+
+class HPSv2Config(RewardConfig):
+    """Human preference score v2.1: how people would rank an image for a prompt, about 0.2 to 0.35."""
+
+    main_option = "prompt"
+
+    kind: Literal["hps"] = "hps"
+    prompt: str = DEFAULT_PROMPT
+    """Prompt such as "a photo of a {label}"."""
+    checkpoint: str | None = None
+    """Local file in place of the one on the hub."""
+    tokenizer: str = DEFAULT_TOKENIZER
+    """Tokenizer of the text encoder: a folder or a hub repository."""
+
+    def make(self) -> Reward:
+        return HPSv2(**self.options())
+
+    @property
+    def backbone(self) -> str | None:
+        return self.checkpoint or REPOSITORY

@@ -5,7 +5,7 @@ Shapes: B images · L tokens of text · C width of the text encoder
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,8 @@ from nextscale.rewards.networks.blip import build_text_encoder, build_vision_enc
 from nextscale.rewards.networks.clip import load_tokenizer
 from nextscale.rewards.networks.preprocessing import clip_preprocessing
 from nextscale.rewards.networks.pretrained import follow, hub_file
-from nextscale.rewards.prompts import DEFAULT_PROMPT, check_prompts, fill
+from nextscale.rewards.networks.prompts import DEFAULT_PROMPT, check_prompts, fill
+from nextscale.rewards.protocol import Reward, RewardConfig
 
 REPOSITORY, FILE = "THUDM/ImageReward", "ImageReward.pt"
 DEFAULT_TOKENIZER = "google-bert/bert-base-uncased"
@@ -29,16 +30,16 @@ UNUSED = ("blip.vision_proj.", "blip.text_proj.")  # of BLIP's training
 
 
 class ImageReward:
-    """Predicted preference, normalised: about -2.5 to 2, mean 0 and deviation 1 over its authors' images.
+    """Predicted preference, about -2.5 to 2; over its authors' images the mean is 0 and the deviation 1.
 
     Args:
-        prompt: a template; "{label}" becomes the condition's text.
-        checkpoint: the file `ImageReward.pt`; from the hub by default.
-        tokenizer: BERT's, uncased: a folder or a hub repository.
+        prompt: a template; the condition's text replaces "{label}".
+        checkpoint: the file `ImageReward.pt`; downloaded from the hub by default.
+        tokenizer: that of uncased BERT: a folder or a hub repository.
 
     Raises:
-        ConfigError: the prompt is empty or broken.
-        CheckpointError: the weights or the tokenizer cannot be had, or do not belong together.
+        ConfigError: the prompt is empty or malformed.
+        CheckpointError: the weights or the tokenizer cannot be loaded, or do not belong together.
 
     Source: Xu et al., "ImageReward", 2023; github.com/THUDM/ImageReward ImageReward/ImageReward.py
     """
@@ -144,3 +145,24 @@ def load_network(path: Path) -> Network:
             f"the image encoder gives {vision.config.hidden_size}"
         )
     return Network(vision, text, head).eval()
+
+
+class ImageRewardConfig(RewardConfig):
+    """ImageReward: how people would rate an image for a prompt, about -2.5 to 2."""
+
+    main_option = "prompt"
+
+    kind: Literal["image_reward"] = "image_reward"
+    prompt: str = DEFAULT_PROMPT
+    """Prompt such as "a photo of a {label}"."""
+    checkpoint: str | None = None
+    """Local file in place of the one on the hub."""
+    tokenizer: str = DEFAULT_TOKENIZER
+    """Tokenizer of the text encoder: a folder or a hub repository."""
+
+    def make(self) -> Reward:
+        return ImageReward(**self.options())
+
+    @property
+    def backbone(self) -> str | None:
+        return self.checkpoint or REPOSITORY

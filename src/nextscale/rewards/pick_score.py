@@ -2,28 +2,30 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
 from nextscale.base.conditions import Condition
 from nextscale.rewards.networks.clip import load_clip
-from nextscale.rewards.prompts import DEFAULT_PROMPT, check_prompts
+from nextscale.rewards.networks.prompts import DEFAULT_PROMPT, check_prompts
+from nextscale.rewards.protocol import Reward, RewardConfig
 
 REPOSITORY = "yuvalkirstain/PickScore_v1"
 DEFAULT_TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 class PickScore:
-    """The CLIP's learnt scale times the cosine of image and prompt, about 18 to 26.
+    """Learned scale of the CLIP times the cosine of image and prompt, about 18 to 26.
 
     Args:
-        prompt: a template; "{label}" becomes the condition's text.
+        prompt: a template; the condition's text replaces "{label}".
         checkpoint: a CLIP trained on picks: a folder or a hub repository.
-        tokenizer: a folder or a hub repository; PickScore's own repository holds none.
+        tokenizer: a folder or a hub repository; PickScore's own repository has none.
 
     Raises:
-        ConfigError: the prompt is empty or broken.
-        CheckpointError: the CLIP or its tokenizer cannot be had.
+        ConfigError: the prompt is empty or malformed.
+        CheckpointError: the CLIP or its tokenizer cannot be loaded.
 
     Source: Kirstain et al., "Pick-a-Pic", 2023, equation 2; huggingface.co/yuvalkirstain/PickScore_v1
     """
@@ -40,3 +42,24 @@ class PickScore:
     def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         cosines = self.clip.cosines(images, conditions, self.prompts)[:, 0]
         return self.clip.model.logit_scale.exp() * cosines
+
+
+class PickScoreConfig(RewardConfig):
+    """PickScore: which image people would pick for a prompt, about 18 to 26."""
+
+    main_option = "prompt"
+
+    kind: Literal["pick_score"] = "pick_score"
+    prompt: str = DEFAULT_PROMPT
+    """Prompt such as "a photo of a {label}"."""
+    checkpoint: str = REPOSITORY
+    """CLIP that was trained on picks: a folder or a hub repository."""
+    tokenizer: str = DEFAULT_TOKENIZER
+    """Tokenizer of the text encoder: a folder or a hub repository."""
+
+    def make(self) -> Reward:
+        return PickScore(**self.options())
+
+    @property
+    def backbone(self) -> str | None:
+        return self.checkpoint

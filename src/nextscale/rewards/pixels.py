@@ -1,9 +1,10 @@
-"""Statistics of the pixels: rewards that need no model. They are easily fooled; see them as tools, not goals.
+"""Statistics of the pixels: rewards that need no model. They are easily fooled: use them as tools, not goals.
 
 Shapes: B images · H W pixels
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from nextscale.base.conditions import Condition
-from nextscale.rewards.protocol import Reward
+from nextscale.rewards.protocol import Reward, RewardConfig
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in JPEG, PIL's "L" and OpenCV's grey
 LEVELS = 255  # the published figures of colourfulness and sharpness are of 8-bit images
@@ -36,8 +37,8 @@ def colourfulness(images: Tensor, conditions: Sequence[Condition] = ()) -> Tenso
 
 
 def sharpness(images: Tensor, conditions: Sequence[Condition] = ()) -> Tensor:
-    """Variance of the luma's Laplacian, on the scale of 8-bit images: 0 for a plain image, hundreds for a
-    photograph of 256 px, 50,000 for uniform noise. It depends on the size of the image.
+    """Variance of the Laplacian of the luma, on the scale of 8-bit images: 0 for a plain image, hundreds for
+    a photograph of 256 px, 50,000 for uniform noise. It depends on the size of the image.
 
     Args:
         images: (B, 3, H, W) in [0, 1], H and W at least 2.
@@ -77,3 +78,16 @@ PIXEL_REWARDS: dict[str, Reward] = {
 def _luma(images: Tensor) -> Tensor:
     weights = torch.tensor(LUMA, device=images.device).view(3, 1, 1)
     return (weights * images.float()).sum(1)
+
+
+class PixelsConfig(RewardConfig):
+    """Statistic of the pixels."""
+
+    main_option = "statistic"
+
+    kind: Literal["pixels"] = "pixels"
+    statistic: Literal["colourfulness", "sharpness", "brightness"]
+    """Which statistic."""
+
+    def make(self) -> Reward:
+        return PIXEL_REWARDS[self.statistic]

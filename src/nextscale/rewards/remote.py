@@ -1,17 +1,29 @@
-"""A reward behind HTTP: images out as PNG in JSON, scores back in JSON. docs/rewards.md has the protocol."""
+"""Reward behind HTTP: images go out as PNG in JSON, scores come back in JSON (protocol: docs/rewards.md)."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Literal
 
 import pydantic
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import RewardError
 from nextscale.base.images import to_pil
-from nextscale.rewards.asking.client import Server, png_base64
+from nextscale.base.records import FREE_ON_RESUME
+from nextscale.rewards.asking.client import (
+    REQUEST_TIMEOUT,
+    RETRIES,
+    RequestConfig,
+    ScoringClient,
+    png_base64,
+)
+from nextscale.rewards.protocol import Reward
+
+BATCH_SIZE = 32
 
 
 class _Answer(pydantic.BaseModel):
@@ -21,29 +33,27 @@ class _Answer(pydantic.BaseModel):
 
 
 class Remote:
-    """Scores of a server of yours, in whatever range it gives them.
+    """Scores of a server of yours, in whatever range it returns them.
 
     Args:
         url: where to POST.
-        batch_size: images of one request.
-        request_timeout: seconds that a request waits for a word from the server.
-        retries: further tries after a lost connection, a timeout, or an answer 429 or 5xx.
-        api_key_env: the environment variable that holds a bearer token, where the server wants one.
+        batch_size: images per request.
+        request_timeout, retries, api_key_env: as for `ScoringClient`.
 
     Raises:
-        ConfigError: the URL is none, or there is no such variable.
+        ConfigError: the URL is malformed, or the environment variable is not set.
     """
 
     def __init__(
         self,
         url: str,
         *,
-        batch_size: int = 32,
-        request_timeout: float = 60.0,
-        retries: int = 3,
+        batch_size: int = BATCH_SIZE,
+        request_timeout: float = REQUEST_TIMEOUT,
+        retries: int = RETRIES,
         api_key_env: str | None = None,
     ) -> None:
-        self.server = Server(url, request_timeout, retries, api_key_env)
+        self.client = ScoringClient(url, request_timeout, retries, api_key_env)
         self.batch_size = batch_size
 
     def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
@@ -58,16 +68,31 @@ class Remote:
             "images": [png_base64(image) for image in to_pil(images)],
             "conditions": [asdict(condition) for condition in conditions],
         }
-        answer = self.server.post(content)
+        answer = self.client.post(content)
         try:
             scores = _Answer.model_validate_json(answer).scores
         except pydantic.ValidationError:
             raise RewardError(
-                f"{self.server.name} answered {self.server.excerpt(answer)}, expected JSON such as "
+                f"{self.client.name} answered {self.client.excerpt(answer)}, expected JSON such as "
                 f'{{"scores": [0.5, null]}} with {len(images)} numbers'
             ) from None
         if len(scores) != len(images):
             raise RewardError(
-                f"{self.server.name} answered {len(scores)} scores, expected {len(images)}, one an image"
+                f"{self.client.name} answered {len(scores)} scores, expected {len(images)}, one an image"
             )
         return scores
+
+
+class RemoteConfig(RequestConfig):
+    """Server of yours that scores images (docs/rewards.md has the protocol)."""
+
+    main_option = "url"
+
+    kind: Literal["remote"] = "remote"
+    url: str
+    """URL to POST to."""
+    batch_size: int = Field(default=BATCH_SIZE, ge=1, json_schema_extra=FREE_ON_RESUME)
+    """Images per request."""
+
+    def make(self) -> Reward:
+        return Remote(**self.options())

@@ -1,21 +1,34 @@
-"""A vision-language model as the judge, behind any server that speaks OpenAI's chat completions."""
+"""A vision-language model as the judge, behind any server with OpenAI's chat completions API."""
 
 import concurrent.futures
 import logging
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError
 from nextscale.base.images import to_pil
-from nextscale.rewards.asking.client import Server, png_base64
+from nextscale.base.records import FREE_ON_RESUME
+from nextscale.rewards.asking.client import (
+    REQUEST_TIMEOUT,
+    RETRIES,
+    RequestConfig,
+    ScoringClient,
+    png_base64,
+)
 from nextscale.rewards.asking.waiting import start_thread
+from nextscale.rewards.protocol import Reward
+
+QUESTION = "How good is this picture of a {label}?"
+SCORE_RANGE = (0.0, 10.0)
+CONCURRENCY = 8
 
 logger = logging.getLogger(__name__)
 
@@ -33,35 +46,32 @@ class _Completion(pydantic.BaseModel):
 
 
 class VlmJudge:
-    """What a vision-language model answers when it is shown an image and asked for a number.
+    """The number that a vision-language model gives when it is shown an image and asked a question.
 
-    An answer that is not the JSON asked for is asked for again; an image without one counts as not scored.
+    A malformed answer is requested again; an image that never gets a valid one counts as not scored.
 
     Args:
-        url: of the API, such as http://localhost:8000/v1; "/chat/completions" is added.
-        vlm_model: the name the server knows the model by.
-        question: what is asked; "{label}" becomes the condition's text.
-        score_range: the lowest and the highest score, told to the model and checked.
-        concurrency: requests under way at once.
-        request_timeout: seconds that a request waits for a word from the server.
-        retries: further tries after a lost connection, a timeout, an answer 429 or 5xx; and after an answer
-            that is not the JSON asked for.
-        api_key_env: the environment variable that holds the API key, where the server wants one.
+        url: base URL of the API, such as http://localhost:8000/v1; "/chat/completions" is appended.
+        vlm_model: name under which the server knows the model.
+        question: what the model is asked; the condition's text replaces "{label}".
+        score_range: lowest and highest score; the model is told, and its answers are checked.
+        concurrency: number of simultaneous requests.
+        request_timeout, retries, api_key_env: as for `ScoringClient`; malformed answers are retried as often.
 
     Raises:
-        ConfigError: something of this cannot be used.
+        ConfigError: the URL, the question, the range or the environment variable cannot be used.
     """
 
     def __init__(
         self,
         url: str,
         *,
-        vlm_model: str = "",
-        question: str = "How good is this picture of a {label}?",
-        score_range: tuple[float, float] = (0.0, 10.0),
-        concurrency: int = 8,
-        request_timeout: float = 60.0,
-        retries: int = 3,
+        vlm_model: str,
+        question: str = QUESTION,
+        score_range: tuple[float, float] = SCORE_RANGE,
+        concurrency: int = CONCURRENCY,
+        request_timeout: float = REQUEST_TIMEOUT,
+        retries: int = RETRIES,
         api_key_env: str | None = None,
     ) -> None:
         low, high = score_range
@@ -74,7 +84,9 @@ class VlmJudge:
                 raise ConfigError(
                     f"question '{question}' has the field {{{field}}}, expected {{label}} alone"
                 )
-        self.server = Server(f"{url.rstrip('/')}/chat/completions", request_timeout, retries, api_key_env)
+        self.client = ScoringClient(
+            f"{url.rstrip('/')}/chat/completions", request_timeout, retries, api_key_env
+        )
         self.vlm_model, self.question, self.concurrency = vlm_model, question, concurrency
         self.instruction = f'Answer with JSON alone: {{"score": a number from {low:g} to {high:g}}}.'
         self.judgement: type[pydantic.BaseModel] = pydantic.create_model(
@@ -103,10 +115,10 @@ class VlmJudge:
         if malformed:
             logger.warning(
                 "%s: %d of %d images are not scored, for the answers are malformed; the last: %s",
-                self.server.name,
+                self.client.name,
                 len(malformed),
                 len(bodies),
-                self.server.excerpt(malformed[-1]),
+                self.client.excerpt(malformed[-1]),
             )
         return torch.tensor(scores)
 
@@ -125,13 +137,34 @@ class VlmJudge:
         }
 
     def _ask(self, body: dict[str, Any]) -> tuple[float, bytes]:
-        """A score, NaN where no try gives one, and the last answer."""
+        """A score, NaN if no try gives one, and the last answer."""
         answer = b""
-        for _ in range(self.server.retries + 1):
-            answer = self.server.post(body)
+        for _ in range(self.client.retries + 1):
+            answer = self.client.post(body)
             try:
                 text = _Completion.model_validate_json(answer).choices[0].message.content
                 return self.judgement.model_validate_json(text).model_dump()["score"], answer
             except pydantic.ValidationError:
                 continue
         return math.nan, answer
+
+
+class VlmJudgeConfig(RequestConfig):
+    """Vision-language model that rates each image."""
+
+    main_option = "url"
+
+    kind: Literal["vlm_judge"] = "vlm_judge"
+    url: str
+    """Base URL of an OpenAI-compatible API, such as http://localhost:8000/v1."""
+    vlm_model: str
+    """Name under which the server knows the model."""
+    question: str = QUESTION
+    """What the model is asked about each image, such as "How well drawn is this {label}?"."""
+    score_range: tuple[float, float] = SCORE_RANGE
+    """Lowest and highest score that the model may give."""
+    concurrency: int = Field(default=CONCURRENCY, ge=1, json_schema_extra=FREE_ON_RESUME)
+    """Number of simultaneous requests."""
+
+    def make(self) -> Reward:
+        return VlmJudge(**self.options())

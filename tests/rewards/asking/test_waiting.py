@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import RewardError
-from nextscale.rewards import WeightedSum, score
+from nextscale.rewards import RewardSet, score
 
 SOURCE = Path(__file__).resolve().parents[3] / "src"
 IMAGES = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 3, 4, 4)
@@ -73,8 +73,8 @@ def test_async_rewards_wait_together():
             time.sleep(0.01)
         raise AssertionError("asked alone")
 
-    rewards = WeightedSum({"a": waiting("a"), "plain": plain, "b": waiting("b")})
-    components = rewards.components(IMAGES, CONDITIONS)
+    rewards = RewardSet({"a": waiting("a"), "plain": plain, "b": waiting("b")})
+    components = rewards.scores(IMAGES, CONDITIONS)
     assert list(components) == ["a", "plain", "b"]
     assert all(scores.tolist() == RED for scores in components.values())
 
@@ -88,7 +88,7 @@ def test_async_rewards_keep_their_loop():
         return RED
 
     for _ in range(2):
-        WeightedSum({"mine": reward})(IMAGES, CONDITIONS)
+        RewardSet({"mine": reward})(IMAGES, CONDITIONS)
     assert loops[0] is loops[1] and not loops[0].is_closed()
 
 
@@ -107,7 +107,7 @@ def test_what_is_left_is_cancelled_when_one_fails():
         raise KeyError("star")
 
     with pytest.raises(RewardError, match="reward 'broken' raised KeyError"):
-        WeightedSum({"broken": broken, "slow": slow}).components(IMAGES, CONDITIONS)
+        RewardSet({"broken": broken, "slow": slow}).scores(IMAGES, CONDITIONS)
     assert cancelled.wait(60)
 
 
@@ -119,9 +119,9 @@ def test_a_reward_that_hangs_is_given_up(never: threading.Event):
         never.wait(600)
 
     for reward in (hangs, hangs_async):
-        rewards = WeightedSum({"quick": red, "mine": reward}, timeouts={"mine": 0.2})
+        rewards = RewardSet({"quick": red, "mine": reward}, timeouts={"mine": 0.2})
         with pytest.raises(RewardError, match=r"^reward 'mine': no answer within its timeout of 0\.2 s$"):
-            rewards.components(IMAGES, CONDITIONS)
+            rewards.scores(IMAGES, CONDITIONS)
 
 
 def test_a_timeout_of_the_reward_itself_is_not_ours():
@@ -158,7 +158,7 @@ import time
 import torch
 
 from nextscale.base.errors import RewardError
-from nextscale.rewards import WeightedSum
+from nextscale.rewards import RewardSet
 
 def hang(images, conditions):
     time.sleep(600)
@@ -168,7 +168,7 @@ async def hang_async(images, conditions):
 
 for reward in (hang, hang_async):
     try:
-        WeightedSum({"slow": reward}, timeouts={"slow": 0.1})(torch.zeros(1, 3, 4, 4), [])
+        RewardSet({"slow": reward}, timeouts={"slow": 0.1})(torch.zeros(1, 3, 4, 4), [])
     except RewardError as error:
         print(error)
 """

@@ -94,4 +94,4 @@ def test_layers_are_counted():
 def test_a_named_head_keeps_its_clip_on_the_command_line():
     words = ["aesthetic=toy", "aesthetic=head.pth", "clip_score=a {label}", "pick_score=a {label}"]
     rewards = rewards_of_words(words, "toy")
-    assert [each.clip for each in rewards.values()] == [None, "toy", "toy", None]
+    assert [each.options().get("clip") for each in rewards.values()] == [None, "toy", "toy", None]

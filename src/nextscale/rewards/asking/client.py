@@ -1,4 +1,4 @@
-"""A server that scores images: JSON there, JSON back, asked again where that may help."""
+"""HTTP client of a server that scores images: posts JSON, reads the answer, retries where that may help."""
 
 import base64
 import os
@@ -8,27 +8,34 @@ from io import BytesIO
 from typing import Any
 
 import httpx2
+import tenacity
 from PIL import Image
+from pydantic import Field
 
 from nextscale.base.errors import ConfigError, RewardError
+from nextscale.base.records import FREE_ON_RESUME
+from nextscale.rewards.protocol import RewardConfig
 
-FIRST_WAIT = 0.5  # seconds before the second try; each further wait is twice the one before
+REQUEST_TIMEOUT = 60.0
+RETRIES = 3
+FIRST_WAIT = 0.5  # seconds before the first retry; each later wait is twice the one before
 LONGEST_WAIT = 60.0  # seconds; a server that asks for more is given up
 COMPRESS_LEVEL = 1  # of PNG: lossless as any, on photographs 3 times as fast as PIL's 6 and 9 % larger
 LONGEST_EXCERPT = 200  # characters of an answer in an error's sentence
 
 
-class Server:
-    """Where images are sent to be scored. May be used by several threads at once.
+class ScoringClient:
+    """Posts images to a server that scores them. Safe to use from several threads.
 
     Args:
-        url: of the service, http:// or https://.
-        request_timeout: seconds that a request waits for a word from the server.
-        retries: further tries after a lost connection, a timeout, or an answer 429 or 5xx.
-        api_key_env: the environment variable that holds the key, sent as a bearer token and told nowhere.
+        url: URL of the service, http:// or https://.
+        request_timeout: seconds that a request waits for the server to respond.
+        retries: number of retries after a lost connection, a timeout, or a status of 429 or 5xx.
+        api_key_env: environment variable that holds the API key, which is sent as a bearer token and never
+            logged or stored.
 
     Raises:
-        ConfigError: the URL is none, or there is no such variable.
+        ConfigError: the URL is malformed, or the environment variable is not set.
     """
 
     def __init__(self, url: str, request_timeout: float, retries: int, api_key_env: str | None) -> None:
@@ -48,31 +55,36 @@ class Server:
         self._client = httpx2.Client(headers=headers, timeout=request_timeout, limits=limits)
 
     def post(self, content: dict[str, Any]) -> bytes:
-        """The body of the answer to some JSON.
+        """Post JSON and return the body of the answer.
 
         Raises:
-            RewardError: there is no answer after all tries, or one that another try would not change.
+            RewardError: all tries failed, or the server refuses in a way that a retry would not change.
         """
-        wait, found = FIRST_WAIT, ""
-        for tries in range(self.retries + 1):
-            if tries:
-                time.sleep(wait)
-                wait = min(2 * wait, LONGEST_WAIT)
-            try:
-                response = self._client.post(self.url, json=content)
-            except httpx2.RequestError as error:
-                found = f"{type(error).__name__}: {error}"
-                continue
-            if response.is_success:
-                return response.content
-            found = f"{response.status_code} {response.reason_phrase} {self.excerpt(response.content)}"
-            if response.status_code != 429 and response.status_code < 500:
-                raise RewardError(f"{self.name} answered {found}")
-            wait = max(wait, _retry_after(response))
-            if wait > LONGEST_WAIT:
-                asked = f"asks to wait {wait:.0f} s, more than {LONGEST_WAIT:.0f} s"
-                raise RewardError(f"{self.name} answered {found} and {asked}")
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_TryAgain),
+            stop=tenacity.stop_after_attempt(self.retries + 1),
+            wait=_next_wait,
+        )
+        try:
+            return retrying(self._post_once, content)
+        except tenacity.RetryError as error:
+            found = error.last_attempt.exception()
         raise RewardError(f"{self.name} gave no scores in {self.retries + 1} tries; the last time: {found}")
+
+    def _post_once(self, content: dict[str, Any]) -> bytes:
+        try:
+            response = self._client.post(self.url, json=content)
+        except httpx2.RequestError as error:
+            raise _TryAgain(f"{type(error).__name__}: {error}") from None
+        if response.is_success:
+            return response.content
+        found = f"{response.status_code} {response.reason_phrase} {self.excerpt(response.content)}"
+        if response.status_code != 429 and response.status_code < 500:
+            raise RewardError(f"{self.name} answered {found}")
+        if (wait := _retry_after(response)) > LONGEST_WAIT:
+            asked = f"asks to wait {wait:.0f} s, more than {LONGEST_WAIT:.0f} s"
+            raise RewardError(f"{self.name} answered {found} and {asked}")
+        raise _TryAgain(found, wait)
 
     def excerpt(self, answer: bytes | str) -> str:
         """The beginning of an answer on one line, in quotes, without the key."""
@@ -81,8 +93,24 @@ class Server:
         return repr(text if len(text) <= LONGEST_EXCERPT else text[:LONGEST_EXCERPT] + "...")
 
 
+class _TryAgain(Exception):
+    """A failure that a retry may mend; `retry_after` is how many seconds the server asks to wait."""
+
+    def __init__(self, found: str, retry_after: float = 0.0) -> None:
+        super().__init__(found)
+        self.retry_after = retry_after
+
+
+def _next_wait(state: tenacity.RetryCallState) -> float:
+    """Seconds until the next try: twice the wait before, or what the server asks for if that is more."""
+    failure = state.outcome and state.outcome.exception()
+    asked = failure.retry_after if isinstance(failure, _TryAgain) else 0.0
+    doubled = min(2 * state.upcoming_sleep, LONGEST_WAIT)  # still holds the wait before
+    return max(FIRST_WAIT, doubled, asked)
+
+
 def png_base64(image: Image.Image) -> str:
-    """The image as a PNG file, in base64."""
+    """The image as a PNG, base64-encoded."""
     buffer = BytesIO()
     image.save(buffer, format="PNG", compress_level=COMPRESS_LEVEL)
     return base64.b64encode(buffer.getvalue()).decode()
@@ -96,7 +124,7 @@ def _read_key(variable: str) -> str:
 
 
 def _retry_after(response: httpx2.Response) -> float:
-    """Seconds that the server asks to wait, given as such or as a date; 0 where it does not say.
+    """Seconds that the server asks to wait, given as a number or a date; 0 if it does not say.
 
     Source: RFC 9110, section 10.2.3.
     """
@@ -107,3 +135,16 @@ def _retry_after(response: httpx2.Response) -> float:
         return parsedate_to_datetime(text).timestamp() - time.time()
     except ValueError:
         return 0.0
+
+
+class RequestConfig(RewardConfig):
+    """Options of every reward that is served over HTTP."""
+
+    request_timeout: float = Field(
+        default=REQUEST_TIMEOUT, gt=0, allow_inf_nan=False, json_schema_extra=FREE_ON_RESUME
+    )
+    """Seconds that a request waits for the server to respond."""
+    retries: int = Field(default=RETRIES, ge=0, json_schema_extra=FREE_ON_RESUME)
+    """Retries after a lost connection, a timeout, or a status of 429 or 5xx."""
+    api_key_env: str | None = Field(default=None, json_schema_extra=FREE_ON_RESUME)
+    """Environment variable that holds the API key."""

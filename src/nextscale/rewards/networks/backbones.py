@@ -28,20 +28,11 @@ KNOWN_CLIPS = {
     "yuvalkirstain/PickScore_v1": _CLIP_H14,
     "xswu/HPSv2": _CLIP_H14,
 }
-"""Hub repository to the sizes of its image tower (224 px), of its text tower, and of the embedding."""
-
-DEFAULT_BACKBONES = {
-    "aesthetic": "openai/clip-vit-large-patch14",
-    "clip_score": "openai/clip-vit-large-patch14",
-    "pick_score": "yuvalkirstain/PickScore_v1",
-    "hps": "xswu/HPSv2",
-    "image_reward": "THUDM/ImageReward",
-}
-"""Kind of reward to the backbone it has where the recipe names none."""
+"""Hub repository to the sizes of its image tower (224 px), its text tower and its embedding."""
 
 
 def backbone_config(name: str) -> CLIPConfig | None:
-    """The sizes of a CLIP: a known hub repository, "toy" or a folder; None where they are not known here."""
+    """Sizes of a CLIP, given as "toy", a folder or a hub repository; None if they are not known here."""
     if name in KNOWN_CLIPS:
         vision, text, width = KNOWN_CLIPS[name]
         return CLIPConfig(vision_config=vision, text_config=text, projection_dim=width)

@@ -18,7 +18,7 @@ from nextscale.base.conditions import Condition
 from nextscale.models import zoo
 from nextscale.rewards.networks.preprocessing import Preprocessing, clip_preprocessing
 from nextscale.rewards.networks.pretrained import follow, load_frozen, loading
-from nextscale.rewards.prompts import fill
+from nextscale.rewards.networks.prompts import fill
 
 
 class Clip:

@@ -8,13 +8,13 @@ from typing import Any, TypeVar, cast
 from urllib.parse import unquote, urlsplit
 
 import torch
-from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from nextscale.base.errors import CheckpointError, first_sentence
+from nextscale.models import hub
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -37,7 +37,7 @@ def loading(what: str, name: str | Path) -> Iterator[None]:
         reason = first_sentence(error)
         is_repository = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) and not Path(name).exists()
         hint = (
-            f"; where the hub cannot be reached, give a folder with the files of https://huggingface.co/{name}"
+            f"; where the hub cannot be reached, give a folder with the files of {hub.url(str(name))}"
             if is_repository
             else ""
         )
@@ -107,26 +107,28 @@ def hub_file(repository: str, filename: str, option: str) -> Path:
     """One file of a hub repository, downloaded once.
 
     Args:
-        option: what takes a local path instead, for the error.
+        option: the option that takes a local path instead, for the error.
 
     Raises:
-        CheckpointError: it is neither in the cache nor can be downloaded.
+        CheckpointError: the file is neither cached nor can be downloaded.
     """
     try:
-        return Path(hf_hub_download(repository, filename))
-    except (OSError, ValueError) as error:
-        raise _not_had(filename, f"https://huggingface.co/{repository}", option, error) from None
+        return hub.download(repository, [filename]) / filename
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"'{filename}' is not in the cache, and {error}: give the path of a copy as {option}"
+        ) from None
 
 
 def web_file(url: str, sha256: str | None, option: str) -> Path:
     """A file at a URL, downloaded once into torch's cache.
 
     Args:
-        sha256: that it must have, where known.
-        option: what takes a local path instead, for the error.
+        sha256: the expected hash, if known.
+        option: the option that takes a local path instead, for the error.
 
     Raises:
-        CheckpointError: it is neither in the cache nor can be downloaded, or it is another file.
+        CheckpointError: the file is neither cached nor can be downloaded, or has another hash.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / unquote(Path(urlsplit(url).path).name)
     if not path.is_file():
@@ -134,16 +136,12 @@ def web_file(url: str, sha256: str | None, option: str) -> Path:
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
         except OSError as error:
-            raise _not_had(path.name, url, option, error) from None
+            raise CheckpointError(
+                f"'{path.name}' is not in the cache and cannot be downloaded ({first_sentence(error)}): "
+                f"get it from {url} and give its path as {option}"
+            ) from None
         except RuntimeError:  # torch's word for a hash that differs
             raise CheckpointError(
                 f"what {url} gave is another file than expected: give the path of the right one as {option}"
             ) from None
     return path
-
-
-def _not_had(filename: str, url: str, option: str, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"'{filename}' is not in the cache and cannot be downloaded ({first_sentence(error)}): "
-        f"get it from {url} and give its path as {option}"
-    )

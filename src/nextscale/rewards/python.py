@@ -3,15 +3,16 @@
 import importlib.util
 import sys
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 from nextscale.base.errors import ConfigError
 from nextscale.base.records import did_you_mean
-from nextscale.rewards.protocol import Reward, where
+from nextscale.rewards.asking.answers import user_line
+from nextscale.rewards.protocol import Reward, RewardConfig
 
 
 def load_function(reference: str) -> Reward:
-    """The function that `path/to/file.py:function` names. The file is the user's own and is run.
+    """The function named by `path/to/file.py:function`. The file is executed.
 
     Raises:
         ConfigError: there is no such file or function, or the file raises.
@@ -26,13 +27,13 @@ def load_function(reference: str) -> Reward:
     if spec is None or spec.loader is None:
         raise ConfigError(f"python reward '{reference}': '{path}' is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up while they are made
+    sys.modules[spec.name] = module  # dataclasses look up their module while they are created
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[spec.name]
         raise ConfigError(
-            f"python reward '{reference}': the file raised {type(error).__name__}: {error}{where(error)}"
+            f"python reward '{reference}': the file raised {type(error).__name__}: {error}{user_line(error)}"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -43,3 +44,16 @@ def load_function(reference: str) -> Reward:
             f"python reward '{reference}': no function '{name}' in it{did_you_mean(name, functions)}"
         )
     return cast("Reward", function)
+
+
+class PythonConfig(RewardConfig):
+    """Python function of yours."""
+
+    main_option = "function"
+
+    kind: Literal["python"] = "python"
+    function: str
+    """path/to/file.py:function; looked for beside the recipe, then from the working directory."""
+
+    def make(self) -> Reward:
+        return load_function(self.function)

@@ -1,7 +1,6 @@
-"""The YAML of recipes: files in, plain values out, and back. Nothing here imports torch."""
+"""Recipes as files: YAML 1.2 in and out, and the recipes that come with the package."""
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,40 +42,51 @@ def packaged_recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The mapping in a recipe's file, or in the packaged recipe of this name, not yet validated.
+def find_recipe(name: str | Path) -> Path:
+    """The file of a recipe, given by its path or by the name of a packaged one.
 
     Raises:
-        ConfigError: no such file, or one that holds no mapping.
+        ConfigError: there is no such file.
     """
-    found, name = Path(path), str(path)
-    if not found.exists() and found.parent == Path() and found.stem in packaged_recipes():
-        found = RECIPES / f"{found.stem}.yaml"
-    if found.is_dir():
-        hint = f"; did you mean '{found / 'config.yaml'}'?" if (found / "config.yaml").is_file() else ""
+    path = Path(name)
+    if not path.exists() and path.parent == Path() and path.stem in packaged_recipes():
+        path = RECIPES / f"{path.stem}.yaml"
+    if path.is_dir():
+        hint = f"; did you mean '{path / 'config.yaml'}'?" if (path / "config.yaml").is_file() else ""
         raise ConfigError(f"recipe '{name}' is a folder, expected a YAML file{hint}")
-    try:
-        text = found.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not path.exists():
         raise ConfigError(
             f"no recipe '{name}': it is neither a file nor a packaged recipe"
-            f"{did_you_mean(found.stem, packaged_recipes())}"
-        ) from None
+            f"{did_you_mean(path.stem, packaged_recipes())}"
+        )
+    return path
+
+
+def read_mapping(name: str | Path) -> dict[str, Any]:
+    """The keys and values in the file of a recipe, as they are.
+
+    Raises:
+        ConfigError: there is no such file, or it holds anything but keys with values.
+    """
+    try:
+        text = find_recipe(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe '{name}' cannot be read: {error}") from None
     mapping = parse_yaml(text, f"recipe '{name}'")
     if not isinstance(mapping, dict):
-        found_kind = "nothing" if mapping is None else f"a {type(mapping).__name__}"
-        raise ConfigError(f"recipe '{name}' holds {found_kind}, expected keys such as 'rewards:' with values")
-    _find_python_files(mapping, found.parent)
+        found = "nothing" if mapping is None else f"a {type(mapping).__name__}"
+        raise ConfigError(f"recipe '{name}' holds {found}, expected keys such as 'rewards:' with values")
     return mapping
 
 
 def parse_yaml(text: str, what: str) -> Any:
-    """The value of a YAML text.
+    """Plain values from YAML.
+
+    Args:
+        what: what the text is, for the error.
 
     Raises:
-        ConfigError: it is not valid YAML; the sentence begins with `what`.
+        ConfigError: the text is not valid YAML, or asks for objects.
     """
     try:
         return yaml.load(text, _Loader)  # a SafeLoader: plain values, no objects
@@ -89,15 +99,6 @@ def parse_yaml(text: str, what: str) -> Any:
         raise ConfigError(f"{what} is not valid YAML: {error}") from None
 
 
-def dump_yaml(content: Mapping[str, Any]) -> str:
-    """YAML that readers of version 1.1 and of 1.2 understand alike."""
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
-
-
-def _find_python_files(mapping: dict[str, Any], folder: Path) -> None:
-    """Let rewards of kind `python` name the file beside the recipe, where there is one; in place."""
-    rewards = mapping.get("rewards")
-    for reward in rewards.values() if isinstance(rewards, dict) else ():
-        reference = reward.get("python") if isinstance(reward, dict) else None
-        if isinstance(reference, str) and (folder / reference.rpartition(":")[0]).is_file():
-            reward["python"] = str(folder / reference)
+def dump_yaml(mapping: dict[str, Any]) -> str:
+    """YAML that any reader of YAML 1.1 or 1.2 reads back as the same values."""
+    return yaml.dump(mapping, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

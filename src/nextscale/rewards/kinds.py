@@ -1,0 +1,143 @@
+"""The kinds of rewards: one table, and the types that are built from it."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+
+import pydantic
+from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, WithJsonSchema
+
+from nextscale.base.errors import ConfigError
+from nextscale.base.records import Record, describe_validation_error, did_you_mean, unknown_key
+from nextscale.rewards.aesthetic import AestheticConfig
+from nextscale.rewards.class_probability import ClassProbabilityConfig
+from nextscale.rewards.clip_score import ClipScoreConfig
+from nextscale.rewards.hps import HPSv2Config
+from nextscale.rewards.image_reward import ImageRewardConfig
+from nextscale.rewards.jpeg import JpegConfig
+from nextscale.rewards.pick_score import PickScoreConfig
+from nextscale.rewards.pixels import PixelsConfig
+from nextscale.rewards.protocol import RewardConfig
+from nextscale.rewards.python import PythonConfig
+from nextscale.rewards.remote import RemoteConfig
+from nextscale.rewards.vlm_judge import VlmJudgeConfig
+
+# To add a kind of reward, write its file, with its record, and add the record here.
+RECORDS: tuple[type[RewardConfig], ...] = (
+    AestheticConfig,
+    ClipScoreConfig,
+    PickScoreConfig,
+    HPSv2Config,
+    ImageRewardConfig,
+    ClassProbabilityConfig,
+    PythonConfig,
+    JpegConfig,
+    PixelsConfig,
+    RemoteConfig,
+    VlmJudgeConfig,
+)
+
+REWARD_KINDS = {record.model_fields["kind"].default: record for record in RECORDS}
+"""Name of a kind to its record."""
+
+
+def read_reward(values: Mapping[str, Any]) -> RewardConfig:
+    """The record of a reward as a recipe writes it, in full or in short.
+
+    Raises:
+        ConfigError: there is no such kind, or an option cannot be used.
+    """
+    try:
+        return TypeAdapter(AnyReward).validate_python(values)
+    except pydantic.ValidationError as error:
+        raise ConfigError(describe_validation_error(RewardConfig, error)) from None
+
+
+def in_full(reward: Any) -> Any:
+    """`{clip_score: VALUE, ...}` as `{kind: clip_score, prompt: VALUE, ...}`; options that are null left out.
+
+    Raises:
+        ValueError: it does not have exactly one kind.
+    """
+    if not isinstance(reward, Mapping):
+        return reward
+    given = {
+        name: value
+        for name, value in reward.items()
+        if value is not None or name not in RewardOptions.model_fields
+    }
+    kinds = [kind for kind in REWARD_KINDS if kind in given]
+    if not kinds and "kind" in given:
+        if given["kind"] not in list(REWARD_KINDS):
+            raise ValueError(
+                f"unknown kind {given['kind']!r}{did_you_mean(str(given['kind']), REWARD_KINDS)}"
+            )
+        return given
+    for name in given:
+        if name not in RewardOptions.model_fields:
+            raise unknown_key(str(name), RewardOptions.model_fields)
+    named = dict.fromkeys([given["kind"], *kinds] if "kind" in given else kinds)
+    if len(named) != 1:
+        found = f", got {' and '.join(map(str, named))}" if named else ""
+        raise ValueError(f"a reward needs exactly one of {', '.join(REWARD_KINDS)}{found}")
+    main = REWARD_KINDS[kinds[0]].main_option
+    if main in given:
+        raise ValueError(f"'{main}' and '{kinds[0]}' mean the same option; remove one of them")
+    return {"kind": kinds[0], main: given.pop(kinds[0]), **given}
+
+
+def _union() -> Any:
+    """One of the records, told apart by `kind`.
+
+    A tag stands in brackets, so that an error does not take it for a part of the key.
+    """
+
+    def tag_of(reward: Any) -> str:
+        kind = reward.get("kind") if isinstance(reward, Mapping) else getattr(reward, "kind", None)
+        return f"[{kind}]"
+
+    members = tuple(Annotated[record, Tag(f"[{kind}]")] for kind, record in REWARD_KINDS.items())
+    told = "expected the options of a reward, such as 'clip_score: a painting of a {label}'"
+    return Annotated[
+        Union[members],  # noqa: UP007
+        Discriminator(tag_of, custom_error_type="no_reward", custom_error_message=told),
+        BeforeValidator(in_full),
+        WithJsonSchema({**RewardOptions.model_json_schema(), "required": []}),  # in full or in short
+    ]
+
+
+def _every_option() -> type[Record]:
+    """A record of all keys that a reward of a recipe may have, for help and overrides."""
+    fields: dict[str, Any] = {
+        "kind": (
+            Literal[tuple(REWARD_KINDS)],
+            Field(description="Kind of reward."),
+        )
+    }
+    for kind, record in REWARD_KINDS.items():
+        annotation = record.model_fields[record.main_option].annotation
+        told = f"{record.__doc__} Sets kind and {record.main_option}."
+        extra: dict[str, Any] = {"main_option": record.main_option}
+        fields[kind] = (annotation, Field(default=None, description=told, json_schema_extra=extra))
+    for name in dict.fromkeys(name for record in RECORDS for name in record.own_options()):
+        owners = {kind: record for kind, record in REWARD_KINDS.items() if name in record.model_fields}
+        found = {kind: record.model_fields[name] for kind, record in owners.items()}
+        kinds: dict[str | None, list[str]] = {}
+        for kind, field in found.items():
+            kinds.setdefault(field.description, []).append(kind)
+        told = " ".join(f"Of {', '.join(each)}: {text}" for text, each in kinds.items())
+        defaults = {field.default for field in found.values() if not field.is_required()}
+        default = defaults.pop() if len(defaults) == 1 else None
+        annotation = Union[tuple(field.annotation for field in found.values())]  # noqa: UP007
+        extra = next(iter(found.values())).json_schema_extra
+        fields[name] = (annotation, Field(default=default, description=told, json_schema_extra=extra))
+    for name, field in RewardConfig.model_fields.items():
+        fields[name] = (field.annotation, field)
+    return pydantic.create_model("RewardOptions", __base__=Record, **fields)
+
+
+RewardOptions = _every_option()
+
+if TYPE_CHECKING:
+    AnyReward = RewardConfig
+else:
+    AnyReward = _union()

@@ -1,0 +1,111 @@
+"""Several rewards, each in its role: trained on, kept within a bound, or only measured."""
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from nextscale.base.conditions import Condition
+from nextscale.base.errors import ConfigError
+from nextscale.rewards.asking.answers import ask, check_answer
+from nextscale.rewards.asking.waiting import begin, is_async
+from nextscale.rewards.protocol import Reward
+from nextscale.rewards.roles import Constraint
+
+
+class RewardSet:
+    """Named rewards and the role of each; itself a reward, the weighted sum of those that are trained on.
+
+    Args:
+        rewards: name to reward.
+        weights: name to weight; 1 by default for every reward that is neither a constraint nor held out.
+        constraints: name to `AtLeast(...)` or `AtMost(...)`: kept within a bound while the sum is raised.
+        held_out: names of rewards that are only measured in evaluations, never trained on.
+        timeouts: name to the seconds after which a reward that has not answered is given up; no limit by
+            default. The time of an async reward counts from when all others have answered, that of any other
+            from when it is asked.
+
+    Raises:
+        ConfigError: there is no reward to train on, a role names no reward, or a reward has two roles.
+    """
+
+    def __init__(
+        self,
+        rewards: Mapping[str, Reward],
+        weights: Mapping[str, float] | None = None,
+        constraints: Mapping[str, Constraint] | None = None,
+        held_out: Collection[str] = (),
+        *,
+        timeouts: Mapping[str, float] | None = None,
+    ) -> None:
+        weights, constraints, timeouts = weights or {}, constraints or {}, timeouts or {}
+        if not rewards:
+            raise ConfigError("no rewards given: give at least one")
+        named = {"weight": weights, "constraint": constraints, "held_out": held_out, "timeout": timeouts}
+        roles: dict[str, str] = {}
+        for key, names in named.items():
+            for name in names:
+                if name not in rewards:
+                    raise ConfigError(
+                        f"{key} for '{name}', which is none of the rewards {', '.join(rewards)}"
+                    )
+                if key != "timeout" and roles.setdefault(name, key) != key:
+                    raise ConfigError(
+                        f"reward '{name}': '{roles[name]}' has no effect beside '{key}'; remove one of them"
+                    )
+        self.rewards, self.timeouts = dict(rewards), dict(timeouts)
+        self.constraints, self.held_out = dict(constraints), tuple(held_out)
+        trained = [name for name in rewards if roles.get(name, "weight") == "weight"]
+        if not trained:
+            raise ConfigError("every reward is a constraint or held out: give one to train on")
+        self.weights = {name: float(weights.get(name, 1.0)) for name in trained}
+
+    def roles(self) -> dict[str, dict[str, object]]:
+        """The role of each reward, as a recipe writes it: {"style": {"weight": 1.0}, ...}."""
+        return {
+            **{name: {"weight": weight} for name, weight in self.weights.items()},
+            **{name: {each.role: each.bound} for name, each in self.constraints.items()},
+            **{name: {"held_out": True} for name in self.held_out},
+        }
+
+    def without_held_out(self) -> "RewardSet":
+        """The rewards that training needs: those trained on, and the constraints."""
+        needed = {name: reward for name, reward in self.rewards.items() if name not in self.held_out}
+        timeouts = {name: seconds for name, seconds in self.timeouts.items() if name in needed}
+        return RewardSet(needed, self.weights, self.constraints, timeouts=timeouts)
+
+    @torch.no_grad()
+    def scores(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
+        """Each reward's own scores, (B,) float32 on the CPU, unweighted.
+
+        The async rewards wait together, while the others are asked one after the other. That a reward scored
+        none of the images is no error here: they may be a part of a step (see `require_scores`).
+
+        Args:
+            images: (B, 3, H, W) float32 in [0, 1].
+
+        Raises:
+            RewardError: a reward raised, timed out, or returned anything but one number for each image.
+        """
+        begun = {
+            name: begin(reward, images, conditions)
+            for name, reward in self.rewards.items()
+            if is_async(reward)
+        }
+        scores: dict[str, Tensor] = {}
+        try:
+            for name in sorted(self.rewards, key=lambda name: name in begun):  # async ones last
+                reward, timeout = self.rewards[name], self.timeouts.get(name)
+                answer = ask(name, reward, images, conditions, timeout, begun.get(name))
+                scores[name] = check_answer(name, answer, images)
+        finally:
+            for future in begun.values():
+                future.cancel()  # those still running, when one has failed
+        return {name: scores[name] for name in self.rewards}
+
+    def total(self, scores: Mapping[str, Tensor]) -> Tensor:
+        """(B,) weighted sum; NaN where any reward that is trained on did not score the image."""
+        return torch.stack([weight * scores[name] for name, weight in self.weights.items()]).sum(0)
+
+    def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        return self.total(self.scores(images, conditions))
