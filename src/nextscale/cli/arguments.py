@@ -31,11 +31,10 @@ def add_recipe(parser: Parser, shows_keys: bool) -> None:
 
 
 def _add_key(group: Any, key: str, schema: Schema, is_shown: bool) -> None:
-    default = schema.get("default")
+    is_boolean, default = schema.get("type") == "boolean", schema.get("default")
     text = " ".join(schema.get("description", "").split()).replace("%", "%%")
     if default not in (None, ""):
-        text = f"{text} (default: {str(default).lower()})"
-    is_boolean = schema.get("type") == "boolean"
+        text = f"{text} (default: {str(default).lower() if is_boolean else default})"
     group.add_argument(
         f"--{key}",
         metavar=type_name(schema),

@@ -116,8 +116,8 @@ def _every_option() -> type[Record]:
     for kind, record in REWARD_KINDS.items():
         annotation = record.model_fields[record.main_option].annotation
         told = f"{record.__doc__} Sets kind and {record.main_option}."
-        extra: dict[str, Any] = {"main_option": record.main_option}
-        fields[kind] = (annotation, Field(default=None, description=told, json_schema_extra=extra))
+        field = Field(default=None, description=told, json_schema_extra={"main_option": record.main_option})
+        fields[kind] = (annotation, field)
     for name in dict.fromkeys(name for record in RECORDS for name in record.own_options()):
         owners = {kind: record for kind, record in REWARD_KINDS.items() if name in record.model_fields}
         found = {kind: record.model_fields[name] for kind, record in owners.items()}
