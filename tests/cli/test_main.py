@@ -210,10 +210,11 @@ else:
 # Completion
 
 
-def complete(line, folder):
+def complete(line, folder, shell="bash"):
     """What the shell would offer at the end of this line."""
     answer = folder / "answer"
     asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_SUPPRESS_SPACE": "1"}
+    asked |= {"_ARGCOMPLETE_SHELL": shell, **({"_ARGCOMPLETE_DFS": "\t"} if shell == "fish" else {})}
     asked |= {"COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
     done = run(env_changes=asked, cwd=folder)
     assert done.stdout == done.stderr == ""
@@ -239,6 +240,12 @@ def complete(line, folder):
 def test_the_shell_completes(line, offers, tmp_path):
     (tmp_path / "mine.yaml").touch()
     assert sorted(complete(line, tmp_path)) == offers
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_get_the_texts_too(shell, tmp_path):
+    (offer,) = complete("nextscale tr", tmp_path, shell)
+    assert offer.startswith("train") and "fine-tune a model" in offer
 
 
 # Options
