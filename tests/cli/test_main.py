@@ -144,7 +144,7 @@ def test_help_of_train_lists_every_key_with_its_type_and_default(capsys):
     assert "--run.overwrite [true|false]" in text
     assert "--rewards.NAME.weight NUMBER" in text
     assert "--rewards.NAME.at_least NUMBER|base" in text and "--rewards.NAME.held_out [true|false]" in text
-    assert "toy-painting" in text
+    assert "toy-constrained" in text
 
 
 HEAVY = ("torch", "transformers", "accelerate", "matplotlib", "numpy")
