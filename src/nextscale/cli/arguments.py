@@ -23,8 +23,9 @@ CLASSES = "class names or numbers, separated by commas"
 def add_recipe(parser: Parser, shows_keys: bool) -> None:
     """Add RECIPE, and every key of a recipe for the help and completion; `take_overrides` reads them."""
     names = packaged_recipes()
-    text = f"YAML file, or name of a packaged recipe: {', '.join(names)}"
-    complete_with(parser.add_argument("recipe", metavar="RECIPE", help=text), names, "yaml")
+    parser.description = f"{parser.description}\n\nPackaged recipes: {', '.join(names)}."
+    recipe = parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or name of a packaged recipe")
+    complete_with(recipe, names, "yaml")
     for title, (text, keys) in recipe_sections().items():
         group = parser.add_argument_group(title, text) if shows_keys else parser
         for key, schema in keys.items():
