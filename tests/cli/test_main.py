@@ -513,7 +513,7 @@ def test_a_failing_reward_in_a_process(folder, tmp_path):
         (["--rewards.bright.python", "{folder}/rewards.py:bight"], "did you mean 'bright'?"),
         (["--rewards.bright.python", "{folder}/none.py:bright"], "no file"),
         (["--rewards.bright.python", "bright"], "must be of the form path/to/file.py:function"),
-        (["--rewards.bright.clip", "toy"], "'clip' has no effect on a python reward"),
+        (["--rewards.bright.clip", "toy"], "'clip' has no effect on a reward of kind 'python'"),
         (["--run.output_dir", "{folder}/rewards.py"], "is not a folder"),
         (["--run.diversity_clip", "{folder}/model"], "cannot be loaded"),
     ],

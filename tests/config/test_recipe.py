@@ -6,6 +6,7 @@ import yaml
 from nextscale.base.errors import ConfigError
 from nextscale.config.build import make_rewards
 from nextscale.config.recipe import Recipe, load_recipe, to_yaml
+from nextscale.config.resume import check_resumable
 from nextscale.rewards.kinds import read_reward
 
 PAINTING = "rewards: {painting: {clip_score: 'a painting of a {label}', clip: toy}}\n"
@@ -98,3 +99,20 @@ def test_the_resolved_recipe_has_all_keys_and_loads_back_equal(write):
     for name in ("sampling", "grpo", "optimizer", "run"):
         assert set(loaded[name]) == set(type(getattr(recipe, name)).model_fields)
     assert loaded["rewards"]["painting"]["weight"] == 1.0
+
+
+def test_the_config_of_an_earlier_run_is_read_and_may_be_resumed(write):
+    """It has the short form, and no key that was not set."""
+    old = "painting: {clip_score: 'a {label}', clip: toy, weight: 1.0, held_out: false}"
+    far = "far: {remote: 'http://h/score', batch_size: 9, at_least: base, held_out: false, timeout: 60.0}"
+    path = write(f"rewards:\n  {old}\n  {far}\n")
+    recipe = load_recipe(path)
+    assert load_recipe(write(to_yaml(recipe), "new.yaml")) == recipe
+    far = recipe.rewards["far"]
+    check_resumable(
+        recipe.replace(rewards={**recipe.rewards, "far": far.replace(batch_size=3, retries=1)}), path
+    )
+    with pytest.raises(ConfigError, match=r"rewards\.far\.url is 'http://other', but the run in"):
+        check_resumable(
+            recipe.replace(rewards={**recipe.rewards, "far": far.replace(url="http://other")}), path
+        )

@@ -2,9 +2,11 @@
 
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,6 +22,7 @@ from nextscale.rewards.pixels import PIXEL_REWARDS, PixelsConfig
 from nextscale.rewards.protocol import RewardConfig
 
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "nextscale"
+PAGE = PACKAGE.parents[1] / "docs" / "rewards.md"
 
 
 def test_every_record_has_a_kind_and_a_main_option_and_describes_all():
@@ -29,6 +32,10 @@ def test_every_record_has_a_kind_and_a_main_option_and_describes_all():
         assert record.main_option in record.own_options() and record.__doc__
         assert all(record.model_fields[name].description for name in record.own_options())
         assert not set(record.own_options()) & set(REWARD_KINDS)  # a key is a kind or an option, never both
+        for name in record.own_options():  # what an option means does not depend on the kind
+            assert RewardOptions.model_fields[name].description.startswith(
+                record.model_fields[name].description
+            )
 
 
 def test_a_reward_has_one_kind():
@@ -59,12 +66,15 @@ def test_an_option_that_is_null_is_one_that_is_not_given():
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"python": "a.py:f", "clip": "toy"}, "'clip' has no effect on a python reward; remove it"),
-        ({"pick_score": "a", "negative": "b"}, "'negative' has no effect on a pick_score reward; remove it"),
+        ({"python": "a.py:f", "clip": "toy"}, "'clip' has no effect on a reward of kind 'python'; remove it"),
+        (
+            {"pick_score": "a", "negative": "b"},
+            "'negative' has no effect on a reward of kind 'pick_score'; remove it",
+        ),
         ({"clip_score": "a", "wieght": 2}, "did you mean 'weight'?"),
         ({"clipscore": "a"}, "unknown key 'clipscore'; did you mean 'clip_score'?"),
         ({"kind": "clipscore"}, "unknown kind 'clipscore'; did you mean 'clip_score'?"),
-        ({"kind": ["clip_score"]}, "unknown kind ['clip_score']"),
+        ({"kind": ["clip_score"]}, "unknown kind '['clip_score']'"),
         ({"kind": "remote"}, "'url' is missing"),
         ({"clip_score": 3}, "prompt = 3 cannot be used"),
         (3, "expected the options of a reward, such as 'clip_score: a painting of a {label}'"),
@@ -128,29 +138,6 @@ def test_how_a_reward_is_asked_may_change_on_resume_and_what_it_is_may_not():
     assert free_on_resume(REWARD_KINDS["vlm_judge"]) == asking - {"batch_size"}
 
 
-NEW_REWARD = '''"""Redness: how much redder than the rest an image is."""
-
-from typing import Literal
-
-from nextscale.rewards.protocol import Reward, RewardConfig
-
-
-def redness(images, conditions, factor):
-    return factor * (images[:, 0] - images.mean(1)).mean((1, 2))
-
-
-class RednessConfig(RewardConfig):
-    """How red an image is."""
-
-    main_option = "factor"
-
-    kind: Literal["redness"] = "redness"
-    factor: float = 1.0
-    """Factor of the score."""
-
-    def make(self) -> Reward:
-        return lambda images, conditions: redness(images, conditions, self.factor)
-'''
 USING_IT = """
 import sys, torch
 from nextscale.cli.main import main
@@ -166,10 +153,14 @@ main(["train", "--help"])
 
 
 def test_a_new_kind_is_a_file_and_its_place_in_the_table(tmp_path: Path):
-    """As docs/rewards.md tells it, in a copy of the package: then recipes, overrides and the help know it."""
+    """The example of docs/rewards.md, in a copy of the package: recipes, overrides and the help know it."""
     copy = tmp_path / "nextscale"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("assets", "__pycache__"))
-    (copy / "rewards" / "redness.py").write_text(NEW_REWARD)
+    example = re.search(
+        r"```python\n *# src/nextscale/rewards/redness.py\n(.*?)```", PAGE.read_text(), re.DOTALL
+    )
+    assert example
+    (copy / "rewards" / "redness.py").write_text(textwrap.dedent(example[1]))
     table = (copy / "rewards" / "kinds.py").read_text()
     table = table.replace("    RemoteConfig,\n", "    RemoteConfig,\n    RednessConfig,\n")
     imports = "from nextscale.rewards.remote import"
@@ -188,4 +179,4 @@ def test_a_new_kind_is_a_file_and_its_place_in_the_table(tmp_path: Path):
     assert "{'first': tensor([1.]), 'second': tensor([1.5000])}" in done.stdout
     assert "    kind: redness\n    factor: 3.0\n    weight: 0.5\n" in done.stdout
     assert "--rewards.NAME.redness NUMBER" in done.stdout
-    assert "Of redness: Factor of the score. (default: 1.0)" in done.stdout
+    assert "Factor of the score. Option of redness. (default: 1.0)" in done.stdout

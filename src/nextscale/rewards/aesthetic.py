@@ -29,12 +29,12 @@ RELU_LAYERS = (0, 3, 6, 9, 11)  # with ReLU and dropout between
 
 
 class AestheticHead(nn.Module):
-    """(N, E) image embeddings, normalised here, to (N,) scores.
+    """Maps (N, E) image embeddings, which it normalises, to (N,) scores.
 
     Args:
-        weights: of each linear layer, (out, in), the last with out = 1.
-        biases: of each linear layer, (out,).
-        has_relu: whether a ReLU stands between the layers.
+        weights: (out, in) of each linear layer, the last with out = 1.
+        biases: (out,) of each linear layer.
+        has_relu: whether there is a ReLU between the layers.
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor], *, has_relu: bool) -> None:
@@ -62,14 +62,14 @@ class AestheticHead(nn.Module):
 
 
 def load_head(path: str | Path) -> AestheticHead:
-    """The head of an aesthetic predictor alone; its kind is told by its keys.
+    """The head of an aesthetic predictor alone; the keys of the file tell which kind it is.
 
     Args:
         path: a name of the zoo such as "toy" or "laion-v2-l14", downloaded once, or a `.pth` or
             `.safetensors` file with the keys of LAION's v1, v2 or v2 with ReLU.
 
     Raises:
-        CheckpointError: the file cannot be had, is broken, or of none of these kinds.
+        CheckpointError: the file cannot be downloaded or read, or is of none of these kinds.
     """
     path = _find_head(path)
     state = read_state_dict(path)
@@ -154,7 +154,7 @@ class AestheticConfig(RewardConfig):
     head: str = DEFAULT_HEAD
     """Head of the predictor: "toy", one of LAION's by name such as "laion-v2-l14", or a file."""
     clip: str | None = None
-    """CLIP: "toy", a folder or a hub repository; by default the one that the head was trained on."""
+    """CLIP: "toy", a folder or a hub repository; an aesthetic head comes with its own by default."""
 
     def make(self) -> Reward:
         return Aesthetic(**self.options())

@@ -51,9 +51,9 @@ class ClipScoreConfig(RewardConfig):
 
     kind: Literal["clip_score"] = "clip_score"
     prompt: str | tuple[str, ...] = DEFAULT_PROMPT
-    """Prompt such as "a painting of a {label}", or several, whose mean counts."""
+    """Prompt such as "a photo of a {label}"; for a clip_score, also a list whose mean score counts."""
     clip: str = DEFAULT_CLIP
-    """CLIP: "toy", a folder or a hub repository."""
+    """CLIP: "toy", a folder or a hub repository; an aesthetic head comes with its own by default."""
     negative: str | tuple[str, ...] | None = None
     """Prompts whose mean score is subtracted."""
 

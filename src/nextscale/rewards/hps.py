@@ -67,9 +67,9 @@ class HPSv2Config(RewardConfig):
 
     kind: Literal["hps"] = "hps"
     prompt: str = DEFAULT_PROMPT
-    """Prompt such as "a photo of a {label}"."""
+    """Prompt such as "a photo of a {label}"; for a clip_score, also a list whose mean score counts."""
     checkpoint: str | None = None
-    """Local file in place of the one on the hub."""
+    """Local folder (pick_score) or file (hps, image_reward) in place of the weights on the hub."""
     tokenizer: str = DEFAULT_TOKENIZER
     """Tokenizer of the text encoder: a folder or a hub repository."""
 

@@ -108,10 +108,10 @@ class Network(nn.Module):
 
 
 def load_network(path: Path) -> Network:
-    """The network in `ImageReward.pt`, or a smaller one of its kind, its sizes read from the tensors.
+    """The network in `ImageReward.pt`, or a smaller one of its kind; its sizes are read from the tensors.
 
     Raises:
-        CheckpointError: the file cannot be used; names the first key that is missing, unknown or misshapen.
+        CheckpointError: names the first key that is missing, unknown or of the wrong shape.
     """
     state = read_state_dict(path)
     parts: dict[str, dict[str, Tensor]] = {"blip.visual_encoder.": {}, "blip.text_encoder.": {}, "mlp.": {}}
@@ -154,9 +154,9 @@ class ImageRewardConfig(RewardConfig):
 
     kind: Literal["image_reward"] = "image_reward"
     prompt: str = DEFAULT_PROMPT
-    """Prompt such as "a photo of a {label}"."""
+    """Prompt such as "a photo of a {label}"; for a clip_score, also a list whose mean score counts."""
     checkpoint: str | None = None
-    """Local file in place of the one on the hub."""
+    """Local folder (pick_score) or file (hps, image_reward) in place of the weights on the hub."""
     tokenizer: str = DEFAULT_TOKENIZER
     """Tokenizer of the text encoder: a folder or a hub repository."""
 

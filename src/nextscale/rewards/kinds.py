@@ -67,17 +67,15 @@ def in_full(reward: Any) -> Any:
     }
     kinds = [kind for kind in REWARD_KINDS if kind in given]
     if not kinds and "kind" in given:
-        if given["kind"] not in list(REWARD_KINDS):
-            raise ValueError(
-                f"unknown kind {given['kind']!r}{did_you_mean(str(given['kind']), REWARD_KINDS)}"
-            )
+        if (kind := str(given["kind"])) not in REWARD_KINDS:
+            raise ValueError(f"unknown kind '{kind}'{did_you_mean(kind, REWARD_KINDS)}")
         return given
     for name in given:
         if name not in RewardOptions.model_fields:
             raise unknown_key(str(name), RewardOptions.model_fields)
-    named = dict.fromkeys([given["kind"], *kinds] if "kind" in given else kinds)
+    named = dict.fromkeys([str(given["kind"]), *kinds] if "kind" in given else kinds)
     if len(named) != 1:
-        found = f", got {' and '.join(map(str, named))}" if named else ""
+        found = f", got {' and '.join(named)}" if named else ""
         raise ValueError(f"a reward needs exactly one of {', '.join(REWARD_KINDS)}{found}")
     main = REWARD_KINDS[kinds[0]].main_option
     if main in given:
@@ -101,18 +99,14 @@ def _union() -> Any:
         Union[members],  # noqa: UP007
         Discriminator(tag_of, custom_error_type="no_reward", custom_error_message=told),
         BeforeValidator(in_full),
-        WithJsonSchema({**RewardOptions.model_json_schema(), "required": []}),  # in full or in short
+        WithJsonSchema(RewardOptions.model_json_schema()),  # in full or in short
     ]
 
 
 def _every_option() -> type[Record]:
     """A record of all keys that a reward of a recipe may have, for help and overrides."""
-    fields: dict[str, Any] = {
-        "kind": (
-            Literal[tuple(REWARD_KINDS)],
-            Field(description="Kind of reward."),
-        )
-    }
+    kind_field = Field(default=None, description="Kind of reward.")
+    fields: dict[str, Any] = {"kind": (Literal[tuple(REWARD_KINDS)], kind_field)}
     for kind, record in REWARD_KINDS.items():
         annotation = record.model_fields[record.main_option].annotation
         told = f"{record.__doc__} Sets kind and {record.main_option}."
@@ -120,16 +114,15 @@ def _every_option() -> type[Record]:
         fields[kind] = (annotation, field)
     for name in dict.fromkeys(name for record in RECORDS for name in record.own_options()):
         owners = {kind: record for kind, record in REWARD_KINDS.items() if name in record.model_fields}
-        found = {kind: record.model_fields[name] for kind, record in owners.items()}
-        kinds: dict[str | None, list[str]] = {}
-        for kind, field in found.items():
-            kinds.setdefault(field.description, []).append(kind)
-        told = " ".join(f"Of {', '.join(each)}: {text}" for text, each in kinds.items())
-        defaults = {field.default for field in found.values() if not field.is_required()}
-        default = defaults.pop() if len(defaults) == 1 else None
-        annotation = Union[tuple(field.annotation for field in found.values())]  # noqa: UP007
-        extra = next(iter(found.values())).json_schema_extra
-        fields[name] = (annotation, Field(default=default, description=told, json_schema_extra=extra))
+        first, *others = (record.model_fields[name] for record in owners.values())
+        annotation = Union[tuple(each.annotation for each in (first, *others))]  # noqa: UP007
+        is_common = not first.is_required() and all(each.default == first.default for each in others)
+        field = Field(
+            default=first.default if is_common else None,
+            description=f"{first.description} Option of {', '.join(owners)}.",
+            json_schema_extra=first.json_schema_extra,
+        )
+        fields[name] = (annotation, field)
     for name, field in RewardConfig.model_fields.items():
         fields[name] = (field.annotation, field)
     return pydantic.create_model("RewardOptions", __base__=Record, **fields)

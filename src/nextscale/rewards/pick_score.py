@@ -20,7 +20,7 @@ class PickScore:
 
     Args:
         prompt: a template; the condition's text replaces "{label}".
-        checkpoint: a CLIP trained on picks: a folder or a hub repository.
+        checkpoint: a CLIP trained on picks, as a folder or a hub repository; PickScore v1 by default.
         tokenizer: a folder or a hub repository; PickScore's own repository has none.
 
     Raises:
@@ -33,11 +33,11 @@ class PickScore:
     def __init__(
         self,
         prompt: str = DEFAULT_PROMPT,
-        checkpoint: str | Path = REPOSITORY,
+        checkpoint: str | Path | None = None,
         tokenizer: str | Path = DEFAULT_TOKENIZER,
     ) -> None:
         self.prompts = check_prompts(prompt)
-        self.clip = load_clip(checkpoint, tokenizer)
+        self.clip = load_clip(checkpoint or REPOSITORY, tokenizer)
 
     def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         cosines = self.clip.cosines(images, conditions, self.prompts)[:, 0]
@@ -51,9 +51,9 @@ class PickScoreConfig(RewardConfig):
 
     kind: Literal["pick_score"] = "pick_score"
     prompt: str = DEFAULT_PROMPT
-    """Prompt such as "a photo of a {label}"."""
-    checkpoint: str = REPOSITORY
-    """CLIP that was trained on picks: a folder or a hub repository."""
+    """Prompt such as "a photo of a {label}"; for a clip_score, also a list whose mean score counts."""
+    checkpoint: str | None = None
+    """Local folder (pick_score) or file (hps, image_reward) in place of the weights on the hub."""
     tokenizer: str = DEFAULT_TOKENIZER
     """Tokenizer of the text encoder: a folder or a hub repository."""
 
@@ -62,4 +62,4 @@ class PickScoreConfig(RewardConfig):
 
     @property
     def backbone(self) -> str | None:
-        return self.checkpoint
+        return self.checkpoint or REPOSITORY

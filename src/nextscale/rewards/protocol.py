@@ -108,8 +108,7 @@ class RewardConfig(Record):
             if name not in cls.model_fields:
                 kind = cls.model_fields["kind"].default
                 hint = did_you_mean(str(name), cls.model_fields, "remove it")
-                article = "an" if kind[0] in "aeiou" else "a"
-                raise ValueError(f"'{name}' has no effect on {article} {kind} reward{hint}")
+                raise ValueError(f"'{name}' has no effect on a reward of kind '{kind}'{hint}")
         return values
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 import torch
@@ -14,13 +14,7 @@ from nextscale.base.conditions import Condition
 from nextscale.base.errors import RewardError
 from nextscale.base.images import to_pil
 from nextscale.base.records import FREE_ON_RESUME
-from nextscale.rewards.asking.client import (
-    REQUEST_TIMEOUT,
-    RETRIES,
-    RequestConfig,
-    ScoringClient,
-    png_base64,
-)
+from nextscale.rewards.asking.client import RequestConfig, ScoringClient, png_base64
 from nextscale.rewards.protocol import Reward
 
 BATCH_SIZE = 32
@@ -38,22 +32,14 @@ class Remote:
     Args:
         url: where to POST.
         batch_size: images per request.
-        request_timeout, retries, api_key_env: as for `ScoringClient`.
+        request: further options of `ScoringClient`.
 
     Raises:
         ConfigError: the URL is malformed, or the environment variable is not set.
     """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        batch_size: int = BATCH_SIZE,
-        request_timeout: float = REQUEST_TIMEOUT,
-        retries: int = RETRIES,
-        api_key_env: str | None = None,
-    ) -> None:
-        self.client = ScoringClient(url, request_timeout, retries, api_key_env)
+    def __init__(self, url: str, *, batch_size: int = BATCH_SIZE, **request: Any) -> None:
+        self.client = ScoringClient(url, **request)
         self.batch_size = batch_size
 
     def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
@@ -90,7 +76,7 @@ class RemoteConfig(RequestConfig):
 
     kind: Literal["remote"] = "remote"
     url: str
-    """URL to POST to."""
+    """URL to POST to (remote), or base URL of an OpenAI-compatible API such as http://localhost:8000/v1."""
     batch_size: int = Field(default=BATCH_SIZE, ge=1, json_schema_extra=FREE_ON_RESUME)
     """Images per request."""
 

@@ -16,13 +16,7 @@ from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError
 from nextscale.base.images import to_pil
 from nextscale.base.records import FREE_ON_RESUME
-from nextscale.rewards.asking.client import (
-    REQUEST_TIMEOUT,
-    RETRIES,
-    RequestConfig,
-    ScoringClient,
-    png_base64,
-)
+from nextscale.rewards.asking.client import RequestConfig, ScoringClient, png_base64
 from nextscale.rewards.asking.waiting import start_thread
 from nextscale.rewards.protocol import Reward
 
@@ -56,7 +50,7 @@ class VlmJudge:
         question: what the model is asked; the condition's text replaces "{label}".
         score_range: lowest and highest score; the model is told, and its answers are checked.
         concurrency: number of simultaneous requests.
-        request_timeout, retries, api_key_env: as for `ScoringClient`; malformed answers are retried as often.
+        request: further options of `ScoringClient`; its `retries` are those of malformed answers, too.
 
     Raises:
         ConfigError: the URL, the question, the range or the environment variable cannot be used.
@@ -70,9 +64,7 @@ class VlmJudge:
         question: str = QUESTION,
         score_range: tuple[float, float] = SCORE_RANGE,
         concurrency: int = CONCURRENCY,
-        request_timeout: float = REQUEST_TIMEOUT,
-        retries: int = RETRIES,
-        api_key_env: str | None = None,
+        **request: Any,
     ) -> None:
         low, high = score_range
         if not vlm_model:
@@ -84,9 +76,7 @@ class VlmJudge:
                 raise ConfigError(
                     f"question '{question}' has the field {{{field}}}, expected {{label}} alone"
                 )
-        self.client = ScoringClient(
-            f"{url.rstrip('/')}/chat/completions", request_timeout, retries, api_key_env
-        )
+        self.client = ScoringClient(f"{url.rstrip('/')}/chat/completions", **request)
         self.vlm_model, self.question, self.concurrency = vlm_model, question, concurrency
         self.instruction = f'Answer with JSON alone: {{"score": a number from {low:g} to {high:g}}}.'
         self.judgement: type[pydantic.BaseModel] = pydantic.create_model(
@@ -156,7 +146,7 @@ class VlmJudgeConfig(RequestConfig):
 
     kind: Literal["vlm_judge"] = "vlm_judge"
     url: str
-    """Base URL of an OpenAI-compatible API, such as http://localhost:8000/v1."""
+    """URL to POST to (remote), or base URL of an OpenAI-compatible API such as http://localhost:8000/v1."""
     vlm_model: str
     """Name under which the server knows the model."""
     question: str = QUESTION

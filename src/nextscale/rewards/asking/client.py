@@ -38,7 +38,13 @@ class ScoringClient:
         ConfigError: the URL is malformed, or the environment variable is not set.
     """
 
-    def __init__(self, url: str, request_timeout: float, retries: int, api_key_env: str | None) -> None:
+    def __init__(
+        self,
+        url: str,
+        request_timeout: float = REQUEST_TIMEOUT,
+        retries: int = RETRIES,
+        api_key_env: str | None = None,
+    ) -> None:
         try:
             self.url = httpx2.URL(url)
         except httpx2.InvalidURL as error:

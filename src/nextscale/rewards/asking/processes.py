@@ -10,12 +10,12 @@ from nextscale.base.errors import RewardError
 
 @contextmanager
 def fail_together() -> Iterator[None]:
-    """A reward that fails in one process fails in all: the others would wait for that one for ever.
+    """Make a reward that fails in one process fail in all, which would otherwise wait for that one forever.
 
-    All processes must come here; the first one's sentence is told by all.
+    All processes must enter the block; all raise the sentence of the first that failed.
 
     Raises:
-        RewardError: one was raised inside, in this process or in another.
+        RewardError: one was raised inside the block, in this process or in another.
     """
     error: RewardError | None = None
     try:

@@ -1,4 +1,4 @@
-"""Asking a reward in another thread: async ones wait together, and one that hangs can be given up."""
+"""Calling a reward in another thread: async ones wait together, and one that hangs can be given up."""
 
 import asyncio
 import concurrent.futures
@@ -22,15 +22,15 @@ def is_async(reward: Callable[..., Any]) -> bool:
 
 
 def begin(reward: Callable[..., Any], images: Tensor, conditions: Sequence[Condition]) -> "Future[Any]":
-    """Ask a reward in another thread, with gradients off: an async one on the loop that all of them share,
-    any other in a thread of its own, with this thread's autocast and device."""
+    """Call a reward in another thread, with gradients off: an async one on the event loop that all of them
+    share, any other one in a thread of its own, with this thread's autocast and device."""
     if is_async(reward):
 
         async def ask() -> Any:
             return await reward(images, conditions)
 
         return asyncio.run_coroutine_threadsafe(ask(), _event_loop())
-    # Torch keeps all of these by thread.
+    # Torch keeps all of these per thread.
     kind, index = images.device.type, images.device.index if images.is_cuda else -1
     is_cast, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
@@ -42,8 +42,8 @@ def begin(reward: Callable[..., Any], images: Tensor, conditions: Sequence[Condi
 
 
 def start_thread(function: Callable[..., Any], *args: Any) -> "Future[Any]":
-    """Call a function in a daemon thread: one that never ends does not keep the process from ending, as the
-    threads of a ThreadPoolExecutor would."""
+    """Call a function in a daemon thread, which does not keep the process alive if it never ends, as a thread
+    of a ThreadPoolExecutor would."""
     future: Future[Any] = Future()
     future.set_running_or_notify_cancel()
 
@@ -58,14 +58,14 @@ def start_thread(function: Callable[..., Any], *args: Any) -> "Future[Any]":
 
 
 def wait_for(future: "Future[Any]", timeout: float | None) -> Any:
-    """The answer that was asked for by `begin`.
+    """The answer of a reward that `begin` called.
 
     Args:
-        timeout: seconds from now; None waits for ever.
+        timeout: seconds from now; None waits forever.
 
     Raises:
-        RewardError: there is none after that time. An async reward is then cancelled; another one's thread is
-            left alone, for Python cannot stop it.
+        RewardError: there is no answer in time. An async reward is then cancelled; the thread of any other
+            one is left running, for Python cannot stop it.
     """
     if not concurrent.futures.wait([future], timeout).done:
         future.cancel()
@@ -75,7 +75,7 @@ def wait_for(future: "Future[Any]", timeout: float | None) -> Any:
 
 @cache
 def _event_loop() -> asyncio.AbstractEventLoop:
-    """One for the whole life of the process, so that a reward's client can keep its connections."""
+    """One loop for the life of the process, so that a reward's client can keep its connections."""
     loop = asyncio.new_event_loop()
 
     def run() -> None:

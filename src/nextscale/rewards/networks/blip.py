@@ -1,4 +1,4 @@
-"""BLIP in the format of its authors, as networks of transformers: the same tensors under other names.
+"""BLIP in its authors' format, loaded into networks of transformers: the same tensors under other names.
 
 Source: github.com/salesforce/BLIP models/vit.py, models/med.py and configs/med_config.json
 """
@@ -15,7 +15,7 @@ from nextscale.base.errors import CheckpointError
 from nextscale.base.tensors import count_layers, shape_of
 from nextscale.rewards.networks.pretrained import build_frozen
 
-HEAD_WIDTH = 64  # of both networks, in BLIP's base and large size; the tensors do not tell it
+HEAD_WIDTH = 64  # of both networks, in BLIP's base and large size; the tensors do not show it
 
 # The text encoder's names are those of transformers.
 VISION_RENAMES = [
@@ -31,13 +31,13 @@ VISION_RENAMES = [
 
 
 def build_vision_encoder(state: dict[str, Tensor], path: Path) -> BlipVisionModel:
-    """A frozen image encoder, every size but the heads' read from the tensors.
+    """Frozen image encoder; all sizes but the heads' width are read from the tensors.
 
     Args:
-        state: what stands under `visual_encoder.` in the file.
+        state: the tensors under `visual_encoder.` in the file.
 
     Raises:
-        CheckpointError: names the first key that is missing, unknown or misshapen.
+        CheckpointError: names the first key that is missing, unknown or of the wrong shape.
     """
     width, _, patch_size, _ = shape_of(state, path, "BLIP", "patch_embed.proj.weight", 4)
     _, num_positions, _ = shape_of(state, path, "BLIP", "pos_embed", 3)
@@ -54,13 +54,13 @@ def build_vision_encoder(state: dict[str, Tensor], path: Path) -> BlipVisionMode
 
 
 def build_text_encoder(state: dict[str, Tensor], path: Path) -> BlipTextModel:
-    """A frozen text encoder that attends to an image, every size but the heads' read from the tensors.
+    """Frozen text encoder that attends to an image; all sizes but the heads' width are read from the tensors.
 
     Args:
-        state: what stands under `text_encoder.` in the file.
+        state: the tensors under `text_encoder.` in the file.
 
     Raises:
-        CheckpointError: names the first key that is missing, unknown or misshapen.
+        CheckpointError: names the first key that is missing, unknown or of the wrong shape.
     """
     vocab_size, width = shape_of(state, path, "BLIP", "embeddings.word_embeddings.weight", 2)
     first = "encoder.layer.0."

@@ -26,8 +26,8 @@ class Clip:
 
     Args:
         model: frozen.
-        tokenizer: that of its texts.
-        prepare: what is done to images; CLIP's own by default.
+        tokenizer: tokenizer of the text tower.
+        prepare: preprocessing of the images; CLIP's own by default.
     """
 
     def __init__(self, model: CLIPModel, tokenizer: Any, prepare: Preprocessing | None = None) -> None:
@@ -40,14 +40,14 @@ class Clip:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, tokenizer: str | Path | None = None) -> Self:
-        """A CLIP of its own, not shared.
+        """A separate CLIP, not shared with other rewards.
 
         Args:
             name: "toy", a folder, or a hub repository such as "openai/clip-vit-large-patch14".
-            tokenizer: the same of its tokenizer; where the model lies by default.
+            tokenizer: folder or repository of its tokenizer; by default that of the model.
 
         Raises:
-            CheckpointError: either cannot be had, or some of the weights are missing.
+            CheckpointError: either cannot be loaded, or some of the weights are missing.
         """
         source = zoo.CLIPS.get(str(name), name)
         model = load_frozen(CLIPModel, "CLIP", source)
@@ -66,10 +66,10 @@ class Clip:
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """N texts to (N, E); each distinct text is run once and remembered.
+        """N texts to (N, E); each distinct text is encoded once and cached.
 
-        It is run alone: in a batch its last bits would depend on the other texts, and so on whether a run was
-        resumed.
+        It is encoded alone: in a batch its last bits would depend on the other texts, and so on whether a run
+        was resumed.
         """
         for text in dict.fromkeys(texts):
             if text not in self._texts:
@@ -82,7 +82,7 @@ class Clip:
         return F.normalize(self.model.text_projection(pooled).float(), dim=-1)[0]
 
     def cosines(self, images: Tensor, conditions: Sequence[Condition], prompts: Sequence[str]) -> Tensor:
-        """(B, P) cosine of each image with each prompt, filled with the image's condition."""
+        """(B, P) cosine of each image with each prompt, filled in with the condition of the image."""
         image_BE = self.embed_images(images)
         texts = [self.embed_texts(fill(prompt, conditions)) for prompt in prompts]
         return torch.stack([(image_BE * text_BE).sum(-1) for text_BE in texts], dim=1)
@@ -92,7 +92,7 @@ def load_tokenizer(name: str | Path) -> Any:
     """The tokenizer in a folder or hub repository.
 
     Raises:
-        CheckpointError: it cannot be had.
+        CheckpointError: it cannot be loaded.
     """
     with loading("tokenizer", name):
         return AutoTokenizer.from_pretrained(str(name))
@@ -100,5 +100,5 @@ def load_tokenizer(name: str | Path) -> Any:
 
 @lru_cache(maxsize=4)
 def load_clip(name: str | Path, tokenizer: str | Path | None = None) -> Clip:
-    """A CLIP that all rewards of a process share."""
+    """A CLIP, shared by all rewards of the process."""
     return Clip.from_pretrained(name, tokenizer)

@@ -1,4 +1,4 @@
-"""A CLIP in the format of open_clip, as a CLIP of transformers: the same tensors under other names.
+"""CLIPs in the format of open_clip, loaded into a CLIP of transformers: the same tensors under other names.
 
 Source: github.com/mlfoundations/open_clip src/open_clip/model.py and transformer.py
 """
@@ -14,7 +14,7 @@ from nextscale.base.errors import CheckpointError
 from nextscale.base.tensors import count_layers, read_state_dict, shape_of
 from nextscale.rewards.networks.pretrained import build_frozen
 
-VISION_HEAD_WIDTH = 80  # of ViT-H-14; the tensors do not tell it
+VISION_HEAD_WIDTH = 80  # of ViT-H-14; the tensors do not show it
 TEXT_HEAD_WIDTH = 64
 
 # In this order; the first that fits is taken.
@@ -44,13 +44,13 @@ TRANSPOSED = ("visual.proj", "text_projection")  # open_clip multiplies from the
 
 
 def load_open_clip(path: Path) -> CLIPModel:
-    """A frozen ViT-H-14, or a smaller one of its kind, every size but the heads' read from the tensors.
+    """A frozen ViT-H-14 or a smaller one of its kind; all sizes but the heads' width are read from the tensors.
 
     Args:
         path: a state dict, or a checkpoint that holds it under "state_dict".
 
     Raises:
-        CheckpointError: the file cannot be used; names the first key that is missing, unknown or misshapen.
+        CheckpointError: names the first key that is missing, unknown or of the wrong shape.
     """
     state = read_state_dict(path, "state_dict")
     return build_frozen(CLIPModel, _config(state, path), _renamed(state, path), path)

@@ -1,4 +1,4 @@
-"""What is done to images before another's network sees them, in torch, batched and on the images' device."""
+"""Preprocessing of images for pretrained networks, in torch, batched and on the images' device."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 MODES = {2: "bilinear", 3: "bicubic"}
-"""Numbers that PIL gives to the kinds of resampling; the others are not known to torch with antialiasing."""
+"""PIL's numbers of the interpolation modes that torch offers with antialiasing."""
 TOLERANCE = 1 / 255
-"""How far from the network's own processor, on average over pixels in [0, 1]."""
+"""Largest accepted difference from the network's own processor, averaged over pixels in [0, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +29,12 @@ class Preprocessing:
     """Resize with antialiasing, crop the centre or pad, normalise: (B, 3, H, W) in [0, 1] to (B, 3, h, w).
 
     Attributes:
-        size: (height, width) to stretch to, or one number for `edge`, which keeps the proportions.
-        edge: the side that `size` is about where it is one number; "longest" is padded to a square in black.
-        crop: (height, width) of the centre that is kept; None keeps all.
-        mode: of resampling.
-        mean: of each channel.
-        std: of each channel.
+        size: (height, width) to stretch to, or one number for the side `edge`, which keeps the aspect ratio.
+        edge: the side that is resized to a single `size`; with "longest", black padding makes a square.
+        crop: (height, width) of the centre crop; None keeps everything.
+        mode: interpolation mode.
+        mean: mean of each channel.
+        std: standard deviation of each channel.
     """
 
     size: int | tuple[int, int]
@@ -69,15 +69,15 @@ class Preprocessing:
 
 
 def clip_preprocessing(size: int) -> Preprocessing:
-    """That of CLIP: the shorter side to `size`, the centre cut out."""
+    """Preprocessing of CLIP: resize the shorter side to `size`, crop the centre."""
     return Preprocessing(size=size, crop=(size, size))
 
 
 def read_preprocessing(name: str | Path) -> Preprocessing:
-    """That of a model of transformers, as its `preprocessor_config.json` tells it.
+    """Preprocessing of a model of transformers, as its `preprocessor_config.json` describes it.
 
     Raises:
-        CheckpointError: there is none, or its processor does more than resize, crop and normalise.
+        CheckpointError: there is no such file, or its processor does more than resize, crop and normalise.
     """
     with loading("image processor", name):
         processor = AutoImageProcessor.from_pretrained(str(name))
@@ -115,7 +115,7 @@ def _from_processor(processor: Any) -> Preprocessing:
 
 
 def _difference(prepare: Preprocessing, processor: Callable[..., Any]) -> float:
-    """Mean distance between the two, over the pixels of one smooth image that is not square."""
+    """Mean absolute difference of the two over the pixels of one smooth, non-square image."""
     y, x = np.mgrid[0:300, 0:451] / 300
     waves = [np.sin(9 * x + 3 * y), np.cos(7 * x * y), np.sin(5 * y - 4 * x)]
     pixels = np.round(127.5 + 120 * np.stack(waves, -1)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Networks that others trained: fetched from where they lie or from a cache, loaded whole, frozen."""
+"""Pretrained networks: downloaded once, loaded strictly, frozen."""
 
 import re
 from collections.abc import Iterator
@@ -21,10 +21,10 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 @contextmanager
 def loading(what: str, name: str | Path) -> Iterator[None]:
-    """Keep transformers silent, and tell what it raises in one sentence.
+    """Silence transformers, and turn what it raises into one sentence.
 
     Raises:
-        CheckpointError: in place of any error of a file, a network or a configuration.
+        CheckpointError: a file, the network connection or a configuration failed inside the block.
     """
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -37,7 +37,7 @@ def loading(what: str, name: str | Path) -> Iterator[None]:
         reason = first_sentence(error)
         is_repository = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) and not Path(name).exists()
         hint = (
-            f"; where the hub cannot be reached, give a folder with the files of {hub.url(str(name))}"
+            f"; if the hub cannot be reached, give a folder with the files of {hub.url(str(name))}"
             if is_repository
             else ""
         )
@@ -48,13 +48,13 @@ def loading(what: str, name: str | Path) -> Iterator[None]:
 
 
 def load_frozen(model_class: Any, what: str, name: str | Path) -> Any:
-    """A network of transformers in float32, from a folder or hub repository.
+    """A network of transformers in float32, from a folder or a hub repository.
 
     Args:
-        model_class: a model's class, or one of the Auto classes.
+        model_class: class of the model, or one of the Auto classes.
 
     Raises:
-        CheckpointError: it cannot be had, or some of its weights are missing.
+        CheckpointError: it cannot be loaded, or some of its weights are missing.
     """
     with loading(what, name):
         model, info = model_class.from_pretrained(str(name), dtype=torch.float32, output_loading_info=True)
@@ -69,8 +69,8 @@ def build_frozen(
     """A network of transformers in float32 that holds exactly these tensors.
 
     Args:
-        path: the file they come from, for the error.
-        options: of the class's constructor.
+        path: the file that the tensors come from, for the error.
+        options: further arguments of the class's constructor.
 
     Raises:
         CheckpointError: names the file and a key that is missing, unknown or of another shape.
@@ -96,7 +96,7 @@ def build_frozen(
 
 
 def follow(network: nn.Module, images: Tensor) -> bool:
-    """Move a network to the images' device; whether it was elsewhere."""
+    """Move a network to the images' device; returns whether it was on another one."""
     is_elsewhere = next(network.parameters()).device != images.device
     if is_elsewhere:
         network.to(images.device)

@@ -1,4 +1,4 @@
-"""Prompts: templates of what an image is asked to show."""
+"""Prompts: templates of text that an image should match."""
 
 from collections.abc import Sequence
 from string import Formatter
@@ -10,10 +10,10 @@ DEFAULT_PROMPT = "a photo of a {label}"
 
 
 def check_prompts(prompts: str | Sequence[str]) -> tuple[str, ...]:
-    """One template or several, in which "{label}" stands for the condition's text.
+    """One template or several as a tuple, checked; "{label}" stands for the condition's text.
 
     Raises:
-        ConfigError: there is no template, or one is empty or broken, or has a field other than {label}.
+        ConfigError: there is no template, or one is empty, malformed, or has a field other than {label}.
     """
     prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     if not prompts:
@@ -22,9 +22,7 @@ def check_prompts(prompts: str | Sequence[str]) -> tuple[str, ...]:
         try:
             fields = {field for _, field, _, _ in Formatter().parse(prompt) if field is not None}
             if fields <= {"label"}:
-                prompt.format(
-                    label=""
-                )  # so that a format such as {label:d} is found here, not while training
+                prompt.format(label="")  # finds a format such as {label:d} here, not while training
         except (ValueError, LookupError) as error:
             raise ConfigError(f"prompt '{prompt}' is not a template: {error}") from None
         if not prompt or fields - {"label"}:
@@ -35,5 +33,5 @@ def check_prompts(prompts: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def fill(prompt: str, conditions: Sequence[Condition]) -> list[str]:
-    """A template's text for each condition."""
+    """The template filled in for each condition."""
     return [prompt.format(label=condition.text) for condition in conditions]
