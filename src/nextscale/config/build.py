@@ -16,6 +16,7 @@ from nextscale.pipeline import VARPipeline
 from nextscale.rewards import Reward, RewardSet
 from nextscale.rewards.networks.clip import load_clip
 from nextscale.rewards.protocol import RewardConfig
+from nextscale.runs.environment import environment
 from nextscale.toy.judges import judge_metrics
 from nextscale.toy.world import CLASSES, IMAGE_SIZE
 from nextscale.trainer import GRPOTrainer
@@ -127,5 +128,5 @@ def build_trainer(recipe: Recipe, command: Sequence[str] = ()) -> GRPOTrainer:
         embed=parts.embed,
         config_yaml=to_yaml(lasting),
     )
-    trainer.folder.write_environment(trainer.accelerator.device, command)
+    trainer.folder.write_environment(environment(trainer.accelerator.device, command))
     return trainer

@@ -1,15 +1,9 @@
 """One run = one folder: its configuration, metrics, sample grids, checkpoints and final model."""
 
 import json
-import os
-import platform
 import shutil
-import sys
-from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 
-import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -59,24 +53,10 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "config.yaml").write_text(config_yaml)
 
-    def write_environment(self, device: torch.device, command: Sequence[str]) -> None:
-        """Write `environment.json`: what the run was made with; no path of the machine.
-
-        Args:
-            command: the words the run was started with.
-        """
-        if not self.is_main:
-            return
-        content = {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-            "num_threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "nextscale": sys.modules["nextscale"].__version__,  # an import would run upward
-            "python": platform.python_version(),
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": " ".join(_without_folders(word) for word in command),
-        }
-        (self.path / "environment.json").write_text(json.dumps(content, indent=2) + "\n")
+    def write_environment(self, content: dict[str, object]) -> None:
+        """`environment.json`: device, threads, versions."""
+        if self.is_main:
+            (self.path / "environment.json").write_text(json.dumps(content, indent=2) + "\n")
 
     def keep_steps(self, last: int) -> None:
         """Drop the metrics after step `last`, which a resumed run will write again, and any cut last line."""
@@ -121,8 +101,3 @@ def find_run(source: str) -> tuple[Path | None, str]:
         if is_named and (run / "metrics.jsonl").is_file() and (run / "final" / "config.json").is_file():
             return run, str(run / "final")
     return None, source
-
-
-def _without_folders(word: str) -> str:
-    option, equals, value = word.rpartition("=")
-    return option + equals + (os.path.basename(value) if os.path.isabs(value) else value)

@@ -1,0 +1,32 @@
+"""What a run was made with: hardware, versions, and the command that started it."""
+
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+
+import torch
+
+
+def environment(device: torch.device, command: Sequence[str]) -> dict[str, object]:
+    """The content of a run's `environment.json`; no path of the machine is in it.
+
+    Args:
+        device: where the model is trained.
+        command: the words that started the run.
+    """
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "num_threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "nextscale": sys.modules["nextscale"].__version__,  # an import would run upward
+        "python": platform.python_version(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(_without_folders(word) for word in command),
+    }
+
+
+def _without_folders(word: str) -> str:
+    option, equals, value = word.rpartition("=")
+    return option + equals + (os.path.basename(value) if os.path.isabs(value) else value)
