@@ -44,7 +44,7 @@ TRANSPOSED = ("visual.proj", "text_projection")  # open_clip multiplies from the
 
 
 def load_open_clip(path: Path) -> CLIPModel:
-    """A frozen ViT-H-14 or a smaller one of its kind; all sizes but the heads' width are read from the tensors.
+    """A frozen ViT-H-14 or a smaller one of its kind; all sizes but the heads' widths come from the tensors.
 
     Args:
         path: a state dict, or a checkpoint that holds it under "state_dict".
