@@ -9,7 +9,7 @@ PYTHON_NEEDED := 3.11
 
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lint format toy clean
+.PHONY: help demo test lint format schema toy clean
 
 help:
 	@echo "make demo    fine-tune the miniature model and write a report"
@@ -17,6 +17,7 @@ help:
 	@echo "make lint    ruff and pyright"
 	@echo "make format  let ruff format and sort"
 	@echo "make toy     rebuild the miniature world's models in build/toy"
+	@echo "make schema  write recipe.schema.json anew, after a change of a configuration record"
 	@echo "make clean   remove build products and caches (not runs/, not $(VENV)/)"
 
 demo: $(VENV)/.installed
@@ -35,6 +36,10 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check --select I --fix
 	$(VENV)/bin/ruff format
+
+# What --help, completion and overrides read in place of the records, whose import takes seconds.
+schema: $(VENV)/.installed
+	$(RUN) -c 'from nextscale.config.recipe import write_schema; write_schema()'
 
 toy: $(VENV)/.installed
 	$(VENV)/bin/nextscale toy train --output build/toy

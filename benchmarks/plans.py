@@ -7,9 +7,9 @@ python benchmarks/plans.py --write    # put it into the page
 import sys
 from pathlib import Path
 
-from nextscale.config.build import plan_recipe
 from nextscale.config.files import packaged_recipes
 from nextscale.config.recipe import load_recipe
+from nextscale.config.rehearsal import plan_recipe
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
 BEGIN, END = "<!-- benchmarks/plans.py writes from here -->", "<!-- to here -->"

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from nextscale.base.errors import ConfigError
 from nextscale.cli.main import main
-from nextscale.cli.options import take_overrides, type_name
-from nextscale.config.build import build_rewards, check_resumable
+from nextscale.config.build import make_rewards
+from nextscale.config.overrides import take_overrides
 from nextscale.config.recipe import Recipe, load_recipe
 from nextscale.models.zoo import TOY_ASSETS
 from nextscale.pipeline import VARPipeline
@@ -144,15 +144,42 @@ def test_help_of_train_lists_every_key_with_its_type_and_default(capsys):
     assert "--run.overwrite [true|false]" in text
     assert "--rewards.NAME.weight NUMBER" in text
     assert "--rewards.NAME.at_least NUMBER|base" in text and "--rewards.NAME.held_out [true|false]" in text
-    assert "toy-painting" in text
+    assert "toy-constrained" in text
 
 
-def test_help_in_a_process_is_quick_for_it_needs_no_torch():
-    code = (
-        "import sys, nextscale.cli.main; nextscale.cli.main._parser(False); sys.exit('torch' in sys.modules)"
-    )
+HEAVY = ("torch", "transformers", "accelerate", "matplotlib", "numpy")
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["--help"], 0),
+        (["train", "--help"], 0),
+        (["sample", "--help"], 0),
+        (["trian"], 2),
+        (["train", "nosuch"], 2),
+        (["train", "toy-painting", "--grpo.betta", "1"], 2),
+        (["train", "toy-painting", "--rewards.paint.weight", "1"], 2),
+        (["plan", "nosuch"], 2),
+        (["evaluate", "toy", "--recipe", "nosuch"], 2),
+    ],
+)
+def test_help_and_wrong_names_are_answered_before_anything_heavy_is_imported(words, status):
+    code = f"""
+import sys
+from nextscale.cli.main import main
+try:
+    status = main({words})
+except SystemExit as error:
+    status = error.code
+print(status, *({set(HEAVY)} & set(sys.modules)), file=sys.stderr)
+"""
     environment = os.environ | {"PYTHONPATH": str(SOURCE)}
-    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == str(status)
+
+
+def test_help_in_a_process():
     done = run("--help")
     assert done.returncode == 0 and "train" in done.stdout and done.stderr == ""
 
@@ -178,6 +205,47 @@ else:
     environment = os.environ | {"PYTHONPATH": str(SOURCE)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# Completion
+
+
+def complete(line, folder, shell="bash"):
+    """What the shell would offer at the end of this line."""
+    answer = folder / "answer"
+    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_SUPPRESS_SPACE": "1"}
+    asked |= {"_ARGCOMPLETE_SHELL": shell, **({"_ARGCOMPLETE_DFS": "\t"} if shell == "fish" else {})}
+    asked |= {"COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
+    done = run(env_changes=asked, cwd=folder)
+    assert done.stdout == done.stderr == ""
+    return answer.read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("line", "offers"),
+    [
+        ("nextscale tr", ["train"]),
+        ("nextscale toy s", ["show"]),
+        ("nextscale sample --num", ["--num-images"]),
+        ("nextscale train toy-c", ["toy-collapse", "toy-combined", "toy-constrained"]),
+        ("nextscale train m", ["mine.yaml"]),
+        ("nextscale train toy-painting --grpo.be", ["--grpo.beta"]),
+        ("nextscale plan toy-painting --grpo.be", ["--grpo.beta"]),
+        ("nextscale train toy-painting --grpo.scale_rewards ", ["batch", "group", "none"]),
+        ("nextscale train toy-painting --run.overwrite t", ["true"]),
+        ("nextscale plan toy-painting --gpu h", ["h100-80gb", "h200-141gb"]),
+        ("nextscale evaluate toy --recipe toy-p", ["toy-painting"]),
+    ],
+)
+def test_the_shell_completes(line, offers, tmp_path):
+    (tmp_path / "mine.yaml").touch()
+    assert sorted(complete(line, tmp_path)) == offers
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_get_the_texts_too(shell, tmp_path):
+    (offer,) = complete("nextscale tr", tmp_path, shell)
+    assert offer.startswith("train") and "fine-tune a model" in offer
 
 
 # Options
@@ -210,18 +278,13 @@ def test_overrides_are_taken_from_the_words():
             take_overrides(words)
 
 
-def test_types_as_the_help_writes_them():
-    fields = Recipe.model_fields["grpo"].annotation.model_fields
-    names = {name: type_name(field.annotation) for name, field in fields.items()}
-    assert names["beta"] == "NUMBER" and names["epsilon_high"] == "NUMBER" and names["num_groups"] == "INT"
-    assert names["class_labels"] == "[INT,...]" and names["scale_weighting"] == "token|scale|[NUMBER,...]"
-
-
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         ([], "required: COMMAND"),
-        (["trian"], "invalid choice: 'trian'"),
+        (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+        (["toy", "shwo"], "unknown command 'shwo'; did you mean 'show'?"),
+        (["export", "toy", "--output", "x", "--format", "oficial"], "did you mean 'official'?"),
         (["train"], "required: RECIPE"),
         (["train", "toy-painting", "more"], "unknown argument 'more'"),
         (["train", "toy-painting", "--dryrun"], "unknown option '--dryrun'; did you mean '--dry-run'?"),
@@ -286,7 +349,7 @@ def test_a_dry_run_prints_the_plan(folder, tmp_path):
 def test_a_dry_run_of_a_published_model_needs_no_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("nextscale.models.hub.find_cached", lambda *words: None)
     plan = load_recipe("var-d16-painting")
-    monkeypatch.setattr("nextscale.config.build.plan_recipe", lambda recipe, num_gpus: recipe.model)
+    monkeypatch.setattr("nextscale.config.rehearsal.plan_recipe", lambda recipe, num_gpus: recipe.model)
     monkeypatch.setattr("nextscale.plan.planning.describe", lambda plan: f"the plan of {plan}")
     assert main(["train", "var-d16-painting", "--dry-run"]) == 0
     printed = capsys.readouterr().out
@@ -407,18 +470,6 @@ def test_resuming_with_another_recipe(folder, trained, fails, change, says):
     assert says in message and "resume it with that value" in message
 
 
-def test_what_may_change_on_resume(folder, trained):
-    changes = {"run.max_steps": "9", "run.save_steps": "1", "run.eval_steps": "1", "description": "x"}
-    changes["rewards.bright.timeout"] = "60"
-    check_resumable(load_recipe(folder / "recipe.yaml", changes), folder / "run" / "config.yaml")
-    linear = load_recipe(folder / "recipe.yaml", {"optimizer.lr_scheduler_type": "linear"})
-    path = folder / "linear.yaml"
-    path.write_text(yaml.safe_dump(yaml.safe_load(linear.model_dump_json(exclude_none=True))))
-    check_resumable(linear, path)
-    with pytest.raises(ConfigError, match=r"run\.max_steps is 9"):
-        check_resumable(linear.replace(run=linear.run.replace(max_steps=9)), path)
-
-
 def test_resuming_from_what_is_no_checkpoint(folder, tmp_path, fails):
     words = ["train", folder / "recipe.yaml", "--run.output_dir", tmp_path / "run", "--run.resume"]
     assert "is no checkpoint" in fails(*words, tmp_path / "nowhere")
@@ -515,7 +566,7 @@ def test_roles_reach_the_rewards(folder):
     words += ["--rewards.most.python", path, "--rewards.most.at-most", "0.5"]
     words += ["--rewards.held.python", path, "--rewards.held.held-out"]
     rest, overrides = take_overrides(words)
-    rewards = build_rewards(load_recipe(folder / "recipe.yaml", overrides))
+    rewards = make_rewards(load_recipe(folder / "recipe.yaml", overrides).rewards)
     assert rest == [] and list(rewards.rewards) == ["bright", "least", "most", "held"]
     assert rewards.weights == {"bright": 0.25} and rewards.held_out == ("held",)
     assert rewards.constraints == {"least": AtLeast("base"), "most": AtMost(0.5)}
@@ -570,7 +621,7 @@ def test_samples_are_those_of_the_pipeline(folder, tmp_path, capsys):
         (["--num-images", "-3"], "must be at least 1, got -3"),
         (["--temperature", "0"], "temperature = 0.0 cannot be used"),
         (["--top-p", "2"], "top_p = 2.0 cannot be used"),
-        (["--output", "samples.xyz"], "no ending of an image file"),
+        (["--output", "samples.xyz"], "has no image file extension"),
         (["--device", "abacus"], "device 'abacus' cannot be used"),
     ],
 )

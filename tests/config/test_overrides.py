@@ -5,7 +5,7 @@ import yaml
 
 from nextscale.base.errors import ConfigError
 from nextscale.config.overrides import apply_overrides
-from nextscale.config.recipe import KEYS, Recipe, flatten, load_recipe, read_recipe
+from nextscale.config.recipe import Recipe, load_recipe, read_recipe
 from nextscale.rewards import AtLeast, AtMost
 
 PAINTING = "rewards: {painting: {clip_score: 'a painting of a {label}', clip: toy}}\n"
@@ -19,6 +19,14 @@ def write(tmp_path):
         return path
 
     return write
+
+
+def flat(values, prefix=""):
+    """Every value under its dotted key."""
+    pairs = {}
+    for key, value in values.items():
+        pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return pairs
 
 
 def test_overrides_reach_every_section(write):
@@ -61,25 +69,25 @@ def test_overrides_reach_every_section(write):
 
 def test_every_key_can_be_overridden_with_its_own_value():
     mapping = read_recipe("toy-combined")
-    values = flatten(load_recipe("toy-combined"))
+    values = flat(load_recipe("toy-combined").model_dump())
     texts = {
         key: yaml.safe_dump(value, default_flow_style=True).split("\n")[0] for key, value in values.items()
     }
     texts = {key: text for key, text in texts.items() if not isinstance(values[key], str)}
     assert len(texts) > 30
-    assert Recipe.from_mapping(apply_overrides(mapping, texts, KEYS)) == load_recipe("toy-combined")
+    assert Recipe.from_mapping(apply_overrides(mapping, texts)) == load_recipe("toy-combined")
 
 
 def test_the_mapping_itself_stays_as_it_was():
     mapping = read_recipe("toy-painting")
-    apply_overrides(mapping, {"grpo.beta": "0.5", "rewards.painting.weight": "3"}, KEYS)
+    apply_overrides(mapping, {"grpo.beta": "0.5", "rewards.painting.weight": "3"})
     assert mapping == read_recipe("toy-painting")
 
 
 def test_hyphens_in_the_name_of_a_reward():
     mapping = {"rewards": {"my-own_one": {"python": "a.py:f"}}}
     for key in ("rewards.my-own_one.weight", "rewards.my_own_one.weight", "rewards.my-own-one.weight"):
-        assert apply_overrides(mapping, {key: "2"}, KEYS)["rewards"] == {
+        assert apply_overrides(mapping, {key: "2"})["rewards"] == {
             "my-own_one": {"python": "a.py:f", "weight": 2}
         }
 
@@ -89,6 +97,7 @@ def test_hyphens_in_the_name_of_a_reward():
     [
         ("grpo.betta", "1", "unknown key 'grpo.betta'; did you mean 'grpo.beta'?"),
         ("gpro.beta", "1", "unknown key 'gpro.beta'; did you mean 'grpo.beta'?"),
+        ("xyz", "x", "unknown key 'xyz'; valid are description, model, vae, sampling"),
         ("modle", "x", "unknown key 'modle'; did you mean 'model'?"),
         ("model.name", "x", "'model' has no keys of its own"),
         ("grpo", "1", "expected a key such as 'grpo.num_generations'"),
@@ -102,7 +111,7 @@ def test_hyphens_in_the_name_of_a_reward():
 )
 def test_overrides_that_cannot_be(key, value, says):
     with pytest.raises(ConfigError) as caught:
-        apply_overrides(read_recipe("toy-painting"), {key: value}, KEYS)
+        apply_overrides(read_recipe("toy-painting"), {key: value})
     assert says in str(caught.value)
 
 

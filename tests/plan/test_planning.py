@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from nextscale.base.errors import ConfigError, RewardError
-from nextscale.config.build import plan_recipe, rehearse
 from nextscale.config.files import RECIPES, packaged_recipes
 from nextscale.config.recipe import load_recipe
+from nextscale.config.rehearsal import plan_recipe, rehearse
 from nextscale.grpo import GRPOConfig
 from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAEConfig

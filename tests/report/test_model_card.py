@@ -238,11 +238,11 @@ def test_export_the_official_format(trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["{run}", "--output", "{run}"], "exists and is no empty folder"),
-        (["{run}", "--output", "{run}/config.yaml"], "exists and is no empty folder"),
+        (["{run}", "--output", "{run}"], "exists and is not an empty folder"),
+        (["{run}", "--output", "{run}/config.yaml"], "exists and is not an empty folder"),
         (["nowhere", "--output", "x"], "no model 'nowhere'"),
         (["{run}"], "required: --output"),
-        (["{run}", "--output", "x", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["{run}", "--output", "x", "--dtype", "int8"], "unknown --dtype 'int8'; valid are float32"),
         (["{run}", "--output", "x", "--vae", "y"], "vae has no effect on"),
     ],
 )

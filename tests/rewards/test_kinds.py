@@ -141,12 +141,13 @@ def test_how_a_reward_is_asked_may_change_on_resume_and_what_it_is_may_not():
 USING_IT = """
 import sys, torch
 from nextscale.cli.main import main
-from nextscale.config.build import build_rewards
-from nextscale.config.recipe import load_recipe, to_yaml
+from nextscale.config.build import make_rewards
+from nextscale.config.recipe import load_recipe, to_yaml, write_schema
 
+write_schema()  # as `make schema` does
 recipe = load_recipe("mine.yaml", {"rewards.second.redness": "3", "rewards.second.weight": "0.5"})
 images = torch.tensor([1.0, 0.0, 0.5]).view(1, 3, 1, 1)
-print(build_rewards(recipe).scores(images, []), to_yaml(recipe))
+print(make_rewards(recipe.rewards).scores(images, []), to_yaml(recipe))
 main(["train", "--help"])
 """
 

@@ -1,23 +1,51 @@
-"""Overrides: dotted keys of a recipe, such as `grpo.beta`, set to values that are written as text."""
+"""Overriding a recipe's keys from the command line, as in `--grpo.beta 0.02`. Nothing here imports torch."""
 
-import types
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Union, get_args, get_origin
+import re
+from collections import deque
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from nextscale.base.errors import ConfigError
 from nextscale.base.records import did_you_mean
 from nextscale.config.files import parse_yaml
-from nextscale.rewards.kinds import REWARD_KINDS
+from nextscale.config.schema import Schema, is_text, main_options, recipe_keys
 
 
-def apply_overrides(
-    mapping: Mapping[str, Any], overrides: Mapping[str, str], keys: Mapping[str, Any]
-) -> dict[str, Any]:
-    """A copy of a recipe's mapping with some keys set; a hyphen in a key equals an underscore.
+def take_overrides(words: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Split `--key value` and `--key=value`, for keys of a recipe, from the other words of a command.
 
-    Args:
-        overrides: dotted keys to values in YAML.
-        keys: every dotted key with the type of its value; NAME stands for the name of a reward.
+    A boolean without a value is true. Whether a key exists is checked by `apply_overrides`.
+
+    Returns:
+        the other words, and the values by dotted key.
+
+    Raises:
+        ConfigError: a key without a value.
+    """
+    tops = "|".join(key for key in recipe_keys() if "." not in key)
+    rest: list[str] = []
+    overrides: dict[str, str] = {}
+    queue = deque(words)
+    while queue:
+        word = queue.popleft()
+        match = re.fullmatch(rf"--({tops}|\w[\w-]*\..*?)(?:=(.*))?", word, re.DOTALL)
+        if match is None:
+            rest.append(word)
+            continue
+        key, value = match.groups()
+        if value is None and recipe_keys().get(_general(key), {}).get("type") == "boolean":
+            is_given = bool(queue) and queue[0].lower() in ("true", "false")
+            value = queue.popleft() if is_given else "true"
+        elif value is None:
+            if not queue or queue[0].startswith("--"):
+                raise ConfigError(f"option '--{key}' needs a value")
+            value = queue.popleft()
+        overrides[key] = value
+    return rest, overrides
+
+
+def apply_overrides(mapping: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
+    """The recipe's mapping with dotted keys set to values in YAML; a hyphen in a key equals an underscore.
 
     Raises:
         ConfigError: names an unknown key and the valid one nearest to it.
@@ -26,7 +54,7 @@ def apply_overrides(
     rewards = result.get("rewards")
     known = list(rewards) if isinstance(rewards, dict) else []
     for key, text in overrides.items():
-        path, annotation = _resolve(key, known, keys)
+        path, schema = _resolve(key, known)
         inner = result
         for name in path[:-1]:
             inner = inner.setdefault(name, {})
@@ -36,51 +64,51 @@ def apply_overrides(
                 )
         name = path[-1]
         if path[0] == "rewards" and inner.get("kind") == name:  # in short, for what stands there in full
-            name = REWARD_KINDS[name].main_option
-        inner[name] = _parse_value(key, text, annotation)
+            name = main_options()[name]
+        inner[name] = _parse_value(key, text, schema)
     rewards = result.get("rewards")
     for name, reward in rewards.items() if isinstance(rewards, dict) else ():
-        if name not in known and not {"kind", *REWARD_KINDS} & set(reward):
+        if name not in known and not {"kind", *main_options()} & set(reward):
             raise ConfigError(f"the recipe has no reward '{name}'{did_you_mean(name, known)}")
     return result
 
 
-def takes_text(annotation: Any) -> bool:
-    """Whether a value of this type is taken as it is typed: a string, or one of several words."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        return all(takes_text(each) for each in get_args(annotation) if each is not type(None))
-    return annotation is str or get_origin(annotation) is Literal
+def _general(key: str) -> str:
+    """A key as `recipe_keys` would have it: with underscores, and NAME for that of a reward."""
+    first, *rest = key.replace("-", "_").split(".")
+    return ".".join([first, "NAME", *rest[1:]] if first == "rewards" and rest else [first, *rest])
 
 
-def _resolve(key: str, rewards: Sequence[str], keys: Mapping[str, Any]) -> tuple[list[str], Any]:
+def _resolve(key: str, rewards: Collection[str]) -> tuple[list[str], Schema]:
     """The names along a dotted key, and the type of its value."""
-    path = key.split(".")
-    general = [name.replace("-", "_") for name in path]
-    if general[0] == "rewards" and len(path) == 3:
-        alike = [name for name in rewards if name.replace("-", "_") == general[1]]
-        path = ["rewards", path[1] if path[1] in rewards else (alike or path[1:])[0], general[2]]
-        general[1] = "NAME"
-    else:
-        path = general
-    if (found := ".".join(general)) in keys:
-        return path, keys[found]
-    if general[0] in keys:
-        raise ConfigError(f"unknown key '{key}': '{general[0]}' has no keys of its own")
-    section = [each for each in keys if each.startswith(f"{general[0]}.")]
-    if section and len(path) != section[0].count(".") + 1:
-        raise ConfigError(f"unknown key '{key}': expected a key such as '{section[0]}'")
-    if section:
-        hint = did_you_mean(".".join(path), [each.replace("NAME", path[1]) for each in section])
-    else:
-        first = dict.fromkeys(each.split(".")[0] for each in keys)
-        hint = did_you_mean(key, [*first, *keys], f"valid are {', '.join(first)}")
-    raise ConfigError(f"unknown key '{key}'{hint}")
+    general, keys = _general(key), recipe_keys()
+    if general not in keys:
+        raise ConfigError(f"unknown key '{key}'{_hint(key, general)}")
+    path = general.split(".")
+    if path[0] == "rewards":
+        name = key.split(".")[1]
+        alike = [each for each in rewards if each.replace("-", "_") == name.replace("-", "_")]
+        path[1] = name if name in rewards or not alike else alike[0]
+    return path, keys[general]
 
 
-def _parse_value(key: str, text: str, annotation: Any) -> Any:
-    is_one_of_several = tuple[str, ...] in get_args(annotation) and not text.lstrip().startswith("[")
-    if takes_text(annotation) or is_one_of_several:
-        is_optional = type(None) in get_args(annotation)
+def _hint(key: str, general: str) -> str:
+    """The tail of the sentence about an unknown key."""
+    keys = recipe_keys()
+    tops = {each.split(".")[0]: each for each in reversed(keys)}  # with the first key of each
+    if (first := general.split(".")[0]) in keys:
+        return f": '{first}' has no keys of its own"
+    if first in tops and tops[first].count(".") != key.count("."):
+        return f": expected a key such as '{tops[first]}'"
+    reward = ".".join(key.split(".")[1:-1])
+    return did_you_mean(
+        key, [each.replace("NAME", reward) for each in keys], f"valid are {', '.join(reversed(tops))}"
+    )
+
+
+def _parse_value(key: str, text: str, schema: Schema) -> Any:
+    if is_text(schema, text):
+        is_optional = {"type": "null"} in schema.get("anyOf", ())
         return None if is_optional and text in ("null", "~") else text
     return parse_yaml(text, f"value '{text}' of '{key}'")
 

@@ -1,6 +1,7 @@
 """Recipes: YAML in, one validated record out, and back."""
 
 import contextlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,14 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from nextscale.base.errors import ConfigError
-from nextscale.base.records import Record
+from nextscale.base.records import FREE_ON_RESUME, Record
+from nextscale.config import schema
 from nextscale.config.files import dump_yaml, find_recipe, read_mapping
 from nextscale.config.overrides import apply_overrides
 from nextscale.grpo import GRPOConfig
 from nextscale.optimizer import OptimizerConfig
 from nextscale.policy import SamplingConfig
-from nextscale.rewards.kinds import AnyReward, RewardOptions, in_full
+from nextscale.rewards.kinds import AnyReward, in_full
 from nextscale.rewards.protocol import RewardConfig
 from nextscale.runs.config import RunConfig
 
@@ -22,7 +24,7 @@ from nextscale.runs.config import RunConfig
 class Recipe(Record):
     """Everything that defines a run."""
 
-    description: str = ""
+    description: str = Field(default="", json_schema_extra=FREE_ON_RESUME)
     """What the run shows; the report starts with it."""
     model: str = "toy"
     """Model to fine-tune: "toy", a published one such as "var-d16", a folder or hub repository that nextscale
@@ -43,25 +45,6 @@ class Recipe(Record):
         return rewards
 
 
-SECTIONS: dict[str, type[Record]] = {
-    "sampling": SamplingConfig,
-    "grpo": GRPOConfig,
-    "optimizer": OptimizerConfig,
-    "run": RunConfig,
-}
-"""The sections whose keys are the fields of one record; `rewards` has a record for each reward."""
-
-KEYS: dict[str, Any] = {
-    **{name: Recipe.model_fields[name].annotation for name in ("description", "model", "vae")},
-    **{
-        f"{section}.{name}": field.annotation
-        for section, record in {**SECTIONS, "rewards.NAME": RewardOptions}.items()
-        for name, field in record.model_fields.items()
-    },
-}
-"""Every dotted key with the type of its value; NAME stands for the name of a reward."""
-
-
 def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
     """The recipe in a YAML file, or the packaged one of this name, with some keys overridden.
 
@@ -71,7 +54,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) ->
     Raises:
         ConfigError: there is no such file, it is not a recipe, or a key or value cannot be used.
     """
-    mapping = apply_overrides(read_recipe(path), overrides or {}, KEYS)
+    mapping = apply_overrides(read_recipe(path), overrides or {})
     try:
         return Recipe.from_mapping(mapping)
     except ConfigError as error:
@@ -108,16 +91,6 @@ def _kind_first(reward: RewardConfig) -> dict[str, Any]:
     return {name: values[name] for name in sorted(values, key=lambda name: name in RewardConfig.model_fields)}
 
 
-def flatten(recipe: Recipe) -> dict[str, Any]:
-    """Every value of a recipe under its dotted key."""
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, each in value.items():
-                walk(f"{prefix}.{key}" if prefix else key, each)
-        else:
-            flat[prefix] = value
-
-    walk("", recipe.model_dump())
-    return flat
+def write_schema() -> None:
+    """Write the recipe's JSON Schema anew, for what has no time to import the records (`make schema`)."""
+    schema.FILE.write_text(json.dumps(Recipe.model_json_schema(), indent=1) + "\n", encoding="utf-8")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import pydantic
-from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter
+from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, WithJsonSchema
 
 from nextscale.base.errors import ConfigError
 from nextscale.base.records import Record, describe_validation_error, did_you_mean, unknown_key
@@ -99,6 +99,7 @@ def _union() -> Any:
         Union[members],  # noqa: UP007
         Discriminator(tag_of, custom_error_type="no_reward", custom_error_message=told),
         BeforeValidator(in_full),
+        WithJsonSchema(RewardOptions.model_json_schema()),  # in full or in short
     ]
 
 
@@ -109,7 +110,8 @@ def _every_option() -> type[Record]:
     for kind, record in REWARD_KINDS.items():
         annotation = record.model_fields[record.main_option].annotation
         told = f"{record.__doc__} Sets kind and {record.main_option}."
-        fields[kind] = (annotation, Field(default=None, description=told))
+        field = Field(default=None, description=told, json_schema_extra={"main_option": record.main_option})
+        fields[kind] = (annotation, field)
     for name in dict.fromkeys(name for record in RECORDS for name in record.own_options()):
         owners = {kind: record for kind, record in REWARD_KINDS.items() if name in record.model_fields}
         first, *others = (record.model_fields[name] for record in owners.values())

@@ -4,43 +4,43 @@ from typing import Literal
 
 from pydantic import Field
 
-from nextscale.base.records import Record
+from nextscale.base.records import FREE_ON_RESUME, Record
 
 
 class RunConfig(Record):
-    """The run: how long, how often what, and where to."""
+    """How long a run is, what it measures and saves, and where it writes."""
 
-    output_dir: str = "runs/run"
-    """The run's folder."""
-    max_steps: int = Field(default=100, ge=1)
-    """Steps of rollouts."""
+    output_dir: str = Field(default="runs/run", json_schema_extra=FREE_ON_RESUME)
+    """Folder that the run writes to."""
+    max_steps: int = Field(default=100, ge=1, json_schema_extra=FREE_ON_RESUME)
+    """Training steps; each draws one batch of rollouts."""
     seed: int = Field(default=0, ge=0)
-    """Of everything random."""
+    """Seed of all random draws."""
     per_device_train_batch_size: int = Field(default=32, ge=1)
-    """Images of one backward pass; more are accumulated."""
+    """Images per backward pass; gradients are accumulated over the rest of the batch."""
     per_device_eval_batch_size: int = Field(default=64, ge=1)
-    """Images drawn and scored at once, in rollouts and evaluations."""
-    eval_steps: int = Field(default=25, ge=0)
-    """Steps between evaluations; there is one before and one after in any case. 0 switches all off."""
+    """Images sampled and scored at once, in rollouts and evaluations."""
+    eval_steps: int = Field(default=25, ge=0, json_schema_extra=FREE_ON_RESUME)
+    """Steps between evaluations, besides one before training and one after. 0 turns all of them off."""
     eval_num_images: int = Field(default=512, ge=2)
-    """Images of an evaluation, at least."""
+    """Minimum number of images per evaluation."""
     eval_seed: int = Field(default=1000, ge=0)
-    """Of the evaluation's images."""
+    """Seed of the images that evaluations draw."""
     diversity_clip: str | None = None
-    """The CLIP whose embeddings measure diversity: "toy", a folder or a hub repository."""
-    save_steps: int = Field(default=50, ge=0)
-    """Steps between checkpoints; 0 leaves only the final model."""
-    save_total_limit: int = Field(default=2, ge=1)
-    """Checkpoints kept."""
-    resume: str | None = None
-    """"auto" continues from the newest checkpoint, a path from that one."""
-    overwrite: bool = False
-    """Remove an earlier run in the same folder."""
+    """CLIP model whose embeddings measure diversity: "toy", a folder or a hub repository."""
+    save_steps: int = Field(default=50, ge=0, json_schema_extra=FREE_ON_RESUME)
+    """Steps between checkpoints. 0 saves only the final model."""
+    save_total_limit: int = Field(default=2, ge=1, json_schema_extra=FREE_ON_RESUME)
+    """Number of checkpoints to keep."""
+    resume: str | None = Field(default=None, json_schema_extra=FREE_ON_RESUME)
+    """Checkpoint to continue from: "auto" for the newest in output_dir, or a path."""
+    overwrite: bool = Field(default=False, json_schema_extra=FREE_ON_RESUME)
+    """Replace an earlier run in output_dir."""
     mixed_precision: Literal["no", "bf16"] = "no"
-    """Autocast of every network, the decoder's and the rewards' too; head and log-softmax stay float32."""
+    """Autocast for all networks, rewards included; output head and log-softmax stay in float32."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
-    report_to: Literal["tensorboard", "none"] = "tensorboard"
-    """Where metrics go besides metrics.jsonl."""
-    disable_tqdm: bool = False
-    """No progress bar."""
+    """Recompute activations in the backward pass: saves memory, takes about a third longer."""
+    report_to: Literal["tensorboard", "none"] = Field(default="tensorboard", json_schema_extra=FREE_ON_RESUME)
+    """Tracker that gets the metrics besides metrics.jsonl."""
+    disable_tqdm: bool = Field(default=False, json_schema_extra=FREE_ON_RESUME)
+    """Hide the progress bar."""

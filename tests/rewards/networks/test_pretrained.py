@@ -10,7 +10,7 @@ from transformers import CLIPConfig, PreTrainedModel
 
 from nextscale.base.errors import CheckpointError
 from nextscale.base.tensors import count_layers
-from nextscale.cli.commands import _rewards_of_words
+from nextscale.cli.evaluate import rewards_of_words
 from nextscale.cli.main import main
 from nextscale.rewards import Aesthetic, ClassProbability, ClipScore, HPSv2, ImageReward, PickScore
 from nextscale.rewards.networks.pretrained import build_frozen
@@ -93,5 +93,5 @@ def test_layers_are_counted():
 
 def test_a_named_head_keeps_its_clip_on_the_command_line():
     words = ["aesthetic=toy", "aesthetic=head.pth", "clip_score=a {label}", "pick_score=a {label}"]
-    rewards = _rewards_of_words(words, "toy")
+    rewards = rewards_of_words(words, "toy")
     assert [each.options().get("clip") for each in rewards.values()] == [None, "toy", "toy", None]

@@ -1,0 +1,109 @@
+"""Arguments that several commands share, and what they stand for: a recipe, a model, its classes."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nextscale.base.errors import ConfigError
+from nextscale.cli.parser import Parser, complete_with
+from nextscale.config.files import packaged_recipes, read_mapping
+from nextscale.config.overrides import apply_overrides
+from nextscale.config.schema import Schema, recipe_sections, type_name, words_of
+from nextscale.models.class_names import find_class
+
+if TYPE_CHECKING:
+    from nextscale.config.recipe import Recipe
+    from nextscale.pipeline import VARPipeline
+    from nextscale.policy import SamplingConfig
+
+MODEL = '"toy", a published model such as "var-d16", or a folder or hub repository that nextscale wrote'
+CLASSES = "class names or numbers, separated by commas"
+
+
+def add_recipe(parser: Parser, shows_keys: bool) -> None:
+    """Add RECIPE, and every key of a recipe for the help and completion; `take_overrides` reads them."""
+    names = packaged_recipes()
+    parser.description = f"{parser.description}\n\nPackaged recipes: {', '.join(names)}."
+    recipe = parser.add_argument("recipe", metavar="RECIPE", help="YAML file, or name of a packaged recipe")
+    complete_with(recipe, names, "yaml")
+    for title, (text, keys) in recipe_sections().items():
+        group = parser.add_argument_group(title, text) if shows_keys else parser
+        for key, schema in keys.items():
+            _add_key(group, key, schema, shows_keys)
+
+
+def _add_key(group: Any, key: str, schema: Schema, is_shown: bool) -> None:
+    is_boolean, default = schema.get("type") == "boolean", schema.get("default")
+    text = " ".join(schema.get("description", "").split()).replace("%", "%%")
+    if default not in (None, ""):
+        text = f"{text} (default: {str(default).lower() if is_boolean else default})"
+    group.add_argument(
+        f"--{key}",
+        metavar=type_name(schema),
+        choices=["true", "false"] if is_boolean else words_of(schema) or None,
+        nargs="?" if is_boolean else None,
+        help=text if is_shown else argparse.SUPPRESS,
+    )
+
+
+def load_recipe_of(args: argparse.Namespace) -> "Recipe":
+    """The recipe of a command with the overrides that were given."""
+    # First without the records: a wrong name or key is answered before the seconds of importing torch.
+    apply_overrides(read_mapping(args.recipe), args.overrides)
+    from nextscale.config.recipe import load_recipe
+
+    return load_recipe(args.recipe, args.overrides)
+
+
+def add_vae(parser: Parser) -> None:
+    parser.option("--vae", str, "tokenizer file, if the model is a file such as var_d16.pth")
+
+
+def add_drawing_options(parser: Parser, otherwise: str) -> None:
+    """Add how images are drawn; None leaves it to the recipe or the model."""
+    options = (
+        ("--guidance-scale", float, "classifier-free guidance at the last scale; 0 turns it off"),
+        ("--temperature", float, "sampling temperature"),
+        ("--top-k", int, "sample from the k likeliest tokens; 0 means all"),
+        ("--top-p", float, "sample from the likeliest tokens that hold this probability mass; 1 means all"),
+    )
+    for name, kind, text in options:
+        parser.option(name, kind, text, shown=otherwise)
+    parser.option("--seed", int, "seed of the images", 0)
+    parser.option("--device", str, "device to run on, such as cpu or cuda", shown="cuda if available")
+
+
+def load_model(args: argparse.Namespace) -> "VARPipeline":
+    import torch
+
+    from nextscale.config.build import load_pipeline
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return load_pipeline(args.model, args.vae, device=device)
+
+
+def labels_of(args: argparse.Namespace, pipe: "VARPipeline") -> list[int] | None:
+    """The classes that were asked for, by number or name; None if none were."""
+    if args.classes is None:
+        return None
+    words = [word.strip() for word in args.classes.split(",") if word.strip()]
+    labels = [find_class(word, pipe.class_names or (), pipe.num_classes) for word in words]
+    pipe.conditions(labels)
+    return labels
+
+
+def sampling_of(args: argparse.Namespace, recipe: "Recipe | None" = None) -> "SamplingConfig":
+    """The recipe's sampling, or what is recommended for the model, with the options that were given."""
+    from nextscale.models.zoo import recommended_sampling
+
+    sampling = recipe.sampling if recipe else recommended_sampling(args.model)
+    given = {name: getattr(args, name) for name in type(sampling).model_fields}
+    return sampling.replace(**{name: value for name, value in given.items() if value is not None})
+
+
+def save_image(image: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        image.save(path)
+    except ValueError:
+        raise ConfigError(f"'{path}' has no image file extension: use one such as .png") from None

@@ -1,0 +1,103 @@
+"""`nextscale evaluate`: score a model with rewards, judges and diversity."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nextscale.base.errors import ConfigError
+from nextscale.base.records import did_you_mean
+from nextscale.cli import arguments
+from nextscale.cli.parser import add_command, complete_with
+from nextscale.config.files import find_recipe, packaged_recipes
+
+if TYPE_CHECKING:
+    from nextscale.rewards.protocol import RewardConfig
+
+
+def add(commands: Any) -> None:
+    examples = [
+        "evaluate toy",
+        "evaluate runs/toy-painting/final --recipe toy-painting --num-images 1024",
+        'evaluate runs/mine/final --reward "clip_score=a photo of a {label}" --reward python=my.py:f',
+        "evaluate toy --json > before.json",
+    ]
+    summary = "score a model with rewards, judges and diversity, on images of fixed seeds"
+    parser = add_command(commands, "evaluate", run, summary, examples)
+    parser.add_argument("model", metavar="MODEL", help=arguments.MODEL)
+    arguments.add_vae(parser)
+    which = parser.add_mutually_exclusive_group()
+    text = "use this recipe's rewards and sampling (default for models of the miniature world: toy-combined)"
+    complete_with(which.add_argument("--recipe", metavar="RECIPE", help=text), packaged_recipes(), "yaml")
+    text = "use this reward, such as aesthetic=, clip_score=, pixels= or python=; can be given several times"
+    which.add_argument("--reward", action="append", metavar="KIND=VALUE", help=text)
+    parser.option("--clip", str, "CLIP model for diversity and for the rewards given by --reward")
+    parser.option("--classes", str, arguments.CLASSES, shown="those of the recipe, or all")
+    parser.option("--num-images", int, "minimum number of images", 512)
+    arguments.add_drawing_options(parser, "the recipe's, or recommended for the model")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.option("--output", Path, "also write the JSON to this file")
+
+
+def run(args: Namespace) -> int:
+    if args.num_images < 2:
+        raise ConfigError(f"--num-images must be at least 2, got {args.num_images}")
+    if args.recipe:
+        find_recipe(args.recipe)  # a wrong name is answered before the seconds that importing torch takes
+    from nextscale import evaluation
+    from nextscale.config.build import embedder, is_miniature, judges_for, make_rewards
+    from nextscale.config.recipe import load_recipe
+
+    pipe = arguments.load_model(args)
+    if args.reward:
+        clip = args.clip or ("toy" if is_miniature(pipe) else None)
+        recipe, rewards = None, rewards_of_words(args.reward, clip)
+    elif args.recipe or is_miniature(pipe):
+        recipe = load_recipe(args.recipe or "toy-combined")
+        clip, rewards = args.clip or recipe.run.diversity_clip, recipe.rewards
+    else:
+        raise ConfigError("no rewards given: say which with --recipe or --reward")
+    labels = arguments.labels_of(args, pipe) or (recipe.grpo.class_labels if recipe else None)
+    result = evaluation.evaluate(
+        pipe,
+        make_rewards(rewards),
+        arguments.sampling_of(args, recipe),
+        num_images=args.num_images,
+        seed=args.seed,
+        conditions=pipe.conditions(labels) if labels else None,
+        judges=judges_for(pipe),
+        embed=embedder(clip),
+    )
+    text = json.dumps(result.metrics, indent=2)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(text + "\n")
+    if args.json:
+        print(text)
+    else:
+        width = max(map(len, result.metrics))
+        for name, value in result.metrics.items():
+            print(f"{name:{width}}  {value:10.4f}".rstrip("0").rstrip("."))
+    return 0
+
+
+def rewards_of_words(words: list[str], clip: str | None) -> "dict[str, RewardConfig]":
+    """The rewards that `--reward KIND=VALUE` asks for, by name.
+
+    Args:
+        clip: the CLIP of those that need one and do not name their own.
+    """
+    from nextscale.models.zoo import AESTHETIC_HEADS
+    from nextscale.rewards.kinds import REWARD_KINDS, read_reward
+
+    rewards: dict[str, RewardConfig] = {}
+    for word in words:
+        kind, equals, value = word.partition("=")
+        if kind not in REWARD_KINDS or not equals:
+            hint = did_you_mean(kind, [f"{each}=VALUE" for each in REWARD_KINDS])
+            raise ConfigError(f"--reward '{word}' must be of the form KIND=VALUE{hint}")
+        has_own = "clip" not in REWARD_KINDS[kind].model_fields or value in AESTHETIC_HEADS
+        options = {"clip": clip} if clip and not has_own else {}
+        name = kind if kind not in rewards else f"{kind}_{len(rewards) + 1}"
+        rewards[name] = read_reward({kind: value, **options})
+    return rewards

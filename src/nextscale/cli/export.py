@@ -1,0 +1,52 @@
+"""`nextscale export`: write a model for others to load."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from nextscale.base.errors import ConfigError
+from nextscale.cli.arguments import MODEL, add_vae
+from nextscale.cli.parser import add_command
+
+
+def add(commands: Any) -> None:
+    examples = [
+        "export runs/toy-painting --output painter",
+        "export runs/mine --output mine --format official --dtype bfloat16",
+        "export runs/mine --output mine --push-to-hub owner/name --private",
+    ]
+    summary = "write the final model of a run, or any other model, with its model card"
+    parser = add_command(commands, "export", run, summary, examples)
+    parser.add_argument("model", metavar="MODEL", help=f"folder of a run, or {MODEL}")
+    add_vae(parser)
+    parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="folder to write to")
+    text = "file format: nextscale's own, or that of VAR's official code (default: nextscale)"
+    parser.add_argument("--format", choices=("nextscale", "official"), default="nextscale", help=text)
+    text = "data type of the stored tensors (default: unchanged)"
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help=text)
+    text = "also upload the folder to this repository of the Hugging Face hub"
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help=text)
+    parser.add_argument("--private", action="store_true", help="make a new hub repository private")
+
+
+def run(args: Namespace) -> int:
+    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+        raise ConfigError(f"'{args.output}' exists and is not an empty folder: choose another --output")
+    import torch
+
+    from nextscale.config.build import load_pipeline
+    from nextscale.models import hub
+    from nextscale.report.model_card import write_model_card
+    from nextscale.runs.reader import find_run
+
+    run, model = find_run(args.model)
+    pipe = load_pipeline(model, args.vae)
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    is_official = args.format == "official"
+    save = pipe.save_official if is_official else pipe.save_pretrained
+    save(args.output, dtype)
+    write_model_card(args.output, run, base=pipe.source, repository=args.push_to_hub, is_official=is_official)
+    print(args.output)
+    if args.push_to_hub:
+        print(hub.upload(args.push_to_hub, args.output, args.private))
+    return 0

@@ -1,0 +1,54 @@
+"""`nextscale sample`: draw images from a model."""
+
+import re
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from nextscale.cli import arguments
+from nextscale.cli.parser import add_command
+
+MAX_ROWS = 8  # of a grid, if no classes are asked for
+
+
+def add(commands: Any) -> None:
+    examples = [
+        "sample",
+        "sample --model runs/toy-painting/final --classes star,3 --num-images 8 --output stars.png",
+        "sample --classes fish --num-images 100 --separate fish",
+        'sample --model var-d16 --classes "golden retriever,88"',
+        "sample --model var_d16.pth --vae vae_ch160v4096z32.pth --classes volcano",
+    ]
+    parser = add_command(commands, "sample", run, "draw images from a model", examples)
+    parser.option("--model", str, arguments.MODEL, "toy")
+    arguments.add_vae(parser)
+    parser.option("--classes", str, arguments.CLASSES, shown=f"the first {MAX_ROWS}")
+    parser.option("--num-images", int, "images per class", 4)
+    arguments.add_drawing_options(parser, "recommended for the model")
+    parser.option("--output", Path, "save all images in one picture, a row per class", shown="samples.png")
+    parser.option("--separate", Path, "save each image in a file of its own, in this folder")
+
+
+def run(args: Namespace) -> int:
+    from einops import rearrange
+
+    from nextscale.base.images import to_pil
+
+    pipe = arguments.load_model(args)
+    labels = arguments.labels_of(args, pipe)
+    if labels is None:
+        labels = list(range(min(pipe.num_classes, MAX_ROWS)))
+    out = pipe(labels, args.num_images, seed=args.seed, **arguments.sampling_of(args).model_dump())
+    names = [condition.text for condition in pipe.conditions(labels)]
+    if args.separate:
+        for i, image in enumerate(out.pil()):
+            row, column = divmod(i, args.num_images)
+            name = re.sub(r"\W+", "-", names[row])
+            arguments.save_image(image, args.separate / f"{row:03d}-{name}-{column:03d}.png")
+        print(f"{len(out.images)} images in {args.separate}")
+    if args.output or not args.separate:
+        path = args.output or Path("samples.png")
+        grid = rearrange(out.images, "(rows columns) c h w -> 1 c (rows h) (columns w)", rows=len(labels))
+        arguments.save_image(to_pil(grid)[0], path)
+        print(f"{path}: rows {', '.join(names)}")
+    return 0

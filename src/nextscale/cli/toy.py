@@ -1,0 +1,50 @@
+"""`nextscale toy`: look at the miniature world, or rebuild its models."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from nextscale.base.errors import ConfigError
+from nextscale.cli.arguments import save_image
+from nextscale.cli.parser import add_command
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser("toy", help="look at the miniature world, or rebuild its models")
+    parser.description = "64x64 pictures of eight objects in five styles, drawn by a program."
+    actions = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    draw = add_command(actions, "show", show, "draw every class in every style", ["toy show"])
+    draw.option("--output", Path, "image file to write", Path("world.png"))
+    draw.option("--seed", int, "seed of the scenes", 0)
+    examples = ["toy train --output build/toy", "toy train --output build/quick --steps-factor 0.01"]
+    summary = "train the models of the miniature world from scratch; takes about an hour on a CPU"
+    build = add_command(actions, "train", train, summary, examples)
+    build.add_argument("--output", type=Path, required=True, metavar="PATH", help="folder to write to")
+    build.option("--seed", int, "seed of all random draws", 0)
+    build.option("--steps-factor", float, "number of training steps, as a share of the shipped models'", 1.0)
+
+
+def show(args: Namespace) -> int:
+    import torch
+    from einops import rearrange
+
+    from nextscale.base.images import to_pil
+    from nextscale.base.seeding import generator_for
+    from nextscale.toy.world import CLASSES, STYLES, render, sample_scenes
+
+    labels = torch.arange(len(CLASSES)).repeat_interleave(len(STYLES))
+    styles = torch.arange(len(STYLES)).repeat(len(CLASSES))
+    scenes = sample_scenes(len(labels), generator_for("show", args.seed), labels, styles)
+    grid = rearrange(render(scenes), "(rows columns) c h w -> 1 c (rows h) (columns w)", rows=len(CLASSES))
+    save_image(to_pil(grid)[0], args.output)
+    print(f"{args.output}: rows {', '.join(CLASSES)}; columns {', '.join(STYLES)}")
+    return 0
+
+
+def train(args: Namespace) -> int:
+    if not 0 < args.steps_factor < float("inf"):
+        raise ConfigError(f"--steps-factor must be above 0, got {args.steps_factor}")
+    from nextscale.toy.train import train_all
+
+    train_all(args.output, args.seed, args.steps_factor)
+    return 0

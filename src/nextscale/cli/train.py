@@ -1,0 +1,59 @@
+"""`nextscale train`: fine-tune a model, or rehearse it."""
+
+import os
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any
+
+from nextscale.cli.arguments import add_recipe, load_recipe_of
+from nextscale.cli.parser import add_command
+
+if TYPE_CHECKING:
+    from nextscale.config.recipe import Recipe
+
+INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
+
+
+def add(commands: Any) -> None:
+    examples = [
+        "train toy-painting",
+        "train toy-painting --grpo.beta 0.05 --run.max_steps 20 --run.output_dir runs/short",
+        "train mine.yaml --rewards.painting.weight 0.5 --dry-run",
+        "train toy-painting --run.resume auto",
+    ]
+    parser = add_command(commands, "train", run, "fine-tune a model as a recipe says", examples)
+    parser.usage = "nextscale train RECIPE [--dry-run] [--KEY VALUE ...]"
+    add_recipe(parser, shows_keys=True)
+    text = "check everything and print the resolved recipe with its plan, without running it"
+    parser.add_argument("--dry-run", action="store_true", help=text)
+
+
+def run(args: Namespace) -> int:
+    recipe = load_recipe_of(args)
+    if args.dry_run:
+        return _rehearse(recipe)
+    from nextscale.config.build import build_trainer
+    from nextscale.report.page import summarize
+
+    trainer = build_trainer(recipe, args.words)
+    folder = trainer.train()
+    if trainer.step_done < recipe.run.max_steps:
+        return INTERRUPTED
+    if trainer.accelerator.is_main_process:
+        print(f"{summarize(folder)}\n{folder}")
+    return 0
+
+
+def _rehearse(recipe: "Recipe") -> int:
+    """Check a recipe, and print it with its plan in comments."""
+    from nextscale.config.recipe import to_yaml
+    from nextscale.config.rehearsal import plan_recipe, rehearse
+    from nextscale.plan.planning import describe
+
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun and accelerate launch
+    missing = rehearse(recipe, num_processes)
+    print(to_yaml(recipe), end="")
+    plan = describe(plan_recipe(recipe, num_gpus=num_processes))
+    print("\n".join(f"# {line}" for line in ["", "Plan:", *plan.splitlines()]))
+    if missing:
+        print(f"# Not checked: the weights of {', '.join(missing)}, which were not found on this machine.")
+    return 0

@@ -1,0 +1,65 @@
+"""What can be said of a recipe before it runs: whether its parts fit together, and what they will need."""
+
+from pathlib import Path
+
+import torch
+
+from nextscale.config.build import build_parts, check_fit, make_reward
+from nextscale.config.recipe import Recipe
+from nextscale.config.resume import check_folder
+from nextscale.models import hub, zoo
+from nextscale.models.var import VAR
+from nextscale.models.vqvae import VQVAE
+from nextscale.models.zoo import sizes_of
+from nextscale.pipeline import VARPipeline
+from nextscale.plan.gpus import DEFAULT_GPU
+from nextscale.plan.planning import Plan, make_plan
+
+
+def rehearse(recipe: Recipe, num_processes: int) -> list[str]:
+    """Check a recipe without starting it: all of it if its weights are on this machine, else all but them.
+
+    Returns:
+        names of the published models whose weights are missing, and so were not loaded.
+
+    Raises:
+        NextscaleError: something cannot be loaded, or does not fit together.
+    """
+    recipe.grpo.check_processes(num_processes)
+    backbones = {name: config.backbone for name, config in recipe.rewards.items()}
+    names = [recipe.model, *backbones.values(), recipe.run.diversity_clip]
+    missing = [name for name in dict.fromkeys(names) if name and _needs_download(name)]
+    if not missing:
+        build_parts(recipe)
+        return []
+    check_folder(recipe)
+    transformer, tokenizer = sizes_of(recipe.model, recipe.vae)
+    with torch.device("meta"):
+        check_fit(recipe, VARPipeline(VAR(transformer.replace(depth=1)), VQVAE(tokenizer)))
+    for name, config in recipe.rewards.items():
+        if backbones[name] not in missing:
+            make_reward(name, config)
+    return missing
+
+
+def _needs_download(name: str) -> bool:
+    """Whether this is a published model whose weights are not in the hub's cache."""
+    if name in zoo.OFFICIAL_MODELS:
+        model = zoo.OFFICIAL_MODELS[name]
+        return hub.find_cached(model.repository, model.files) is None
+    # Of a network under a reward, whatever is cached will do: not all repositories have a config.json.
+    return hub.is_repository(name) and not Path(name).exists() and hub.find_cached(name, []) is None
+
+
+def plan_recipe(recipe: Recipe, gpu: str = DEFAULT_GPU, num_gpus: int = 1) -> Plan:
+    """What a recipe's run will need, computed from the sizes of its networks alone.
+
+    Raises:
+        NextscaleError: an unknown GPU or model, or groups that the GPUs cannot share.
+    """
+    trained = {name: each.backbone for name, each in recipe.rewards.items() if not each.held_out}
+    evaluated = {name: each.backbone for name, each in recipe.rewards.items() if each.held_out}
+    if recipe.run.diversity_clip:
+        evaluated["run.diversity_clip"] = recipe.run.diversity_clip
+    sizes = sizes_of(recipe.model, recipe.vae)
+    return make_plan(*sizes, trained, recipe.grpo, recipe.sampling, recipe.run, gpu, num_gpus, evaluated)
