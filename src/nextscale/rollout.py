@@ -6,6 +6,7 @@ pixels
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -14,35 +15,20 @@ from torch import Tensor
 from nextscale.base.clock import Clock
 from nextscale.base.conditions import Condition
 from nextscale.base.seeding import generator_for
-from nextscale.models.protocol import Conditioning
-from nextscale.pipeline import VARPipeline
+from nextscale.pipeline import Drawn, VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.rewards.reward_set import RewardSet
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """Scored images; those of one group stand together.
+class Rollout(Drawn):
+    """Groups of images that are scored; `seconds` has the time of `reward` as well.
 
     Attributes:
-        conditions: what each of the B images was asked to show.
-        conditioning: the same as the model sees it.
-        tokens: (B, L) int64.
-        log_probs: (B, L) float32, recorded while sampling.
-        inputs: (B, L - 1, D) teacher-forcing inputs of the tokens.
-        images: (B, 3, H, W) float32 in [0, 1].
         scores: each reward's, unweighted, (N, G) on the CPU.
-        seconds: time of `rollout`, `decode` and `reward`.
     """
 
-    conditions: list[Condition]
-    conditioning: Conditioning
-    tokens: Tensor
-    log_probs: Tensor
-    inputs: Tensor
-    images: Tensor
     scores: dict[str, Tensor]
-    seconds: dict[str, float]
 
 
 def step_conditions(
@@ -92,13 +78,6 @@ def collect(
     clock = Clock(pipe.device)
     with clock("reward"):
         scores = rewards.scores(drawn.images, drawn.conditions)
-    return Rollout(
-        conditions=drawn.conditions,
-        conditioning=drawn.conditioning,
-        tokens=drawn.tokens,
-        log_probs=drawn.log_probs,
-        inputs=drawn.inputs,
-        images=drawn.images,
-        scores={name: rearrange(each, "(N G) -> N G", G=num_generations) for name, each in scores.items()},
-        seconds=drawn.seconds | clock.seconds,
-    )
+    fields: dict[str, Any] = vars(drawn) | {"seconds": drawn.seconds | clock.seconds}
+    grouped = {name: rearrange(each, "(N G) -> N G", G=num_generations) for name, each in scores.items()}
+    return Rollout(**fields, scores=grouped)

@@ -13,10 +13,9 @@ from nextscale.rewards.networks.open_clip import load_open_clip
 from nextscale.rewards.networks.preprocessing import Preprocessing
 from nextscale.rewards.networks.pretrained import hub_file
 from nextscale.rewards.networks.prompts import DEFAULT_PROMPT, check_prompts
-from nextscale.rewards.protocol import Reward, RewardConfig
+from nextscale.rewards.preference import CLIP_H_TOKENIZER, PreferenceConfig
 
 REPOSITORY, FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
-DEFAULT_TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 class HPSv2:
@@ -41,7 +40,7 @@ class HPSv2:
         self,
         prompt: str = DEFAULT_PROMPT,
         checkpoint: str | Path | None = None,
-        tokenizer: str | Path = DEFAULT_TOKENIZER,
+        tokenizer: str | Path = CLIP_H_TOKENIZER,
     ) -> None:
         self.prompts = check_prompts(prompt)
         path = hub_file(REPOSITORY, FILE, "'checkpoint'") if checkpoint is None else Path(checkpoint)
@@ -60,22 +59,9 @@ class HPSv2:
         return self.clip.cosines(images, conditions, self.prompts)[:, 0]
 
 
-class HPSv2Config(RewardConfig):
+class HPSv2Config(PreferenceConfig):
     """Human preference score v2.1: how people would rank an image for a prompt, about 0.2 to 0.35."""
 
-    main_option = "prompt"
+    repository, reward = REPOSITORY, HPSv2
 
     kind: Literal["hps"] = "hps"
-    prompt: str = DEFAULT_PROMPT
-    """Prompt such as "a photo of a {label}"; for a clip_score, also a list whose mean score counts."""
-    checkpoint: str | None = None
-    """Local folder (pick_score) or file (hps, image_reward) in place of the weights on the hub."""
-    tokenizer: str = DEFAULT_TOKENIZER
-    """Tokenizer of the text encoder: a folder or a hub repository."""
-
-    def make(self) -> Reward:
-        return HPSv2(**self.options())
-
-    @property
-    def backbone(self) -> str | None:
-        return self.checkpoint or REPOSITORY

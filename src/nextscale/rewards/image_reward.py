@@ -19,7 +19,7 @@ from nextscale.rewards.networks.clip import load_tokenizer
 from nextscale.rewards.networks.preprocessing import clip_preprocessing
 from nextscale.rewards.networks.pretrained import follow, hub_file
 from nextscale.rewards.networks.prompts import DEFAULT_PROMPT, check_prompts, fill
-from nextscale.rewards.protocol import Reward, RewardConfig
+from nextscale.rewards.preference import PreferenceConfig
 
 REPOSITORY, FILE = "THUDM/ImageReward", "ImageReward.pt"
 DEFAULT_TOKENIZER = "google-bert/bert-base-uncased"
@@ -147,22 +147,11 @@ def load_network(path: Path) -> Network:
     return Network(vision, text, head).eval()
 
 
-class ImageRewardConfig(RewardConfig):
+class ImageRewardConfig(PreferenceConfig):
     """ImageReward: how people would rate an image for a prompt, about -2.5 to 2."""
 
-    main_option = "prompt"
+    repository, reward = REPOSITORY, ImageReward
 
     kind: Literal["image_reward"] = "image_reward"
-    prompt: str = DEFAULT_PROMPT
-    """Prompt such as "a photo of a {label}"; for a clip_score, also a list whose mean score counts."""
-    checkpoint: str | None = None
-    """Local folder (pick_score) or file (hps, image_reward) in place of the weights on the hub."""
     tokenizer: str = DEFAULT_TOKENIZER
     """Tokenizer of the text encoder: a folder or a hub repository."""
-
-    def make(self) -> Reward:
-        return ImageReward(**self.options())
-
-    @property
-    def backbone(self) -> str | None:
-        return self.checkpoint or REPOSITORY

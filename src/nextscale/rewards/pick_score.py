@@ -9,10 +9,9 @@ from torch import Tensor
 from nextscale.base.conditions import Condition
 from nextscale.rewards.networks.clip import load_clip
 from nextscale.rewards.networks.prompts import DEFAULT_PROMPT, check_prompts
-from nextscale.rewards.protocol import Reward, RewardConfig
+from nextscale.rewards.preference import CLIP_H_TOKENIZER, PreferenceConfig
 
 REPOSITORY = "yuvalkirstain/PickScore_v1"
-DEFAULT_TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 class PickScore:
@@ -34,7 +33,7 @@ class PickScore:
         self,
         prompt: str = DEFAULT_PROMPT,
         checkpoint: str | Path | None = None,
-        tokenizer: str | Path = DEFAULT_TOKENIZER,
+        tokenizer: str | Path = CLIP_H_TOKENIZER,
     ) -> None:
         self.prompts = check_prompts(prompt)
         self.clip = load_clip(checkpoint or REPOSITORY, tokenizer)
@@ -44,22 +43,9 @@ class PickScore:
         return self.clip.model.logit_scale.exp() * cosines
 
 
-class PickScoreConfig(RewardConfig):
+class PickScoreConfig(PreferenceConfig):
     """PickScore: which image people would pick for a prompt, about 18 to 26."""
 
-    main_option = "prompt"
+    repository, reward = REPOSITORY, PickScore
 
     kind: Literal["pick_score"] = "pick_score"
-    prompt: str = DEFAULT_PROMPT
-    """Prompt such as "a photo of a {label}"; for a clip_score, also a list whose mean score counts."""
-    checkpoint: str | None = None
-    """Local folder (pick_score) or file (hps, image_reward) in place of the weights on the hub."""
-    tokenizer: str = DEFAULT_TOKENIZER
-    """Tokenizer of the text encoder: a folder or a hub repository."""
-
-    def make(self) -> Reward:
-        return PickScore(**self.options())
-
-    @property
-    def backbone(self) -> str | None:
-        return self.checkpoint or REPOSITORY
