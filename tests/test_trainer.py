@@ -152,7 +152,7 @@ def test_a_steps_advantages_have_the_multiplier_of_its_own_violation(
         assert metrics[f"constraints/{name}/violation"] > 1
         assert metrics[f"constraints/{name}/multiplier"] == 0.75
     assert metrics["reward"] == metrics["rewards/red/mean"]
-    torch.testing.assert_close(taken[0].view(4, 4), plain.advantages(plain.rollout(1)))
+    torch.testing.assert_close(taken[0].view(4, 4), plain.advantages(plain.gathered_scores(plain.rollout(1))))
 
 
 def test_base_is_what_the_evaluation_before_training_found(
@@ -211,7 +211,7 @@ def test_equal_rewards_give_zero_advantage_and_zero_gradient(
     trainer = make_trainer(tiny_pipeline, tmp_path / "run", equal, beta=0.0)
     taken = gradient(trainer)
     assert all(each.abs().max() == 0 for each in taken.values())
-    assert trainer.advantages(trainer.rollout(1)).abs().max() == 0
+    assert trainer.advantages(trainer.gathered_scores(trainer.rollout(1))).abs().max() == 0
 
 
 def test_on_policy_ratios_are_one_and_kl_is_zero(tiny_pipeline: VARPipeline, tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_resumed_is_straight_bit_for_bit(make_pipeline: MakePipeline, tmp_path: 
     make_trainer(make_pipeline(), tmp_path / "straight", rewards, **options).train()
     interrupted = make_trainer(make_pipeline(), tmp_path / "parts", rewards, **options)
     interrupted.open()
-    interrupted.log(0, interrupted.evaluate(0))
+    interrupted.log(0, interrupted.evaluate())
     for step in (1, 2):
         interrupted.log(step, interrupted.step(step))
         interrupted.step_done = step
@@ -325,7 +325,8 @@ def test_every_grpo_option_changes_something(
         make_trainer(make_pipeline(), tmp_path / way, pair, multi_objective_aggregation=way)
         for way in ("sum_then_normalize", "normalize_then_sum")
     )
-    assert not torch.allclose(first.advantages(first.rollout(1)), second.advantages(second.rollout(1)))
+    scores = first.gathered_scores(first.rollout(1))
+    assert not torch.allclose(first.advantages(scores), second.advantages(scores))
 
 
 def test_an_entropy_floor_holds_the_entropy_of_every_scale(

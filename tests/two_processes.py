@@ -19,7 +19,7 @@ rewards = RewardSet(
 options = {"per_device_train_batch_size": 3, "eval_steps": 1, "eval_num_images": 16, "constraint_start": 1.0}
 trainer = make_trainer(random_pipeline(), folder / "run", rewards, **options)
 trainer.open()
-evaluation = trainer.evaluate(0)
+evaluation = trainer.evaluate()
 taken = gradient(trainer)
 state = PartialState()
 content = {

@@ -433,7 +433,7 @@ def test_overwriting_a_run(folder, tmp_path, capsys):
     assert main([*words, "--run.max_steps", "2"]) == 0
     assert main([*words, "--run.overwrite", "--run.max_steps", "1", "--run.eval_steps", "0"]) == 0
     assert [record["step"] for record in metrics(tmp_path / "run")] == [1]
-    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+    assert [each.name for each in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config["run"]["overwrite"] is False  # it is a recipe that can be run again
 
@@ -524,7 +524,8 @@ def test_a_dry_run_finds_what_would_fail(folder, fails, tmp_path, words, says):
     assert says in fails("train", folder / "recipe.yaml", *place, *words, "--dry-run")
 
 
-def test_interrupted_in_the_middle_and_resumed(folder, tmp_path):
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_in_the_middle_and_resumed(folder, tmp_path, sent, status):
     path = tmp_path / "run"
     words = ["train", folder / "recipe.yaml", "--run.output_dir", path, "--run.eval_steps", "0"]
     words = [sys.executable, "-m", "nextscale", *map(str, words), "--run.save_steps", "0"]
@@ -535,10 +536,10 @@ def test_interrupted_in_the_middle_and_resumed(folder, tmp_path):
     while not (path / "metrics.jsonl").exists() or len(metrics(path)) < 2:
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     said, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and errors == ""
-    assert "continue with --run.resume auto" in said
+    assert process.returncode == status and said == ""
+    assert errors.startswith("stopped after step ") and "continue with --run.resume auto" in errors
     done = metrics(path)[-1]["step"]
     assert [each.name for each in (path / "checkpoints").iterdir()] == [f"step-{done:06d}"]
     assert main([*words[3:], "--run.max_steps", str(done + 1), "--run.resume", "auto"]) == 0
