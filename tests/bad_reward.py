@@ -33,4 +33,4 @@ for reward in (fails_in_one, fails_in_evaluation):
         trainer.train()
     except RewardError as error:
         (folder / f"{reward.__name__}-{trainer.accelerator.process_index}.txt").write_text(str(error))
-trainer.accelerator.end_training()
+PartialState().destroy_process_group()
