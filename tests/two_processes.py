@@ -35,7 +35,7 @@ trainer.folder.close()
 for scale_rewards in ("group", "batch", "none"):
     pipe = random_pipeline()
     name = f"{scale_rewards}-{state.num_processes}"
-    one = {"scale_rewards": scale_rewards, "max_steps": 3, "per_device_train_batch_size": 4}
+    one = {"scale_rewards": scale_rewards, "max_steps": 3, "learning_rate": 1e-5}
     trainer = make_trainer(pipe, folder / name, {"red": redness, "bright": brightness}, **one)
     content[f"{scale_rewards}/advantages"] = trainer.advantages(trainer.gathered_scores(trainer.rollout(1)))
     trainer.train()
