@@ -103,6 +103,25 @@ def evaluate(
     return Evaluation(metrics, torch.stack(rows[:MAX_ROWS]), chosen[:MAX_ROWS])
 
 
+def step_metrics(rewards: RewardSet, scores: Mapping[str, Tensor]) -> dict[str, float]:
+    """What is logged of the rewards of a training step.
+
+    Args:
+        scores: of each reward, (N, G), groups in rows.
+
+    Returns:
+        `reward`, `reward_std` (the mean over groups), `frac_reward_zero_std`, and what `score_metrics` gives.
+    """
+    total_NG = rewards.total(scores)
+    deviation_N = deviation(total_NG)
+    return {
+        "reward": total_NG.nanmean().item(),
+        "reward_std": deviation_N.mean().item(),
+        "frac_reward_zero_std": (deviation_N == 0).float().mean().item(),
+        **score_metrics(scores),
+    }
+
+
 def score_metrics(scores: Mapping[str, Tensor]) -> dict[str, float]:
     """`rewards/{name}/mean` and `/std` of each reward over the images that it scored.
 

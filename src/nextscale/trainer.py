@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -23,11 +23,10 @@ from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError, RewardError, TrainingError
 from nextscale.base.interrupt import Interrupted, StopOnSignal
 from nextscale.base.metrics import Means
-from nextscale.base.statistics import deviation
 from nextscale.controllers import Constraints, Controller, EntropyFloor
-from nextscale.evaluation import Embedder, Judges, evaluate, score_metrics
+from nextscale.evaluation import Embedder, Judges, evaluate, step_metrics
 from nextscale.grpo import GRPOConfig
-from nextscale.losses import Microbatch, Objective
+from nextscale.losses import Objective, microbatches
 from nextscale.optimizer import OptimizerConfig, make_optimizer
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
@@ -170,7 +169,7 @@ class GRPOTrainer:
             if self.step_done >= run.max_steps:
                 self._say(f"all {self.step_done} steps are done; raise run.max_steps to go on")
         self.folder.keep_steps(self.step_done)
-        process.init_trackers("", init_kwargs={"tensorboard": {"purge_step": self.step_done + 1}})
+        process.init_trackers("nextscale", init_kwargs={"tensorboard": {"purge_step": self.step_done + 1}})
 
         # All steps. Ctrl-C lets the one in hand end, in all processes alike; what fails ends the run after a
         # checkpoint. An evaluation that is due may be one that an earlier run did not get to.
@@ -218,7 +217,7 @@ class GRPOTrainer:
         # Draw and score: this process's share of the step's groups. All see the scores of all.
         rollout = self.rollout(step)
         scores = self.gathered_scores(rollout)
-        reward_metrics = self.reward_metrics(scores)
+        reward_metrics = step_metrics(self.rewards, scores)
 
         # Advantages. The multipliers of the constraints move first: the model's update then answers their
         # last move, and they its, which damps their swing.
@@ -228,10 +227,10 @@ class GRPOTrainer:
         # Update: num_iterations optimizer steps on the same images, each on the gradient of all of them.
         # One that is not finite is left out, for it would end the model.
         means, bonuses = Means(), None if self.entropy_floor is None else self.entropy_floor.bonuses
-        num_skipped = 0
+        num_skipped, batch_size = 0, self.run.per_device_train_batch_size
         with clock("update"):
             for _ in range(self.grpo.num_iterations):
-                for batch, share, is_last in self.microbatches(rollout, advantages_B):
+                for batch, share, is_last in microbatches(rollout, advantages_B, batch_size):
                     # Processes exchange gradients once, in the last backward pass.
                     with nullcontext() if is_last else self.accelerator.no_sync(self.model):
                         with self.autocast():
@@ -263,7 +262,11 @@ class GRPOTrainer:
         if self.entropy_floor is not None and not num_skipped:
             floor_metrics = self.entropy_floor.update(loss_metrics)
 
-        # Measure.
+        # Measure, and say once if there was nothing to learn.
+        is_constant = reward_metrics["frac_reward_zero_std"] == 1
+        if is_constant and not self.was_constant:
+            self._say("Warning: all images of each group have the same reward, so there is nothing to learn")
+        self.was_constant = is_constant
         elapsed = time.perf_counter() - begin
         num_images = self.grpo.num_images
         seconds = rollout.seconds | clock.seconds
@@ -328,42 +331,6 @@ class GRPOTrainer:
         advantages_NG = add_constraints(advantages_NG, scores, self.constraints.coefficients)
         mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         return advantages_NG[mine].to(self.accelerator.device)
-
-    def microbatches(
-        self, rollout: Rollout, advantages_B: Tensor
-    ) -> Iterator[tuple[Microbatch, float, bool]]:
-        """The rollout in parts of `per_device_train_batch_size`: each with its share of the images, and
-        whether it is the last."""
-        num_images, size = len(advantages_B), self.run.per_device_train_batch_size
-        for start in range(0, num_images, size):
-            part = slice(start, start + size)
-            batch = Microbatch(
-                conditioning=rollout.conditioning.select(part),
-                tokens=rollout.tokens[part],
-                inputs=rollout.inputs[part],
-                log_probs=rollout.log_probs[part],
-                advantages=advantages_B[part],
-            )
-            yield batch, len(batch.tokens) / num_images, start + size >= num_images
-
-    def reward_metrics(self, scores: Mapping[str, Tensor]) -> dict[str, float]:
-        """Of the rewards; warns where no group has two different ones.
-
-        Args:
-            scores: of each reward, (N, G), from `gathered_scores`.
-        """
-        total_NG = self.rewards.total(scores)
-        deviation_N = deviation(total_NG)
-        is_constant = bool((deviation_N == 0).all())
-        if is_constant and not self.was_constant:
-            self._say("Warning: all images of each group have the same reward, so there is nothing to learn")
-        self.was_constant = is_constant
-        return {
-            "reward": total_NG.nanmean().item(),
-            "reward_std": deviation_N.mean().item(),
-            "frac_reward_zero_std": (deviation_N == 0).float().mean().item(),
-            **score_metrics(scores),
-        }
 
     def gathered(self, means: Means) -> dict[str, float]:
         """Means (or extremes, by name) over all processes, which have equally many images."""

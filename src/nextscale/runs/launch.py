@@ -2,17 +2,19 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, ProjectConfiguration
 from torch import nn
 
 from nextscale.base.errors import ConfigError
 from nextscale.base.records import did_you_mean
 from nextscale.runs.config import RunConfig
+from nextscale.runs.paths import RunPaths
 
 REFUSED = {
     DistributedType.FSDP: "FSDP",
@@ -46,8 +48,9 @@ def make_accelerator(run: RunConfig) -> Accelerator:
     for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if os.environ.get(variable, "false").lower() == "true":
             raise ConfigError(f"{name} is not supported yet: launch with plain multi-GPU (DDP) instead")
+    project = ProjectConfiguration(run.output_dir, str(RunPaths(Path(run.output_dir)).tensorboard))
     accelerator = Accelerator(
-        mixed_precision="no", log_with=_trackers(run.report_to) or None, project_dir=run.output_dir
+        mixed_precision="no", log_with=_trackers(run.report_to) or None, project_config=project
     )
     if name := REFUSED.get(accelerator.distributed_type):
         raise ConfigError(f"{name} is not supported yet: launch with plain multi-GPU (DDP) instead")
