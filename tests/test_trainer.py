@@ -425,13 +425,13 @@ def test_images_that_are_not_scored_do_not_count(tiny_pipeline: VARPipeline, tmp
 
 
 def test_an_evaluation_needs_a_score_of_some_image_not_of_every_class(tiny_pipeline: VARPipeline) -> None:
-    """It draws and scores class by class, and with many classes one image of each."""
+    """It scores batch by batch, and in a batch there may be none."""
 
     def of_class_2(images: Tensor, conditions: list) -> list[float | None]:
         return [0.5 + i if each.label == 2 else None for i, each in enumerate(conditions)]
 
     rewards = RewardSet({"mine": of_class_2})
-    metrics = evaluate(tiny_pipeline, rewards, GUIDED, num_images=8).metrics
+    metrics = evaluate(tiny_pipeline, rewards, GUIDED, num_images=8, batch_size=2).metrics
     assert (metrics["rewards/mine/mean"], metrics["num_images"]) == (1.0, 8.0)
     with pytest.raises(RewardError, match="reward 'mine' returned NaN for all 6 images"):
         evaluate(tiny_pipeline, rewards, GUIDED, num_images=6, conditions=tiny_pipeline.conditions([0, 1, 3]))
