@@ -79,14 +79,14 @@ def test_a_bandit_is_solved(make_pipeline: MakePipeline, tmp_path: Path) -> None
         return seen[-1]
 
     seen: list[Tensor] = []
-    original = pipe.draw
+    original = pipe.draw_batches
 
-    def draw(*args: Any) -> Any:
-        samples = original(*args)
-        seen.append((samples.tokens[:, 0] == 1).float())
-        return samples
+    def draw_batches(*args: Any) -> Any:
+        for batch in original(*args):
+            seen.append((batch.tokens[:, 0] == 1).float())
+            yield batch
 
-    pipe.draw = draw  # type: ignore[method-assign]
+    pipe.draw_batches = draw_batches  # type: ignore[method-assign]
     trainer = make_trainer(
         pipe, tmp_path / "run", arm, max_steps=60, beta=0.0, learning_rate=3e-3, num_generations=8
     )
@@ -102,14 +102,14 @@ def test_a_constraint_binds_and_holds(make_pipeline: MakePipeline, tmp_path: Pat
     def last_steps(name: str, max_steps: int, **roles: Any) -> tuple[list[float], list[float]]:
         pipe = make_pipeline(codebook_size=4, scale_sizes=(1, 2), num_classes=2)
         seen: list[Tensor] = []
-        original = pipe.draw
+        original = pipe.draw_batches
 
-        def draw(*args: Any) -> Any:
-            samples = original(*args)
-            seen.append(samples.tokens[:, 0])
-            return samples
+        def draw_batches(*args: Any) -> Any:
+            for batch in original(*args):
+                seen.append(batch.tokens[:, 0])
+                yield batch
 
-        pipe.draw = draw  # type: ignore[method-assign]
+        pipe.draw_batches = draw_batches  # type: ignore[method-assign]
         rewards = {
             "gain": lambda images, conditions: torch.tensor([0.2, 0.6, 1.0, 0.0])[seen[-1]],
             "allowed": lambda images, conditions: (seen[-1] != 2).float(),
@@ -425,13 +425,13 @@ def test_images_that_are_not_scored_do_not_count(tiny_pipeline: VARPipeline, tmp
 
 
 def test_an_evaluation_needs_a_score_of_some_image_not_of_every_class(tiny_pipeline: VARPipeline) -> None:
-    """It draws and scores class by class, and with many classes one image of each."""
+    """It scores batch by batch, and in a batch there may be none."""
 
     def of_class_2(images: Tensor, conditions: list) -> list[float | None]:
         return [0.5 + i if each.label == 2 else None for i, each in enumerate(conditions)]
 
     rewards = RewardSet({"mine": of_class_2})
-    metrics = evaluate(tiny_pipeline, rewards, GUIDED, num_images=8).metrics
+    metrics = evaluate(tiny_pipeline, rewards, GUIDED, num_images=8, batch_size=2).metrics
     assert (metrics["rewards/mine/mean"], metrics["num_images"]) == (1.0, 8.0)
     with pytest.raises(RewardError, match="reward 'mine' returned NaN for all 6 images"):
         evaluate(tiny_pipeline, rewards, GUIDED, num_images=6, conditions=tiny_pipeline.conditions([0, 1, 3]))

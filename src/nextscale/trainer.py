@@ -81,7 +81,7 @@ class GRPOTrainer:
     ) -> None:
         self.grpo, self.run = grpo or GRPOConfig(), run or RunConfig()
         self.sampling, self.optimizer_config = sampling or SamplingConfig(), optimizer or OptimizerConfig()
-        self.rewards, self.judges, self.embed = _named(rewards), judges, embed
+        self.rewards, self.judges, self.embed = RewardSet.of(rewards), judges, embed
         self.accelerator = make_accelerator(self.run)
         if conditions is None:
             labels = self.grpo.class_labels
@@ -458,15 +458,6 @@ class GRPOTrainer:
             "run": self.run.model_dump(),
         }
         return json.dumps(sections, indent=2) + "\n"  # JSON is YAML
-
-
-def _named(rewards: Reward | Mapping[str, Reward]) -> RewardSet:
-    if isinstance(rewards, RewardSet):
-        return rewards
-    if isinstance(rewards, Mapping):
-        return RewardSet(rewards)
-    name = getattr(rewards, "__name__", type(rewards).__name__)
-    return RewardSet({name: rewards})
 
 
 def _postfix(metrics: dict[str, float]) -> dict[str, str]:

@@ -52,7 +52,7 @@ def test_the_reward_sees_images_and_conditions_without_gradient():
 
     images = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 8, 8)
     assert score("mine", reward, images, CONDITIONS).tolist() == [0.0, 1.0, 2.0]
-    assert seen[0][0] is images and seen[0][1] is CONDITIONS and not seen[0][2]
+    assert torch.equal(seen[0][0], images) and seen[0][1] == CONDITIONS and not seen[0][2]
 
 
 def test_some_images_may_stay_without_a_score():

@@ -10,7 +10,7 @@ from nextscale.base.conditions import Condition
 from nextscale.models.zoo import TOY_ASSETS
 from nextscale.pipeline import VARPipeline
 from nextscale.rewards import Aesthetic, ClipScore
-from nextscale.toy.judges import KINDS, judge, judge_metrics, load_judge
+from nextscale.toy.judges import KINDS, judge, judge_images, load_judge
 from nextscale.toy.world import CLASSES, STYLES, Scenes, beauty, render, sample_scenes
 
 pytestmark = pytest.mark.skipif(
@@ -49,9 +49,10 @@ def test_the_pipeline_loads_and_draws_photos_of_its_classes():
     assert tuple(pipe.class_names or ()) == CLASSES
     out = pipe(class_labels=list(range(len(CLASSES))), num_images_per_label=8, guidance_scale=1.5, seed=0)
     assert out.images.shape == (64, 3, 64, 64)
-    metrics = judge_metrics(out.images, [each for each in pipe.all_conditions() for _ in range(8)])
-    assert metrics["judge/class_accuracy"] > 0.6
-    assert metrics["judge/style/photo"] > 0.9
+    judged = judge_images(out.images, [each for each in pipe.all_conditions() for _ in range(8)])
+    assert all(values.shape == (64,) for values in judged.values())
+    assert judged["judge/class_accuracy"].mean() > 0.6
+    assert judged["judge/style/photo"].mean() > 0.9
 
 
 @pytest.mark.parametrize("kind", KINDS)

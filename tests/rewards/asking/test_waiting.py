@@ -149,7 +149,7 @@ def test_a_timeout_changes_nothing_of_what_a_reward_sees():
         (False, torch.bfloat16),
         (False, torch.float32),
     ]
-    assert all(each[2] is IMAGES and each[3] is CONDITIONS for each in seen)
+    assert all(torch.equal(each[2], IMAGES) and each[3] == CONDITIONS for each in seen)
 
 
 HANGING = """
