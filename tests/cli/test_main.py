@@ -40,6 +40,9 @@ def raises_later(images, conditions):
     calls += 1
     return bright(images, conditions) if calls < 2 else 1 / 0
 
+def exits(images, conditions):
+    raise SystemExit(0)
+
 def shape(images, conditions):
     return images.mean((1, 2))
 
@@ -668,6 +671,7 @@ def test_evaluate_the_classes_asked_for(folder, capsys):
         (["--reward", "python=x.py:f", "--recipe", "toy-painting"], "not allowed with argument"),
         (["--reward", "pithon=x.py:f"], "must be of the form KIND=VALUE; did you mean 'python=VALUE'?"),
         (["--reward", "python={folder}/rewards.py:nothing"], "reward 'python' returned NaN for all"),
+        (["--reward", "python={folder}/rewards.py:exits"], "reward 'python' raised SystemExit: 0 ("),
         (["--num-images", "-4"], "--num-images must be at least 2, got -4"),
         (["--reward", "python={folder}/rewards.py:bright", "--classes", "9"], "class 9 is out of range"),
     ],

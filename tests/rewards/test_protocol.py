@@ -1,6 +1,7 @@
 """Rewards in general: what one may answer."""
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,18 @@ def test_the_line_that_is_told_is_the_users_own():
     line = reward.__code__.co_firstlineno + 1
     with pytest.raises(RewardError, match=rf"raised RuntimeError: .*test_protocol\.py:{line}\)$"):
         score("mine", reward, IMAGES, CONDITIONS)
+
+
+@pytest.mark.parametrize("timeout", [None, 60])
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_reward_that_exits_has_failed(timeout: float | None, code: int):
+    def reward(images, conditions):
+        sys.exit(code)
+
+    with pytest.raises(
+        RewardError, match=rf"^reward 'mine' raised SystemExit: {code} \(.*test_protocol\.py:"
+    ):
+        score("mine", reward, IMAGES, CONDITIONS, timeout)
 
 
 def test_an_interrupt_is_no_fault_of_the_reward():

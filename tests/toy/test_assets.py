@@ -10,6 +10,7 @@ from nextscale.base.conditions import Condition
 from nextscale.models.zoo import TOY_ASSETS
 from nextscale.pipeline import VARPipeline
 from nextscale.rewards import Aesthetic, ClipScore
+from nextscale.toy import judges
 from nextscale.toy.judges import KINDS, judge, judge_images, load_judge
 from nextscale.toy.world import CLASSES, STYLES, Scenes, beauty, render, sample_scenes
 
@@ -76,3 +77,12 @@ def test_the_aesthetic_head_follows_beauty(pictures: tuple[Scenes, torch.Tensor]
     scenes, images = pictures
     scores = Aesthetic("toy", clip="toy")(images, [Condition(None, "")] * len(images))
     assert torch.corrcoef(torch.stack([scores, beauty(scenes)]))[0, 1] > 0.5
+
+
+def test_the_judges_are_loaded_once(monkeypatch: pytest.MonkeyPatch):
+    loaded = []
+    judges._shipped.cache_clear()
+    monkeypatch.setattr(judges, "load_judge", lambda kind: loaded.append(kind) or load_judge(kind))
+    for _ in range(2):
+        judge_images(torch.rand(2, 3, 64, 64), [Condition(0, "star")] * 2)
+    assert loaded == ["class", "style"]
