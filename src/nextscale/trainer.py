@@ -186,8 +186,12 @@ class GRPOTrainer:
                     self.finish_step(metrics)
                     bar.update()
                     bar.set_postfix(_postfix(metrics))
-            except (RewardError, TrainingError, BrokenPipeError):
+            except (RewardError, TrainingError):
                 self.save()
+                raise
+            except BrokenPipeError:  # of this process alone: the others would not come to save
+                if process.num_processes == 1:
+                    self.save()
                 raise
 
         # The end: a checkpoint to go on from, and the final model if nothing is left to do.
@@ -222,7 +226,7 @@ class GRPOTrainer:
         # Advantages. The multipliers of the constraints move first: the model's update then answers their
         # last move, and they its, which damps their swing.
         constraint_metrics = self.constraints.update(reward_metrics)
-        advantages_B = self.advantages(scores).flatten()
+        advantages_B = self.advantages(scores).flatten(0, 1)  # (B,), or (B, S) or (B, L) by scale or token
 
         # Update: num_iterations optimizer steps on the same images, each on the gradient of all of them.
         # One that is not finite is left out, for it would end the model.

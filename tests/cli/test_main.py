@@ -716,3 +716,18 @@ def test_the_miniature_world_trains_and_is_judged(tmp_path, capsys):
     )
     for name in ("toy-painting", "toy-aesthetic", "toy-collapse"):
         assert main(["train", name, "--run.output_dir", str(tmp_path / name), "--dry-run"]) == 0
+
+
+def test_a_reader_that_goes_away_ends_no_run_that_is_whole_and_fails_one_that_is_not(folder, tmp_path):
+    """As in `nextscale train ... | head`: what is written to the standard output, and to the error output."""
+    words = [sys.executable, "-m", "nextscale", "train", str(folder / "recipe.yaml"), "--run.eval_steps", "0"]
+    environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+    for stream, status in (("stdout", 0), ("stderr", 128 + signal.SIGPIPE)):
+        read, write = os.pipe()
+        os.close(read)
+        command = [*words, "--run.output_dir", str(tmp_path / stream), "--run.disable_tqdm", "false"]
+        streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | {stream: write}
+        done = subprocess.run(command, env=environment, **streams)
+        os.close(write)
+        assert done.returncode == status
+        assert (tmp_path / stream / "final").exists() == (status == 0)
