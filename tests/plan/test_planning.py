@@ -12,7 +12,7 @@ from nextscale.config.rehearsal import plan_recipe, rehearse
 from nextscale.grpo import GRPOConfig
 from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAEConfig
-from nextscale.models.zoo import TOY_ASSETS, sizes_of
+from nextscale.models.zoo import TOY_ASSETS, describe
 from nextscale.plan.gpus import GPUS, find_gpu
 from nextscale.plan.phases import Phases
 from nextscale.plan.planning import USABLE_MEMORY, UTILISATION, describe, make_plan
@@ -55,7 +55,8 @@ def by_hand(config: VARConfig, lengths: list[int], seen: list[int], embedded: in
 
 def test_d16_costs_what_the_official_model_does():
     """601 GFLOP to sample with guidance, 394 to decode, 310 for a forward pass, 930 with the backward."""
-    config, tokenizer = sizes_of("var-d16")
+    model = describe("var-d16")
+    config, tokenizer = model.transformer, model.tokenizer
     run = RunConfig(per_device_train_batch_size=1, per_device_eval_batch_size=1)
     phases = Phases(config, tokenizer, GRPOConfig(), GUIDED, run, 1)
     lengths = [size * size for size in config.scale_sizes]
