@@ -114,7 +114,8 @@ def _precision(args: Namespace, recipe: "Recipe | None") -> str:
     if recipe and "mixed_precision" in recipe.run.model_fields_set:
         return recipe.run.mixed_precision
     run, _ = find_run(args.model)
-    return read_run(run).config["run"]["mixed_precision"] if run else "no"
+    settings = read_run(run).config.get("run") if run else None
+    return settings.get("mixed_precision", "no") if isinstance(settings, dict) else "no"
 
 
 def rewards_of_words(words: list[str], clip: str | None) -> "dict[str, RewardConfig]":

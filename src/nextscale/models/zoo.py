@@ -219,7 +219,8 @@ def describe(name: str, vae: str | None = None) -> FolderConfig:
         CheckpointError: there is no such model, or its sizes cannot be read.
     """
     if vae is not None:
-        transformer, tokenizer = (each.config for each in load_official(name, vae))  # mapped, not read
+        networks = load_official(name, vae)  # the tensors stay on the disk, mapped
+        transformer, tokenizer = networks[0].config, networks[1].config
     elif name in OFFICIAL_MODELS:
         transformer, tokenizer = OFFICIAL_MODELS[name].transformer, OFFICIAL_MODELS[name].tokenizer
     else:
