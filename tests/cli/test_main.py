@@ -466,7 +466,7 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(folder, tmp_path):
         (("--rewards.more.python", "a.py:f"), "rewards.more"),
         (("--optimizer.lr_scheduler_type", "linear"), "optimizer.lr_scheduler_type is 'linear'"),
         (("--run.seed", "7"), "run.seed is 7"),
-        (("--model", "other"), "model is 'other'"),
+        (("--model", "toy"), "model is 'toy'"),
     ],
 )
 def test_resuming_with_another_recipe(folder, trained, fails, change, says):
