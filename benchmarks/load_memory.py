@@ -1,12 +1,12 @@
-"""How much memory it takes to load a model: a random one of VAR-d16's sizes, in both formats and two dtypes.
+"""Memory needed to load a model: a random one of VAR-d16's size, in both formats and two dtypes.
 
     python benchmarks/load_memory.py > benchmarks/load_memory.md
 
-Each measurement is a process of its own, on Linux. Counted is what the process holds beyond what it held
-after its imports, as a share of the two files: the peak of its resident memory (VmHWM, which counts mapped
-pages of the files too, though the system may drop these at any time), that of its own, anonymous part
-(RssAnon, sampled every 2 ms), and what stays resident. After loading, every tensor is read once, so that no
-page is left uncounted. The tokenizer stays float32.
+Each measurement runs in its own process, on Linux, and counts memory beyond what the process held after its
+imports, as a fraction of the size of the two files: the peak of its resident memory (VmHWM, which includes
+mapped pages of the files, though the system may drop these at any time), the peak of its anonymous memory
+(RssAnon, sampled every 2 ms), and what stays resident. After loading, every tensor is read once, so that all
+pages are counted. The tokenizer stays float32.
 """
 
 import os
@@ -28,13 +28,13 @@ ROW = "| {:12} | {:8} | {:>7} | {:>9} | {:>10} | {:>10} | {:>7} |"
 
 
 def memory(name: str) -> int:
-    """Bytes in a line of /proc/self/status."""
+    """Bytes that a line of /proc/self/status reports."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def measure(path: str, dtype: str) -> None:
-    """Load one model and print a row: `path` is a folder of safetensors, or one of official files."""
+    """Load one model and print a row; `path` is a folder of safetensors or of official files."""
     folder = Path(path)
     var, vae = folder / "var.pth", folder / "vae.pth"
     is_official = var.exists()
@@ -48,7 +48,7 @@ def measure(path: str, dtype: str) -> None:
         while not is_done.wait(0.002):
             peak_anonymous = max(peak_anonymous, memory("RssAnon"))
 
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     resident, anonymous, begin = memory("VmRSS"), memory("RssAnon"), time.perf_counter()
     watcher = threading.Thread(target=watch)
     watcher.start()

@@ -1,7 +1,7 @@
 """The plans of all recipes for published models, as the table in docs/planning.md.
 
-python benchmarks/plans.py            # print it
-python benchmarks/plans.py --write    # put it into the page
+python benchmarks/plans.py            # print the table
+python benchmarks/plans.py --write    # write it into the page
 """
 
 import sys
@@ -13,7 +13,7 @@ from nextscale.config.rehearsal import plan_recipe
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
 BEGIN, END = "<!-- benchmarks/plans.py writes from here -->", "<!-- to here -->"
-# Where each model's recipes are meant to run.
+# The GPUs that each model's recipes are meant for.
 PLACES = {
     "var-d16": (("rtx-4090-24gb", 1),),
     "var-d30": (("a100-80gb", 1), ("h100-80gb", 1)),

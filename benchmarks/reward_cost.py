@@ -3,8 +3,8 @@
     python benchmarks/reward_cost.py
 
 The networks are built at their published sizes on the meta device, and run on one image and a prompt of ten
-tokens. A multiplication with its addition counts as two operations; only matrix products, convolutions and
-attention are counted. The text of a CLIP is run once for each distinct prompt and remembered.
+tokens. A multiply-add counts as two operations; only matrix products, convolutions and attention are counted.
+CLIP's text tower runs once per distinct prompt, and the result is cached.
 """
 
 from collections.abc import Callable
@@ -53,14 +53,14 @@ CLIPS: dict[str, Callable[[], CLIPModel]] = {
 
 
 def count(network: nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> float:
-    """GFLOP of a call."""
+    """GFLOP of one forward pass."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(*args, **kwargs)
     return counter.get_total_flops() / 1e9
 
 
 def num_parameters(*networks: nn.Module) -> float:
-    """Millions."""
+    """Number of parameters in millions."""
     return sum(each.numel() for network in networks for each in network.parameters()) / 1e6
 
 

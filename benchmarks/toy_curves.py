@@ -1,4 +1,4 @@
-"""Draw the curves of the runs that `benchmarks/toy_results.py` made, into docs/toy_results.png.
+"""Plot the curves of the runs of `benchmarks/toy_results.py` to docs/toy_results.png.
 
 python benchmarks/toy_curves.py
 """
@@ -11,7 +11,7 @@ from toy_results import RECIPES, ROOT, RUNS
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# Title, key of the metric, and whether every step has it (else evaluations alone).
+# Title, key of the metric, and whether it is logged at every step or in evaluations only.
 ROWS = (
     ("Reward of the rollouts, share of its rise", "reward", True),
     ("Class judge", "eval_judge/class_accuracy", False),

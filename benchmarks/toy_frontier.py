@@ -1,10 +1,10 @@
-"""What a higher aesthetic reward must cost in diversity, for any model that stays close to the base model.
+"""The diversity that a higher aesthetic reward must cost any model that stays close to the base model.
 
     python benchmarks/toy_frontier.py
 
-Of all distributions with a given mean reward, the one nearest to the base model (in KL) weights its images by
-exp(reward / temperature). So images of the base model, reweighted, give the best trade that a model can make
-without drawing what the base model would never draw.
+Of all distributions with a given mean reward, the one closest to the base model in KL weights its images by
+exp(reward / temperature). So reweighted images of the base model give the best trade-off that a model can
+reach without drawing images that the base model would never draw.
 
 Shapes: N classes · G images of one class · E width of the embedding
 """
@@ -21,7 +21,7 @@ from nextscale.rewards.networks.clip import load_clip
 
 
 def weighted_distance(embeddings_GE: Tensor, weights_G: Tensor) -> Tensor:
-    """Mean pairwise 1 - cosine of two different images, each drawn with its weight."""
+    """Mean pairwise 1 - cosine of two different images, each sampled by weight."""
     pairs_GG = (weights_G[:, None] * weights_G[None, :]).fill_diagonal_(0)
     return (pairs_GG * (1 - embeddings_GE @ embeddings_GE.T)).sum() / pairs_GG.sum()
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--num-images", type=int, default=384, help="of a class")
+    parser.add_argument("--num-images", type=int, default=384, help="images per class")
     args = parser.parse_args()
     pipe, clip, reward = VARPipeline.from_pretrained("toy"), load_clip("toy"), Aesthetic("toy", clip="toy")
     guidance_scale = load_recipe("toy-aesthetic").sampling.guidance_scale

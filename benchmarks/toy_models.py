@@ -1,9 +1,9 @@
 """Measure the miniature world's models: reconstructions, base samples, CLIP, aesthetic head, judges.
 
     python benchmarks/toy_models.py                       # the shipped models
-    python benchmarks/toy_models.py --assets build/toy    # others, made by `nextscale toy train`
+    python benchmarks/toy_models.py --assets build/toy    # others, trained by `nextscale toy train`
 
-Every image is fresh: seeds that no training used.
+All images come from seeds that no training used.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def shares(hits: Tensor) -> str:
 
 
 def measure_reconstructions(assets: Path, num: int) -> None:
-    """PSNR, judges and CLIP on what the tokenizer makes of fresh images, by style."""
+    """PSNR, judges and CLIP on reconstructions of fresh images, by style."""
     pipe = VARPipeline.from_pretrained(assets / "pipeline")
     judges = {kind: load_judge(kind, assets / "judges") for kind in ("class", "style")}
     clip, head = Clip.from_pretrained(assets / "clip"), load_head(assets / "aesthetic_head.safetensors")
@@ -64,7 +64,7 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 
 def measure_samples(assets: Path, num: int) -> None:
-    """What the judges say of the base model's samples, with and without guidance."""
+    """The judges' verdicts on the base model's samples, with and without guidance."""
     pipe = VARPipeline.from_pretrained(assets / "pipeline")
     judges = {kind: load_judge(kind, assets / "judges") for kind in ("class", "style")}
     labels = torch.arange(len(CLASSES)).repeat_interleave(num // len(CLASSES))

@@ -1,10 +1,10 @@
-"""Run the miniature world's recipes over several seeds and write the figures of docs/results.md.
+"""Run the miniature world's recipes with several seeds and write the tables of docs/results.md.
 
     python benchmarks/toy_results.py                      # every recipe, seeds 0 1 2
     python benchmarks/toy_results.py --recipes toy-painting --seeds 0
 
-Each run is `nextscale train RECIPE --run.seed SEED` in a folder of its own under runs/results/; a run that is
-already complete there is not repeated. The figures are those of the last evaluation, never of the best.
+Each run is `nextscale train RECIPE --run.seed SEED` in its own folder under runs/results/; completed runs are
+not repeated. All numbers are from the last evaluation, never the best.
 """
 
 import argparse
@@ -22,7 +22,7 @@ RECIPES = ("toy-aesthetic", "toy-painting", "toy-combined", "toy-collapse")
 
 
 def run(recipe: str, seed: int) -> Path:
-    """Train unless it is done; returns the run's folder."""
+    """Train, unless already done; returns the run's folder."""
     folder = RUNS / f"{recipe}-{seed}"
     if not (folder / "final" / "config.json").exists():
         command = [sys.executable, "-m", "nextscale", "train", recipe, "--run.seed", str(seed)]
@@ -32,7 +32,7 @@ def run(recipe: str, seed: int) -> Path:
 
 
 def figures(folder: Path) -> dict[str, float]:
-    """What changed between the first and the last evaluation of a run."""
+    """The first and last evaluations of a run compared."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     evaluated = [line for line in lines if "eval_reward" in line]
     base, last = evaluated[0], evaluated[-1]
@@ -58,7 +58,7 @@ def figures(folder: Path) -> dict[str, float]:
 
 
 def table(recipe: str, by_seed: dict[int, dict[str, float]]) -> str:
-    """Rows of figures, a column a seed, then mean ± sd."""
+    """A table with one column per seed, then mean ± sd."""
     seeds = list(by_seed)
     rows = [
         f"### {recipe}",

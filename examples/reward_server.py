@@ -1,9 +1,9 @@
-"""A server of rewards, as small as it can be: it scores how red an image is.
+"""A minimal reward server: it scores how red an image is.
 
     python examples/reward_server.py 8000
     nextscale train toy-painting --rewards.red.remote http://localhost:8000/score
 
-Replace `score` with your model. The protocol is in docs/rewards.md.
+Replace `score` with your own. docs/rewards.md describes the protocol.
 """
 
 import base64
@@ -16,11 +16,11 @@ from PIL import Image, ImageStat
 
 
 def score(image: Image.Image, condition: dict) -> float | None:
-    """The higher, the better; None is "not scored".
+    """The score of an image, higher being better; None means "not scored".
 
     Args:
         image: RGB.
-        condition: "label", the number of the class, and "text", its name.
+        condition: "label", the class index, and "text", the class name.
     """
     red, green, blue = ImageStat.Stat(image).mean
     return (red - (green + blue) / 2) / 255
@@ -41,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *args: object) -> None:
-        """Not a line for each request."""
+        """Log nothing per request."""
 
 
 if __name__ == "__main__":

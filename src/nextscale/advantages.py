@@ -1,4 +1,4 @@
-"""From rewards to advantages: how much better an image is than its group.
+"""From rewards to advantages: how much better an image scored than its group.
 
 Shapes: N groups · G images of one group · K rewards
 """
@@ -15,15 +15,15 @@ from nextscale.grpo import Aggregation, ScaleRewards
 def group_advantages(
     rewards_NG: Tensor, scale_rewards: ScaleRewards = "group", epsilon: float = 1e-4
 ) -> Tensor:
-    """(N, G) advantages: the reward less the group's mean, over the standard deviation.
+    """(N, G) advantages: reward minus the group's mean, divided by a standard deviation.
 
-    An image with a NaN reward (not scored) gets advantage 0 and does not count; so does every image of a
-    group with fewer than two scores.
+    An image with reward NaN (not scored) gets advantage 0 and is left out of the mean and deviation. So is
+    every image of a group with fewer than two scores.
 
     Args:
-        rewards_NG: one reward for each image.
-        scale_rewards: divide by the group's own deviation, by the batch's, or not at all (Dr. GRPO).
-        epsilon: added to the deviation.
+        rewards_NG: one reward per image.
+        scale_rewards: divide by the group's standard deviation, by the batch's, or not at all (Dr. GRPO).
+        epsilon: added to the standard deviation.
 
     Source: GRPO (arXiv 2402.03300), equation 3; Dr. GRPO (arXiv 2503.20783) for "none".
     """
@@ -45,8 +45,8 @@ def combined_advantages(
 ) -> Tensor:
     """(N, G) advantages of several weighted rewards.
 
-    `sum_then_normalize` adds the weighted rewards first, so a reward counts by its spread;
-    `normalize_then_sum` normalises each within its groups first, so a reward counts by its weight alone.
+    `sum_then_normalize` first adds up the weighted rewards, so a reward's influence depends on its spread;
+    `normalize_then_sum` first normalises each within its groups, so that only its weight matters.
     """
     weights_K11 = weights_K.to(rewards_KNG)[:, None, None]
     if aggregation == "sum_then_normalize":
@@ -58,15 +58,15 @@ def combined_advantages(
 def add_constraints(
     advantages_NG: Tensor, rewards: Mapping[str, Tensor], coefficients: Mapping[str, float]
 ) -> Tensor:
-    """(N, G) advantages of the Lagrangian: the objectives' plus those of constrained rewards.
+    """(N, G) advantages of the Lagrangian: those of the objectives plus those of the constrained rewards.
 
-    A constrained reward is always divided by its group's deviation, so that its multiplier does not depend
-    on its units.
+    A constrained reward is always divided by its group's standard deviation, so that its multiplier does not
+    depend on its units.
 
     Args:
         advantages_NG: of the objectives.
-        rewards: name to scores (N, G), those of the constraints among them.
-        coefficients: name of a constrained reward to its multiplier, negative where it has to fall.
+        rewards: name to scores (N, G); includes all constrained rewards.
+        coefficients: name of a constrained reward to its multiplier, negative for an upper bound.
     """
     for name, coefficient in coefficients.items():
         advantages_NG = advantages_NG + coefficient * group_advantages(rewards[name])

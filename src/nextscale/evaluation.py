@@ -1,4 +1,4 @@
-"""What is measured: rewards, diversity and judges on images of fixed seeds.
+"""Evaluation: rewards, diversity and judges on images from fixed seeds.
 
 Shapes: B images · N conditions · G images of one condition · E width of an embedding · H W pixels
 """
@@ -104,17 +104,17 @@ def evaluate(
 
 
 def score_metrics(scores: Mapping[str, Tensor]) -> dict[str, float]:
-    """`rewards/{name}/mean` and `/std` of each reward over the images that it scored.
+    """`rewards/{name}/mean` and `/std` of each reward, over the images that it scored.
 
     Args:
-        scores: name to scores of any shape; NaN where an image is not scored.
+        scores: name to scores of any shape; NaN for an image that was not scored.
     """
     means = {f"rewards/{name}/mean": each.nanmean().item() for name, each in scores.items()}
     return means | {f"rewards/{name}/std": deviation(each.flatten()).item() for name, each in scores.items()}
 
 
 def mean_pairwise_distance(embeddings_GE: Tensor) -> float:
-    """Mean over the pairs of 1 - cosine; 0 when all are alike."""
+    """Mean of 1 - cosine over all pairs; 0 if all embeddings are equal."""
     cosine_GG = embeddings_GE.float() @ embeddings_GE.float().T
     num = len(embeddings_GE)
     return ((num * num - cosine_GG.sum()) / (num * (num - 1))).item()

@@ -1,4 +1,4 @@
-"""The optimizer and its schedule."""
+"""The optimizer and its learning rate schedule."""
 
 from typing import Literal
 
@@ -12,28 +12,28 @@ from nextscale.base.records import Record
 
 
 class OptimizerConfig(Record):
-    """AdamW and its schedule."""
+    """Options of AdamW and its learning rate schedule."""
 
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """The gradient is clipped to this norm."""
+    """Maximum gradient norm; larger gradients are clipped."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Updates of linear warm-up."""
+    """Optimizer steps of linear warm-up."""
     lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
-    """What the learning rate does after the warm-up."""
+    """Learning rate schedule after the warm-up."""
 
 
 def make_optimizer(
     model: nn.Module, config: OptimizerConfig, num_updates: int
 ) -> tuple[torch.optim.AdamW, LRScheduler]:
-    """AdamW on the parameters that are trained, and what its learning rate does over `num_updates`."""
+    """AdamW on all trainable parameters, and its schedule over `num_updates` optimizer steps."""
     optimizer = torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=config.learning_rate,

@@ -35,12 +35,12 @@ Classes = int | str | Tensor | Iterable[int | str]
 
 @dataclass(frozen=True)
 class VAROutput:
-    """What a pipeline returns.
+    """The images that a pipeline returns.
 
     Attributes:
         images: (B, 3, H, W) float32 in [0, 1].
         tokens: (B, L) int64.
-        log_probs: (B, L) float32, each token's under the sampling policy.
+        log_probs: (B, L) float32, of each token under the sampling policy.
     """
 
     images: Tensor
@@ -54,16 +54,16 @@ class VAROutput:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Groups of images; those of one group stand together.
+    """Groups of images; the images of a group are consecutive.
 
     Attributes:
         conditions: what each of the B images was asked to show.
-        conditioning: the same as the model sees it.
+        conditioning: the same, encoded for the model.
         tokens: (B, L) int64.
-        log_probs: (B, L) float32, each token's under the policy that drew it.
+        log_probs: (B, L) float32, of each token under the sampling policy.
         inputs: (B, L - 1, D) teacher-forcing inputs of the tokens.
         images: (B, 3, H, W) float32 in [0, 1].
-        seconds: time of `rollout` (drawing tokens) and `decode`.
+        seconds: time spent in `rollout` (sampling tokens) and `decode`.
     """
 
     conditions: list[Condition]
@@ -105,18 +105,19 @@ class VARPipeline:
 
     @property
     def num_classes(self) -> int:
-        """Classes of a class-conditional model; 0 of any other."""
+        """Number of classes of a class-conditional model; 0 for other models."""
         return self.transformer.num_classes
 
     @property
     def device(self) -> torch.device:
+        """Device of the transformer."""
         return self.transformer.device
 
     def to(self, device: torch.device | str) -> "VARPipeline":
         """Move both networks to a device; returns self.
 
         Raises:
-            ConfigError: there is no such device.
+            ConfigError: the device cannot be used.
         """
         try:
             self.transformer.to(device)
@@ -135,7 +136,7 @@ class VARPipeline:
         device: torch.device | str = "cpu",
         class_names: Sequence[str] | None = None,
     ) -> "VARPipeline":
-        """Load checkpoints of VAR's official code; their sizes are read from the tensors.
+        """Load official VAR checkpoints; all sizes are read from the tensors.
 
         Args:
             var: file of the transformer, such as `var_d16.pth`.
@@ -171,14 +172,15 @@ class VARPipeline:
         Args:
             name: "toy", which comes with the package; a published model such as "var-d16"; a folder that
                 `save_pretrained` wrote; or a hub repository ("owner/name") that `push_to_hub` wrote.
-            dtype: of the transformer, as torch's dtype or by name ("bfloat16"); the tokenizer stays float32.
+            dtype: of the transformer, as a torch dtype or by name ("bfloat16"); the tokenizer stays float32.
             revision: branch, tag or commit of the hub repository; by default its main branch.
             token: access token for the hub; by default the one that `hf auth login` stored.
             cache_dir: folder to download to; by default the hub's own cache.
 
         Raises:
-            CheckpointError: there is no such model, it cannot be downloaded, or a file of it cannot be used.
-            ConfigError: there is no such dtype or device, or `revision` is given for a local model.
+            CheckpointError: there is no such model, it cannot be downloaded, or one of its files cannot be
+                used.
+            ConfigError: the dtype or device cannot be used, or `revision` is given for a local model.
         """
         dtype = to_dtype(dtype)
         access = hub.Access(revision=revision, token=token, cache_dir=cache_dir)
@@ -213,6 +215,9 @@ class VARPipeline:
         Args:
             folder: created if needed.
             dtype: of the stored floating-point tensors; by default each tensor's own.
+
+        Raises:
+            ConfigError: the model is not a VAR, or there is no such dtype.
         """
         if not isinstance(self.transformer, VAR):
             kind = type(self.transformer).__name__

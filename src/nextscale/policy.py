@@ -1,11 +1,11 @@
-"""The policy: the distribution a token is drawn from, defined once for the sampler and for the trainer.
+"""The policy: the distribution that tokens are sampled from, defined once for both sampler and trainer.
 
     logits  = (1 + t) cond - t uncond,   t = guidance_scale * k / (S - 1)      classifier-free guidance
     logits  = logits / temperature
-    logits  = top-k, then top-p of the logits                                  the rest gets probability 0
+    logits  = top-k, then top-p of the logits                                  all others get probability 0
     policy  = softmax(logits)
 
-docs/policy.md says what is trained where filtering removes tokens, and why.
+docs/policy.md explains what is trained when filtering removes tokens, and why.
 
 Shapes: B images · l tokens (of one scale or of all) · V codebook size
 """
@@ -21,17 +21,17 @@ class SamplingConfig(Record):
     """How tokens are drawn: guidance, temperature and filtering."""
 
     guidance_scale: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Classifier-free guidance at the last scale; it grows linearly from 0 at the first. 0 is without."""
+    """Classifier-free guidance at the last scale; grows linearly from 0 at the first. 0 turns it off."""
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Divides the guided logits."""
     top_k: int = Field(default=0, ge=0)
-    """Keep the k likeliest tokens (ties stay). 0 keeps all."""
+    """Sample from the k likeliest tokens and those tied with the k-th; 0 means all."""
     top_p: float = Field(default=1.0, ge=0, le=1)
-    """Keep the smallest set of likeliest tokens that holds more than this share. 0 and 1 keep all."""
+    """Sample from the fewest likeliest tokens that hold at least this probability; 0 and 1 mean all."""
 
     @property
     def is_guided(self) -> bool:
-        """Whether the null class has to be run as well."""
+        """Whether the null condition has to be run as well."""
         return self.guidance_scale > 0
 
     @property
@@ -47,12 +47,12 @@ DEFAULT_SAMPLING = SamplingConfig(guidance_scale=1.5)
 def policy_logits(
     cond_BlV: Tensor, uncond_BlV: Tensor | None, ramp_l: Tensor, config: SamplingConfig
 ) -> Tensor:
-    """Guided, tempered logits, before any filtering.
+    """Logits after guidance and temperature, before any filtering.
 
     Args:
-        cond_BlV: logits under the class.
-        uncond_BlV: logits under the null class; None when the guidance is off.
-        ramp_l: `ScaleSchedule.guidance_ramp()` of these tokens, 0 at the first scale, 1 at the last.
+        cond_BlV: logits given the conditions.
+        uncond_BlV: logits given the null condition; None when guidance is off.
+        ramp_l: `ScaleSchedule.guidance_ramp()` for these tokens: 0 at the first scale, 1 at the last.
 
     Source: official VAR, `autoregressive_infer_cfg`.
     """
@@ -66,10 +66,10 @@ def policy_logits(
 
 @torch.no_grad()
 def kept_tokens(logits_BlV: Tensor, config: SamplingConfig) -> Tensor:
-    """(B, l, V) bool: the tokens that top-k, then top-p, leave a probability.
+    """(B, l, V) bool: which tokens top-k, then top-p, keep.
 
     Source: official VAR, `sample_with_top_k_top_p_`: ties with the k-th value stay; of what top-k left, in
-    ascending order, those whose cumulative probability is at most 1 - top_p are removed, never the largest.
+    ascending order, tokens whose cumulative probability is at most 1 - top_p go, but never the largest.
     """
     kept_BlV = torch.ones_like(logits_BlV, dtype=torch.bool)
     if config.top_k > 0:
@@ -85,11 +85,11 @@ def kept_tokens(logits_BlV: Tensor, config: SamplingConfig) -> Tensor:
 
 
 def policy_log_probs(logits_BlV: Tensor, config: SamplingConfig, drawn_Bl: Tensor | None = None) -> Tensor:
-    """(B, l, V) log-probabilities of the policy; removed tokens get -inf.
+    """(B, l, V) log-probabilities under the policy; -inf for removed tokens.
 
     Args:
         logits_BlV: from `policy_logits`.
-        drawn_Bl: tokens that were drawn, and so are in the support whatever these logits say.
+        drawn_Bl: tokens that were drawn; these are kept whatever the logits say now.
     """
     if config.is_filtered:
         kept_BlV = kept_tokens(logits_BlV, config)
@@ -100,10 +100,10 @@ def policy_log_probs(logits_BlV: Tensor, config: SamplingConfig, drawn_Bl: Tenso
 
 
 def draw_tokens(log_probs_BlV: Tensor, uniforms_Bl: Tensor) -> Tensor:
-    """(B, l) tokens by inversion: the first whose cumulative probability exceeds the uniform number.
+    """(B, l) tokens by inverse transform: the first whose cumulative probability exceeds the uniform number.
 
-    One number decides one token, so the same numbers give the same image in any batch, on any device. In
-    float64, so that a removed token (probability 0) can never be reached by rounding.
+    One number decides one token, so the same numbers give the same image in any batch, on any device.
+    Computed in float64, so that rounding can never select a removed token (probability 0).
     """
     cumulative_BlV = log_probs_BlV.double().exp().cumsum(-1)
     threshold_Bl1 = uniforms_Bl.double()[..., None] * cumulative_BlV[..., -1:]
@@ -111,12 +111,12 @@ def draw_tokens(log_probs_BlV: Tensor, uniforms_Bl: Tensor) -> Tensor:
 
 
 def token_log_probs(log_probs_BlV: Tensor, tokens_Bl: Tensor) -> Tensor:
-    """(B, l) log-probabilities of these tokens."""
+    """(B, l) log-probabilities of the given tokens."""
     return log_probs_BlV.gather(-1, tokens_Bl[..., None]).squeeze(-1)
 
 
 def exact_entropy(log_probs_BlV: Tensor) -> Tensor:
-    """(B, l) entropy in nats, summed over the codebook; tokens of probability 0 add nothing."""
+    """(B, l) entropy in nats, summed over the codebook; tokens of probability 0 contribute nothing."""
     # Not `special.entr`: its slope is infinite at 0, and 0 times that makes the gradient NaN.
     finite_BlV = log_probs_BlV.masked_fill(log_probs_BlV == float("-inf"), 0.0)
     return -(log_probs_BlV.exp() * finite_BlV).sum(-1)

@@ -1,4 +1,4 @@
-"""The frozen model that the KL holds the policy to.
+"""The frozen reference model of the KL term.
 
 Shapes: B images · L tokens of all scales · V codebook size · D codebook width
 """
@@ -14,10 +14,10 @@ from nextscale.rescoring import teacher_forced_logits
 
 
 class Reference:
-    """A model that is never trained.
+    """A frozen model.
 
     Args:
-        model: of the same family and sizes as the one that is; frozen here.
+        model: of the same family and sizes as the trained one; its parameters are frozen here.
     """
 
     def __init__(self, model: NextScaleModel) -> None:
@@ -25,13 +25,12 @@ class Reference:
 
     @classmethod
     def copy_of(cls, model: NextScaleModel) -> "Reference":
-        """The model as it is now, which costs its size in memory once more."""
+        """A copy of the model as it is now; takes as much memory again."""
         return cls(copy.deepcopy(model))
 
     @torch.no_grad()
     def log_probs(self, conditioning: Conditioning, inputs_BLD: Tensor, sampling: SamplingConfig) -> Tensor:
-        """(B, L, V) its log-probabilities after guidance and temperature, before filtering: see
-        `exact_kl`."""
+        """(B, L, V) log-probabilities after guidance and temperature, before filtering (see `exact_kl`)."""
         schedule = self.model.schedule
         logits_BLV = teacher_forced_logits(self.model, schedule, conditioning, inputs_BLD, sampling)
         return logits_BLV.log_softmax(-1)

@@ -1,4 +1,4 @@
-"""Re-score what was drawn: log-probabilities under exactly the sampling policy, by teacher forcing.
+"""Re-score tokens: their log-probabilities under exactly the sampling policy, by teacher forcing.
 
 Shapes: B images · L tokens of all scales · V codebook size · D codebook width
 """
@@ -24,12 +24,12 @@ def teacher_forced_logits(
     inputs_BLD: Tensor,
     config: SamplingConfig,
 ) -> Tensor:
-    """(B, L, V) policy logits before filtering, of all scales in one pass.
+    """(B, L, V) policy logits before filtering, for all scales in one pass.
 
     Args:
-        transformer: the model, or what wraps it for several processes.
-        schedule: the model's scales, which a wrapper does not show.
-        inputs_BLD: the (B, L - 1, D) of `Tokenizer.tokens_to_inputs`.
+        transformer: the model, or its distributed wrapper.
+        schedule: the model's scales, which a wrapper does not expose.
+        inputs_BLD: (B, L - 1, D), from `Tokenizer.tokens_to_inputs`.
     """
     ramp_L = schedule.guidance_ramp().to(inputs_BLD.device)
     return guided_logits(
@@ -45,9 +45,9 @@ def log_probs(
 ) -> Tensor:
     """Log-probability of every token under the policy that `sampling` describes, with gradient.
 
-    Equal to what the sampler recorded, for any guidance, temperature, top-k and top-p; where guidance is on,
-    the gradient flows through both branches. A token that the present logits would filter out is counted in
-    the support it was drawn from (docs/policy.md).
+    Equal to what the sampler recorded, for any guidance, temperature, top-k and top-p. With guidance on, the
+    gradient flows through both branches. A token that the current logits would filter out still counts as
+    kept (docs/policy.md).
 
     Args:
         conditions: B classes by number or name, or a conditioning of B images from `encode_conditions`.

@@ -1,7 +1,7 @@
-"""A rollout: groups of images, drawn and scored; what one step learns from.
+"""Rollouts: the groups of images, sampled and scored, that one training step learns from.
 
-Shapes: N groups · G images of one group · B = N G images · L tokens of all scales · D codebook width · H W
-pixels
+Shapes: N groups · G images of one group · B = N G images · L tokens of all scales · D codebook width
+· H W pixels
 """
 
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ from nextscale.rewards.reward_set import RewardSet
 
 @dataclass(frozen=True)
 class Rollout(Drawn):
-    """Groups of images that are scored; `seconds` has the time of `reward` as well.
+    """Groups of images with their scores; `seconds` also has the time of `reward`.
 
     Attributes:
-        scores: each reward's, unweighted, (N, G) on the CPU.
+        scores: name of each reward to its unweighted scores, (N, G) on the CPU.
     """
 
     scores: dict[str, Tensor]
@@ -34,12 +34,12 @@ class Rollout(Drawn):
 def step_conditions(
     conditions: Sequence[Condition], num_groups: int, seed: int, step: int
 ) -> list[Condition]:
-    """The condition of each group of a step: all conditions in shuffled rounds, so that they come equally
+    """The condition of each group of a step: all conditions in shuffled rounds, so that each comes equally
     often.
 
     Args:
-        conditions: those to train on.
-        step: from 1.
+        conditions: the conditions to train on.
+        step: the number of the step, from 1.
 
     Returns:
         `num_groups` conditions, a pure function of (seed, step).

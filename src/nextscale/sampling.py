@@ -1,7 +1,7 @@
-"""Draw images scale by scale, recording the log-probability of each token under the policy that drew it.
+"""Sample images scale by scale, recording each token's log-probability under the sampling policy.
 
-Shapes: B images · L tokens of all scales · l tokens of one scale · V codebook size · D codebook width · h w
-the full latent grid
+Shapes: B images · L tokens of all scales · l tokens of one scale · V codebook size · D codebook width
+· h w the full latent grid
 """
 
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from nextscale.policy import SamplingConfig, draw_tokens, policy_log_probs, poli
 
 @dataclass(frozen=True)
 class Samples:
-    """What was drawn.
+    """Sampled tokens and what came with them.
 
     Attributes:
         tokens: (B, L) int64.
-        log_probs: (B, L) float32, each token's under the policy.
-        inputs: (B, L - 1, D), what the transformer saw: the teacher-forcing inputs of the tokens.
+        log_probs: (B, L) float32, of each token under the policy.
+        inputs: (B, L - 1, D), the transformer's inputs, which teacher forcing needs again.
         latent: (B, D, h, w), ready for `Tokenizer.latent_to_images`.
     """
 
@@ -40,17 +40,17 @@ def sample(
     uniforms_BL: Tensor,
     config: SamplingConfig,
 ) -> Samples:
-    """One image for each condition, in as many forward steps as there are scales.
+    """Sample one image per condition, with one forward pass per scale.
 
     Args:
-        transformer: in eval or in train mode alike; it holds no dropout.
+        transformer: in either mode, since it has no dropout.
         tokenizer: turns tokens into the next scale's inputs.
         conditioning: of the B images.
-        uniforms_BL: one number in [0, 1) a token; they decide the images (see `seeding.group_uniforms`).
-        config: the policy to draw from.
+        uniforms_BL: one number in [0, 1) per token; they determine the images (see `group_uniforms`).
+        config: the policy to sample from.
 
     Raises:
-        CheckpointError: the model's logits are not numbers.
+        CheckpointError: the model's logits are NaN.
     """
     schedule, cache = transformer.schedule, transformer.new_cache()
     conditioning = all_branches(conditioning, config)
@@ -64,7 +64,7 @@ def sample(
         if k > 0:
             inputs.append(tokenizer.next_inputs(latent_BDhw, k))
         logits_BlV = guided_logits(transformer, conditioning, inputs[-1], ramp_L[part], config, cache)
-        if logits_BlV.isnan().any():  # one wait for the device a scale
+        if logits_BlV.isnan().any():  # costs one device synchronization per scale
             raise CheckpointError(
                 f"the model's logits are NaN at scale {k + 1}: its weights hold NaN or infinity, or training "
                 "has diverged; go back to an earlier checkpoint, or lower the learning rate"
@@ -78,7 +78,7 @@ def sample(
 
 
 def all_branches(conditioning: Conditioning, config: SamplingConfig) -> Conditioning:
-    """The conditions, followed by as many empty ones where guidance needs them as well."""
+    """The conditioning; with guidance on, followed by as many null conditions."""
     return conditioning.with_null() if config.is_guided else conditioning
 
 
@@ -90,12 +90,12 @@ def guided_logits(
     config: SamplingConfig,
     cache: Any | None,
 ) -> Tensor:
-    """(B, l, V) policy logits before filtering; with guidance both branches run as one batch of 2B.
+    """(B, l, V) policy logits before filtering; with guidance, both branches run as one batch of 2B.
 
     Args:
-        transformer: the model, or what wraps it for several processes.
+        transformer: the model, or its distributed wrapper.
         conditioning: from `all_branches`.
-        ramp_l: the share of the guidance that each token gets.
+        ramp_l: the share of the guidance scale that applies to each token.
     """
     if not config.is_guided:
         return policy_logits(transformer(conditioning, inputs_BlD, cache), None, ramp_l, config)

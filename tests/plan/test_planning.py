@@ -231,6 +231,6 @@ def test_a_plan_as_text():
     lines = text.splitlines()
     assert lines[0] == "2 x a10-24gb, computed, not measured"
     assert "8 images of 21 tokens: 168 tokens" in text
-    assert "fits: 21.60 of 24.00 GB are planned with" in text
+    assert "fits: 21.60 of 24.00 GB are usable" in text
     assert sum(line.startswith("  + ") for line in lines) == 1
-    assert "if 30% of the float32 peak is reached" in lines[-1]
+    assert "at 30% of the float32 peak" in lines[-1]

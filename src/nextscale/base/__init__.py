@@ -1,1 +1,1 @@
-"""What every room stands on: errors, records, seeds, means; imports nothing of ours."""
+"""Shared ground: errors, records, seeding, metrics, tensor files; imports nothing else of the package."""

@@ -1,4 +1,4 @@
-"""Seconds by name."""
+"""Timing by name."""
 
 import time
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import torch
 
 
 class Clock:
-    """Seconds spent under each name; waits for the device, so that a time belongs to its name."""
+    """Seconds spent under each name; synchronizes the device, so that a time includes the device's work."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -1,4 +1,4 @@
-"""What an image is asked to show."""
+"""Conditions: what an image is asked to show."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ class Condition:
 
     Attributes:
         label: class index, or None for a text-conditional model.
-        text: the class name ("golden retriever") or the prompt.
+        text: the class name, such as "golden retriever", or the prompt.
     """
 
     label: int | None
@@ -17,5 +17,5 @@ class Condition:
 
     @property
     def key(self) -> int | str:
-        """What seeds are derived from: the label, or the prompt where there is none."""
+        """What seeds are derived from: the label, or else the prompt."""
         return self.text if self.label is None else self.label

@@ -1,10 +1,10 @@
-"""The errors a user can meet. Each carries one sentence: what was found, what was expected, what to do."""
+"""Errors for users. Each carries one sentence: what was found, what was expected, what to do."""
 
 import re
 
 
 class NextscaleError(ValueError):
-    """Something the user gave cannot be used. The command line prints the sentence and exits with 2."""
+    """An input cannot be used. The command line prints the message and exits with status 2."""
 
 
 class ConfigError(NextscaleError):
@@ -12,7 +12,7 @@ class ConfigError(NextscaleError):
 
 
 class CheckpointError(NextscaleError):
-    """A model file or folder that is missing, broken, or of another shape than expected."""
+    """A model file or folder that is missing, broken, or not of the expected shape."""
 
 
 class RewardError(NextscaleError):
@@ -20,6 +20,6 @@ class RewardError(NextscaleError):
 
 
 def first_sentence(error: BaseException) -> str:
-    """What another library's error says, cut to its first sentence."""
+    """The first sentence of another library's error message."""
     text = str(getattr(error, "reason", error)).strip()  # a URLError wraps its own in brackets
     return re.split(r"\.\s|\n", text)[0].rstrip(".")[:200] if text else type(error).__name__

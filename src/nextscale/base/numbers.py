@@ -1,15 +1,15 @@
-"""Numbers as text for readers."""
+"""Numbers formatted for people."""
 
 import math
 
 
 def count(num: int, noun: str) -> str:
-    """A number with its noun: "1 step", "1,200 steps"."""
+    """A number and its noun: "1 step", "1,200 steps"."""
     return f"{num:,} {noun}" + ("" if num == 1 else "s")
 
 
 def number(value: float) -> str:
-    """A number to about three significant digits, without an exponent where that reads well."""
+    """A number with about three significant digits, in scientific notation only if very small or large."""
     if value == 0 or 1e-3 <= abs(value) < 1e6:
         digits = 0 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
         return f"{value:,.{min(digits, 2 if abs(value) >= 0.1 else digits)}f}"
@@ -17,7 +17,7 @@ def number(value: float) -> str:
 
 
 def pair(before: float, after: float, arrow: str = " → ") -> str:
-    """Two values, with as many decimals as it takes to tell them apart."""
+    """Two values, with enough decimals to tell them apart."""
     change = abs(after - before)
     if change == 0 or change < 1e-5:
         return f"{number(before)}{arrow}{number(after)}"
@@ -27,13 +27,13 @@ def pair(before: float, after: float, arrow: str = " → ") -> str:
 
 
 def percent(share: float) -> str:
-    """A share in [0, 1] as a whole percentage; with one decimal near 0 and 1."""
+    """A fraction in [0, 1] as a whole percentage; with one decimal close to 0 or 1."""
     decimals = 1 if 0 < share < 0.01 or 0.99 < share < 1 else 0
     return f"{100 * share:.{decimals}f} %"
 
 
 def duration(seconds: float) -> str:
-    """A time in seconds, minutes and seconds, or hours and minutes, whichever reads best."""
+    """A duration in seconds, in minutes and seconds, or in hours and minutes."""
     if seconds < 60:
         return f"{number(seconds)} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""Plain records: the base of every configuration record, and the nearest valid name to a wrong one."""
+"""The base of all configuration records, and suggestions for misspelled names."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -15,10 +15,10 @@ FREE_ON_RESUME: dict[str, Any] = {"free_on_resume": True}
 
 
 class Record(pydantic.BaseModel):
-    """A frozen, keyword-only, validated record that rejects unknown keys and names the nearest valid one.
+    """A frozen, keyword-only, validated record that rejects unknown keys and suggests the nearest valid one.
 
     Raises:
-        ConfigError: when a key is unknown or a value is of the wrong type or out of its range.
+        ConfigError: a key is unknown, or a value has the wrong type or is out of range.
     """
 
     model_config = pydantic.ConfigDict(
@@ -31,7 +31,7 @@ class Record(pydantic.BaseModel):
         except pydantic.ValidationError as error:
             raise ConfigError(describe_validation_error(type(self), error)) from None
 
-    # Nested records are then validated by pydantic itself, so an error carries the whole path to its key.
+    # Lets pydantic validate nested records itself, so that errors carry the whole path to the key.
     __init__.__pydantic_base_init__ = True  # pyright: ignore[reportFunctionMemberAccess]
 
     @pydantic.model_validator(mode="before")
@@ -44,7 +44,11 @@ class Record(pydantic.BaseModel):
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
-        """The record with these values, nested mappings becoming nested records."""
+        """The record with these values; nested mappings become nested records.
+
+        Raises:
+            ConfigError: the values are not a mapping, or do not fit the record.
+        """
         if not isinstance(values, Mapping):
             raise ConfigError(f"{cls.__name__} needs keys with values, got {values!r}")
         try:
@@ -53,22 +57,22 @@ class Record(pydantic.BaseModel):
             raise ConfigError(describe_validation_error(cls, error)) from None
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed, validated like a new one."""
+        """A validated copy with some fields changed."""
         return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)
 
 
 def free_on_resume(record: type[Record]) -> set[str]:
-    """Names of the fields of a record that are marked FREE_ON_RESUME."""
+    """Names of the record's fields that are marked FREE_ON_RESUME."""
     return {name for name, field in record.model_fields.items() if field.json_schema_extra == FREE_ON_RESUME}
 
 
 def unknown_key(key: str, valid: Iterable[str]) -> PydanticCustomError:
-    """The error that a validator raises about a key of its input, for `describe_validation_error`."""
+    """The error for a validator to raise about an unknown key; `describe_validation_error` words it."""
     return PydanticCustomError("unknown_key", "{key}{hint}", {"key": key, "hint": did_you_mean(key, valid)})
 
 
 def describe_validation_error(record: type[pydantic.BaseModel], error: pydantic.ValidationError) -> str:
-    """One sentence about the first thing wrong."""
+    """One sentence about the first error."""
     first = error.errors()[0]
     # pydantic adds which member of a union it tried, such as str or literal['token','scale']: not in the key
     path = [
@@ -85,15 +89,15 @@ def describe_validation_error(record: type[pydantic.BaseModel], error: pydantic.
 
 
 def suggest(name: str, valid: Iterable[str]) -> str | None:
-    """The valid name nearest to `name`; None where none is near."""
+    """The valid name closest to `name`, or None if none is close."""
     return next(iter(difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)), None)
 
 
 def did_you_mean(name: str, valid: Iterable[str], otherwise: str | None = None) -> str:
-    """The tail of an error sentence about a wrong name: the nearest valid one.
+    """The end of an error sentence about an unknown name: the closest valid name.
 
     Args:
-        otherwise: what to say where none is near; by default the names of all.
+        otherwise: what to say if no name is close; by default, all valid names.
     """
     valid = list(valid)
     if near := suggest(name, valid):

@@ -1,4 +1,4 @@
-"""Names of the roles that a reward may have, as recipes and run folders write them."""
+"""The roles that a reward can have, as written in recipes and run folders."""
 
 ROLES = ("weight", "at_least", "at_most", "held_out")
-"""Trained on with a weight, kept within a bound (either way), or only measured; a reward has one of them."""
+"""Maximised with a weight, kept above or below a bound, or only measured. Each reward has one role."""

@@ -1,4 +1,4 @@
-"""Tensors in files: read without executing anything, checked key by key, written aside and renamed."""
+"""Tensor files: read without executing code, checked key by key, and written atomically."""
 
 import pickle
 import re
@@ -21,7 +21,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def to_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """A floating-point dtype of torch, given as itself or by name ("bfloat16").
+    """A floating-point torch dtype, given as itself or by name, such as "bfloat16".
 
     Raises:
         ConfigError: it is neither.
@@ -38,16 +38,16 @@ def read_state_dict(
 ) -> StateDict:
     """The tensors of a `.pth` or `.safetensors` file, on the CPU.
 
-    Tensors that are float32 in the file and are wanted as float32 stay mapped: their pages enter memory when
-    they are used, and are never copied. For any other dtype each tensor is read, converted and freed in turn,
-    because mapped pages would stay in memory beside the result.
+    float32 tensors that are requested as float32 stay memory-mapped: their pages are loaded on first use and
+    never copied. For any other dtype, each tensor is read, converted and freed in turn, since mapped pages
+    would stay in memory beside the result.
 
     Args:
-        nested_key: key under which a trainer's checkpoint holds them ("var_wo_ddp" or "vae_local").
-        dtype: of the floating-point tensors; the others keep their own.
+        nested_key: key that holds them in a training checkpoint ("var_wo_ddp" or "vae_local").
+        dtype: of the floating-point tensors; all others keep theirs.
 
     Raises:
-        CheckpointError: the file is missing, truncated, no checkpoint, or holds anything but tensors.
+        CheckpointError: the file is missing, truncated, not a checkpoint, or holds anything but tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -63,7 +63,7 @@ def read_state_dict(
         refused = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it wants to run {refused[1]}" if refused else "it is not a checkpoint of tensors"
         raise CheckpointError(f"'{path}' was not loaded: {what}; only tensors are read from a file") from None
-    except Exception as error:  # given arbitrary bytes, the unpickler can raise anything
+    except Exception as error:  # on arbitrary bytes, the unpickler can raise anything
         raise CheckpointError(
             f"'{path}' cannot be read ({first_sentence(error)}): it is truncated or no checkpoint"
         ) from None
@@ -80,7 +80,7 @@ def read_state_dict(
 
 
 def _can_be_mapped(path: Path) -> bool:
-    """Whether a `.pth` file is an uncompressed zip: not the format before torch 1.6, nor zipped again."""
+    """Whether a `.pth` file is an uncompressed zip; files from before torch 1.6 are not."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as file:
@@ -93,21 +93,21 @@ def _read_each(path: Path, dtype: torch.dtype) -> StateDict:
         keys = list(file.keys())
     state = {}
     for key in keys:
-        with safe_open(path, "pt") as file:  # a mapping of its own, which is freed with the tensor
+        with safe_open(path, "pt") as file:  # a separate mapping, freed with the tensor
             value = file.get_tensor(key)
         state[key] = value.to(dtype if value.is_floating_point() else value.dtype, copy=True)
     return state
 
 
 def build_strictly(make: Callable[[], Model], state: StateDict, path: str | Path) -> Model:
-    """A model that holds exactly these tensors; built on the meta device, it takes no memory of its own.
+    """A model with exactly these tensors; built on the meta device, it allocates no memory of its own.
 
     Args:
         make: builds the model.
         path: file that the tensors come from, for the error message.
 
     Raises:
-        CheckpointError: a key is missing, unknown, of another shape or of another kind of dtype.
+        CheckpointError: a key is missing or unknown, or a tensor has the wrong shape or kind of dtype.
     """
     try:
         with torch.device("meta"):
@@ -136,7 +136,7 @@ def load_strictly(make: Callable[[], Model], path: Path, dtype: torch.dtype = to
     """A model with the tensors of a file: `read_state_dict`, then `build_strictly`.
 
     Raises:
-        CheckpointError: the file cannot be read, or its tensors are not the model's.
+        CheckpointError: the file cannot be read, or its tensors do not fit the model.
     """
     return build_strictly(make, read_state_dict(path, dtype=dtype), path)
 
@@ -153,12 +153,12 @@ def write_tensors(model: nn.Module, path: Path, dtype: torch.dtype | str | None 
         value = value.detach().cpu().contiguous()
         state[key] = value.to(dtype) if dtype and value.is_floating_point() else value
     save = save_file if path.suffix == ".safetensors" else torch.save
-    with replacing(path) as aside:  # the model may be mapped from this very file
+    with replacing(path) as aside:  # the model may be mapped from this file
         save(state, aside)
 
 
 def shape_of(state: StateDict, path: str | Path, kind: str, key: str, num_axes: int) -> tuple[int, ...]:
-    """The shape of a tensor from which a size is read.
+    """The shape of a tensor that tells a size of the model.
 
     Args:
         path: file that the tensors come from, for the error message.
@@ -176,6 +176,6 @@ def shape_of(state: StateDict, path: str | Path, kind: str, key: str, num_axes: 
 
 
 def count_layers(state: dict[str, Tensor], prefix: str) -> int:
-    """How many layers there are: one more than the highest number that follows `prefix` in a key."""
+    """The number of layers: one more than the highest number that follows `prefix` in a key."""
     numbers = [key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)]
     return max((int(number) for number in numbers if number.isdigit()), default=-1) + 1

@@ -1,7 +1,7 @@
-"""Count the floating-point operations and the bytes of a computation without doing it.
+"""Count the floating-point operations and the memory of a computation without carrying it out.
 
-The computation runs as it is on tensors that have shapes but no data. Operations are counted by torch, bytes
-by the life of every storage.
+The computation runs unchanged on tensors that have shapes but no data. Operations are counted with torch's
+formulas, memory by the lifetime of every storage.
 """
 
 import weakref
@@ -20,17 +20,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-FLOAT32_ON_A_GPU = (F.normalize, F.group_norm)  # under autocast; on a CPU they are not
+FLOAT32_ON_A_GPU = (F.normalize, F.group_norm)  # under autocast; CPU autocast leaves them as they are
 
 
 @dataclass(frozen=True)
 class Count:
-    """What a computation costs; bytes are those of storages that it makes itself.
+    """The cost of a computation; bytes are those of storages that it allocates itself.
 
     Attributes:
-        flops: floating-point operations of matrix products and convolutions, backward pass included.
+        flops: floating-point operations of matrix products and convolutions, including the backward pass.
         saved: bytes that the forward pass keeps for the backward pass.
-        forward_peak, backward_peak: most bytes that are alive at once.
+        forward_peak, backward_peak: most bytes allocated at the same time.
     """
 
     flops: float = 0.0
@@ -40,29 +40,30 @@ class Count:
 
     @property
     def peak(self) -> float:
+        """Most bytes allocated at the same time, in either pass."""
         return max(self.forward_peak, self.backward_peak)
 
     def extrapolate(self, next_one: "Count", steps: int) -> "Count":
-        """The count `steps` steps on, where each adds what `next_one` adds to this one."""
+        """The count after `steps` more steps, each adding the difference between `next_one` and this one."""
         pairs = zip(astuple(self), astuple(next_one), strict=True)
         return Count(*(here + steps * (there - here) for here, there in pairs))
 
 
 @contextmanager
 def without_data(*, as_on_gpu: bool = True) -> Iterator[None]:
-    """Tensors made within have shapes but no data.
+    """Tensors created in this context have shapes but no data.
 
-    They pass for tensors of a CPU, since torch knows CUDA's autocast only where there is CUDA.
+    They are CPU tensors, since torch supports CUDA's autocast only where CUDA is present.
 
     Args:
-        as_on_gpu: keep for the backward pass what CUDA's kernels keep, which differ in attention.
+        as_on_gpu: use CUDA's attention kernel and autocast rules, which save other tensors for backward.
     """
     with FakeTensorMode(), _WithoutData(as_on_gpu):
         yield
 
 
 def count(forward: Callable[[], Any], *, bfloat16: bool = False) -> Count:
-    """Run a computation, and its backward pass where it returns a tensor that has one.
+    """Count a computation, and its backward pass if it returns a tensor that requires grad.
 
     Args:
         bfloat16: run the forward pass under autocast.
@@ -71,7 +72,7 @@ def count(forward: Callable[[], Any], *, bfloat16: bool = False) -> Count:
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata in tally.sizes:  # a parameter was there before
+        if storage._cdata in tally.sizes:  # excludes parameters, which existed before
             saved[storage._cdata] = storage.nbytes()
         return tensor
 
@@ -81,7 +82,7 @@ def count(forward: Callable[[], Any], *, bfloat16: bool = False) -> Count:
         forward_peak, tally.peak = tally.peak, tally.now
         if not (isinstance(result, Tensor) and result.requires_grad):
             return Count(tally.flops, forward_peak=forward_peak)
-        # Not `result.backward()`: it leaves the mode of `without_data`, which recomputed blocks need.
+        # Not `result.backward()`: it leaves the `without_data` mode, which gradient checkpointing needs.
         engine, start = torch.autograd.Variable._execution_engine, (torch.ones_like(result),)
         engine.run_backward((result,), start, False, False, (), allow_unreachable=True, accumulate_grad=True)
     return Count(tally.flops, sum(saved.values()), forward_peak, tally.peak)
@@ -97,7 +98,7 @@ class _WithoutData(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.Tensor.__bool__:
-            return False  # the project asks this only of what must not be, such as logits that are NaN
+            return False  # the package only asks this of error conditions, such as NaN logits
         if self.as_on_gpu and func is F.scaled_dot_product_attention:
             return _memory_efficient_attention(*args, **kwargs)
         if self.as_on_gpu and func in FLOAT32_ON_A_GPU:
@@ -114,7 +115,7 @@ def _memory_efficient_attention(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """The kernel that CUDA takes with a mask: keeps no weights (l, l), but computes hidden ones too."""
+    """The kernel that CUDA uses with a mask: stores no (l, l) weights, but computes masked pairs too."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if attn_mask is not None:
@@ -125,15 +126,15 @@ def _memory_efficient_attention(
 
 
 class _Tally(TorchDispatchMode):
-    """Adds up the operations of what is called within, and the bytes of the storages that it makes.
+    """Adds up the operations of all calls made within, and the bytes of the storages that they allocate.
 
-    `FlopCounterMode` has the same formulas, but its hooks on modules keep what a backward pass recomputes
-    alive, which would be counted as memory.
+    `FlopCounterMode` uses the same formulas, but its module hooks keep alive what a backward pass recomputes,
+    which would then count as memory.
 
     Attributes:
         flops: by torch's formulas.
-        now, peak: bytes of the storages that are alive.
-        sizes: bytes of each of them, by its address.
+        now, peak: current and largest number of allocated bytes.
+        sizes: bytes of each live storage, by its address.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What GPUs can do, by their makers' data sheets."""
+"""GPU specifications from the vendor's data sheets."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ from nextscale.base.records import did_you_mean
 
 @dataclass(frozen=True)
 class GPU:
-    """A kind of GPU.
+    """A GPU model.
 
     Attributes:
-        memory: bytes; a data sheet's GB is taken as 10^9, which no card falls short of by more than 2 %.
-        bfloat16: peak FLOP/s of dense matrix products with float32 sums; None where there are no such units.
+        memory: bytes, taking a data sheet's GB as 10^9; no card falls short of that by more than 2 %.
+        bfloat16: peak FLOP/s of dense matrix products with float32 accumulation; None if not supported.
         float32: peak FLOP/s without tensor cores, which torch does not use for float32 by default.
     """
 
@@ -26,7 +26,7 @@ def _gpu(gigabytes: float, bfloat16: float | None, float32: float) -> GPU:
 
 
 # Source: NVIDIA's data sheets of the A100, H100 (SXM), H200 (SXM), L40S, A10 and V100 (SXM2), and its
-# white papers on GA102 (RTX 3090) and Ada (RTX 4090). Without sparsity: half of what some of them print.
+# white papers on GA102 (RTX 3090) and Ada (RTX 4090). Without sparsity: half of what some advertise.
 GPUS = {
     "a100-40gb": _gpu(40, 312, 19.5),
     "a100-80gb": _gpu(80, 312, 19.5),
@@ -36,7 +36,7 @@ GPUS = {
     "rtx-4090-24gb": _gpu(24, 165, 82.6),
     "rtx-3090-24gb": _gpu(24, 71, 35.6),
     "a10-24gb": _gpu(24, 125, 31.2),
-    "v100-32gb": _gpu(32, None, 15.7),  # its tensor cores (125 TFLOP/s) take float16 only
+    "v100-32gb": _gpu(32, None, 15.7),  # its tensor cores (125 TFLOP/s) support float16 only
 }
 DEFAULT_GPU = "h100-80gb"
 
@@ -45,7 +45,7 @@ def find_gpu(name: str) -> GPU:
     """The GPU of this name.
 
     Raises:
-        ConfigError: names the nearest one.
+        ConfigError: there is none; suggests the nearest.
     """
     if name not in GPUS:
         raise ConfigError(f"unknown GPU '{name}'{did_you_mean(name, GPUS)}")

@@ -1,6 +1,6 @@
-"""What the phases of one training step cost, counted on tensors without data.
+"""The cost of each phase of a training step, counted on tensors without data.
 
-Shapes: B images run at once · L tokens of all scales · D codebook width
+Shapes: B images processed at once · L tokens of all scales · D codebook width
 """
 
 from collections.abc import Callable, Sequence
@@ -30,12 +30,12 @@ from nextscale.sampling import sample
 class Phases:
     """The phases of a step in one process.
 
-    Each gives its operations for all images of the process, and its bytes for those that it runs at once.
-    Blocks are alike, so a transformer is run with one and with two of them: every further one adds what the
-    second did.
+    Each method returns the operations for all images of the process, and the memory for those processed at
+    once. All blocks are the same, so the transformer is run with one block and with two, and every further
+    block adds as much as the second.
 
     Attributes:
-        num_images: of the process.
+        num_images: images per step of this process.
         as_on_gpu: see `without_data`.
     """
 
@@ -48,7 +48,7 @@ class Phases:
     as_on_gpu: bool = True
 
     def rollout(self) -> Count:
-        """Draw tokens."""
+        """Sampling of the tokens."""
         batch = self._drawn_at_once
 
         def draw(config: VARConfig) -> Count:
@@ -63,7 +63,7 @@ class Phases:
         return self._by_depth(draw)
 
     def decode(self) -> Count:
-        """Tokens to pixels."""
+        """Decoding of latents to pixels."""
         batch = self._drawn_at_once
         with without_data(as_on_gpu=self.as_on_gpu), torch.no_grad():
             tokenizer = VQVAE(self.tokenizer)
@@ -71,11 +71,11 @@ class Phases:
             return self._count(lambda: tokenizer.latent_to_images(latent), batch)
 
     def reward(self, clips: Sequence[CLIPConfig]) -> Count:
-        """The image towers of all rewards, one after the other, each on all images at once."""
+        """The image towers of all rewards, one after another, each on all images at once."""
         total = Count()
         for config in clips:
             with without_data(as_on_gpu=self.as_on_gpu), torch.no_grad():
-                vision: Any = config.vision_config  # transformers types its sizes loosely
+                vision: Any = config.vision_config  # transformers does not annotate its sizes precisely
                 tower, size = CLIPModel(config).vision_model, vision.image_size
                 pixels = torch.zeros(self.num_images, 3, size, size)
                 each = self._count(partial(tower, pixel_values=pixels), self.num_images)
@@ -83,7 +83,7 @@ class Phases:
         return total
 
     def reference(self) -> Count:
-        """The reference's share of the loss."""
+        """The reference model's forward pass within the loss."""
         batch = self._trained_at_once
 
         def run(config: VARConfig) -> Count:
@@ -95,7 +95,7 @@ class Phases:
         return self._by_depth(run)
 
     def update(self) -> Count:
-        """The loss, reference included, and its backward pass where there are gradients already."""
+        """The loss, including the reference, and its backward pass with gradients already allocated."""
         batch = self._trained_at_once
 
         def run(config: VARConfig) -> Count:
@@ -114,14 +114,14 @@ class Phases:
         return self._by_depth(run)
 
     def scored_bytes(self) -> float:
-        """What a rollout holds until the end of the step: images, tokens, log-probs and inputs."""
+        """Bytes of a rollout, held until the end of the step: images, tokens, log-probs and inputs."""
         float32, int64 = 4, 8
         image = 3 * self.tokenizer.image_size**2 * float32
         token = int64 + float32 + self.tokenizer.codebook_width * float32
         return self.num_images * (image + self._num_tokens * token)
 
     def cache_bytes(self) -> float:
-        """Keys and values of all blocks and tokens when the last scale is drawn."""
+        """Bytes of the keys and values of all blocks and tokens when the last scale is sampled."""
         sequences = self._drawn_at_once * (2 if self.sampling.is_guided else 1)
         width = 2 if self.run.mixed_precision == "bf16" else 4
         return 2.0 * sequences * self._num_tokens * self.transformer.depth * self.transformer.width * width

@@ -1,7 +1,7 @@
-"""What a run will take: parameters, operations, memory and time, without weights and without a GPU.
+"""Plan a run: parameters, operations, memory and time, without weights or a GPU.
 
-The project's own sampling, decoding and loss are run on tensors without data (`counting`), so that nothing
-here has to follow them by hand. docs/planning.md says what is counted and what is assumed.
+The package's own sampling, decoding and loss run on tensors without data (`counting`), so there is no second
+model of their cost to maintain. docs/planning.md explains what is counted and what is assumed.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,30 +23,30 @@ from nextscale.rewards.networks.backbones import backbone_config
 from nextscale.runs.config import RunConfig
 
 UTILISATION = 0.3
-"""Share of a GPU's peak that is taken to be reached; well-tuned training of large models reaches more."""
+"""Assumed fraction of a GPU's peak throughput; well-tuned training of large models reaches more."""
 USABLE_MEMORY = 0.9
-"""Share of a GPU's memory that is planned with; the rest is for CUDA, cuDNN and fragmentation."""
+"""Fraction of a GPU's memory that a plan may use; the rest is for CUDA, cuDNN and fragmentation."""
 FLOAT32 = 4  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run will take. All of it is computed, nothing measured.
+    """What a run will need. Everything is computed; nothing is measured.
 
     Attributes:
-        gpu, num_gpus: where it is to run.
+        gpu, num_gpus: what it is to run on.
         dtype: of the matrix products.
-        parameters: of each network.
-        unknown: rewards (and what else has a network) whose network is not known here, nor counted anywhere.
-        num_images: of a step, over all GPUs.
-        tokens_per_image: L.
-        flops: of a step, over all GPUs, by phase.
+        parameters: number of parameters, by network.
+        unknown: rewards (and other users of a network) whose network is unknown and not counted.
+        num_images: images per step, over all GPUs.
+        tokens_per_image: number of tokens of all scales, L.
+        flops: operations per step, over all GPUs, by phase.
         resident: bytes that one process holds throughout, by part.
-        phases: most bytes that one process holds besides, by phase.
-        cache: bytes of the keys and values, of those of the rollout.
-        activations: bytes kept for the backward pass, of those of the update.
+        phases: peak bytes that one process needs in addition, by phase.
+        cache: the part of the rollout's bytes that holds keys and values.
+        activations: the part of the update's bytes that is saved for the backward pass.
         memory: bytes of one GPU.
-        rate: FLOP/s that all GPUs together are taken to reach.
+        rate: assumed FLOP/s of all GPUs together.
     """
 
     gpu: str
@@ -66,17 +66,17 @@ class Plan:
 
     @property
     def peak(self) -> float:
-        """Most bytes that one process holds at once."""
+        """Most bytes that one process holds at the same time."""
         return sum(self.resident.values()) + max(self.phases.values())
 
     @property
     def fits(self) -> bool:
-        """Whether a process fits into its GPU."""
+        """Whether a process fits on its GPU."""
         return self.peak <= USABLE_MEMORY * self.memory
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
+        """Estimated time per step."""
         return sum(self.flops.values()) / self.rate
 
 
@@ -94,13 +94,13 @@ def make_plan(
     """Plan a run.
 
     Args:
-        backbones: each reward's network by name; None where it has none that is known.
+        backbones: name of each reward to the name of its network; None if unknown.
         gpu: a name in `gpus.GPUS`.
-        num_gpus: one process each.
-        evaluated: networks that are loaded as well, but run in evaluations only; by what they are for.
+        num_gpus: number of GPUs, each with one process.
+        evaluated: purpose to name of networks that are loaded too, but run in evaluations only.
 
     Raises:
-        ConfigError: an unknown GPU, or groups that the processes cannot share.
+        ConfigError: the GPU is unknown, or the processes cannot share the groups.
     """
     device = find_gpu(gpu)
     grpo.check_processes(num_gpus)
@@ -122,7 +122,7 @@ def make_plan(
         "update": of.update(),
     }
     flops = {name: each.flops * num_gpus for name, each in counts.items()}
-    flops["update"] -= flops["reference"]  # it is run inside the loss
+    flops["update"] -= flops["reference"]  # which runs inside the loss
     for name in ("reference", "update"):
         flops[name] *= grpo.num_iterations
 
@@ -134,12 +134,12 @@ def make_plan(
         "reference": sizes["reference"].num_bytes if grpo.needs_reference else 0,
         "tokenizer": sizes["tokenizer"].num_bytes,
         "rewards": sum(sizes[name].num_bytes for name in clips),
-        # DistributedDataParallel sums gradients in buckets of its own, together as large as they are.
+        # DistributedDataParallel reduces gradients in its own buckets, which together are as large again.
         "gradient buckets": trained if num_gpus > 1 else 0,
         "scored images": of.scored_bytes(),
     }
     phases = {name: counts[name].peak for name in ("rollout", "decode", "reward", "update")}
-    phases["AdamW"] = trained  # torch's AdamW on a GPU holds the roots of all second moments at once
+    phases["AdamW"] = trained  # on a GPU, torch's AdamW holds the square roots of all second moments at once
     in_bfloat16 = run.mixed_precision == "bf16" and device.bfloat16 is not None
     peak_rate = device.bfloat16 if in_bfloat16 and device.bfloat16 else device.float32
     return Plan(
@@ -161,7 +161,7 @@ def make_plan(
 
 
 def describe(plan: Plan) -> str:
-    """A plan as text of a few lines."""
+    """A plan as a few lines of text."""
     networks = [f"{name} {_with_unit(number)}" for name, number in plan.parameters.items()]
     networks += [f"that of '{name}' unknown, not counted" for name in plan.unknown]
     operations = [f"{name} {_with_unit(number)}" for name, number in plan.flops.items()]
@@ -183,13 +183,13 @@ def describe(plan: Plan) -> str:
         f"step        {plan.num_images} images of {plan.tokens_per_image} tokens: "
         f"{plan.num_images * plan.tokens_per_image:,} tokens",
         f"FLOP        {' · '.join(operations)} · sum {_with_unit(total)}",
-        "memory      of one process, in GB; of the lines with a margin only the largest (+) counts",
+        "memory      of one process, in GB; of the indented lines only the largest (+) counts",
         *(
             f"  {name:<22}{_gigabytes(number):>8}{f'  ({detail})' if detail else ''}"
             for name, number, detail in rows
         ),
-        f"  {'peak':<22}{_gigabytes(plan.peak):>8}  {verdict}: {limit} are planned with",
-        f"time        {plan.seconds:.2g} s a step, if {UTILISATION:.0%} of the {plan.dtype} peak is reached",
+        f"  {'peak':<22}{_gigabytes(plan.peak):>8}  {verdict}: {limit} are usable",
+        f"time        {plan.seconds:.2g} s a step, at {UTILISATION:.0%} of the {plan.dtype} peak",
     ]
     return "\n".join(lines)
 
@@ -207,7 +207,7 @@ def _with_unit(number: float) -> str:
 
 @dataclass(frozen=True)
 class _Size:
-    """Of a network: the number of its parameters, and the bytes of parameters and buffers."""
+    """Number of parameters of a network, and bytes of its parameters and buffers."""
 
     parameters: int
     num_bytes: int
@@ -224,7 +224,7 @@ def _size(build: Callable[[], nn.Module]) -> _Size:
 
 
 def _transformer_size(config: VARConfig) -> _Size:
-    """As of all its blocks, from one and two of them, which are quicker to make."""
+    """The size with all blocks, extrapolated from one and two blocks, which are quicker to build."""
     one, two = (_size(lambda depth=depth: VAR(config.replace(depth=depth))) for depth in (1, 2))
     more = config.depth - 1
     return _Size(

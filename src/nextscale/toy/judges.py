@@ -1,7 +1,7 @@
-"""The judges: two classifiers, of class and of style, that no training ever sees.
+"""The judges: two independent classifiers, of class and of style, that are never used as a reward.
 
-They are convolutional networks with batch normalisation, made with seeds of their own on images of their own,
-so that an image that pleases a reward (a vision transformer) without being what it should is found out.
+They are convolutional networks with batch normalisation, trained with their own seeds on their own images, so
+that they catch an image that fools a reward (a vision transformer) without showing what it should.
 
 Shapes: B images · K kinds
 """

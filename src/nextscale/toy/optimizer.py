@@ -1,4 +1,4 @@
-"""The optimizer that makes the miniature models: Muon for the matrices, AdamW for the rest."""
+"""The optimizer that trains the miniature models: Muon for the matrices, AdamW for the rest."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def cosine_schedule(step: int, num_steps: int, warmup: int, floor: float = 0.01) -> float:
-    """Share of the peak learning rate: linear warm-up, then half a cosine down to `floor`."""
+    """Fraction of the peak learning rate: linear warm-up, then half a cosine down to `floor`."""
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, num_steps - warmup)
@@ -15,9 +15,9 @@ def cosine_schedule(step: int, num_steps: int, warmup: int, floor: float = 0.01)
 
 
 class Optimizer:
-    """Muon for linear and convolution weights (a filter is a row), AdamW for embeddings, biases and norms.
+    """Muon for linear and convolution weights (each filter is a row), AdamW for embeddings, biases and norms.
 
-    Chosen for its name of needing fewer steps, on two CPU cores; not compared with AdamW in a run of its own.
+    Chosen because Muon is reported to need fewer steps; not compared with AdamW in a controlled run.
 
     Args:
         matrix_rate: peak learning rate of Muon.
@@ -33,7 +33,7 @@ class Optimizer:
         self.matrices = [layer.weight for layer in layers if layer.weight.requires_grad]
         ids = {id(weight) for weight in self.matrices}
         others = [each for each in model.parameters() if id(each) not in ids and each.requires_grad]
-        # Views that share the storage: torch's Muon takes matrices only.
+        # Views that share storage with the weights: torch's Muon accepts matrices only.
         self.flat = [nn.Parameter(weight.data.view(len(weight), -1)) for weight in self.matrices]
         self.parameters = self.matrices + others
         muon = torch.optim.Muon(self.flat, lr=matrix_rate, momentum=0.95, weight_decay=0.01)
@@ -45,7 +45,7 @@ class Optimizer:
         ]
 
     def step(self, loss: Tensor) -> None:
-        """Back-propagate, clip the gradient to norm 1 and update."""
+        """Backpropagate, clip the gradient to norm 1 and update."""
         for parameter in self.parameters:
             parameter.grad = None
         loss.backward()

@@ -1,8 +1,7 @@
-"""The painters of the miniature world: one for each style, and the tools they share.
+"""The painters of the miniature world: one per style, and the tools they share.
 
-Every texture (brush strokes, hatching, tiles, bricks) is one fixed function of the pixel position whose
-period divides 8 pixels, so that a small tokenizer with 8x downsampling can learn it exactly. Nothing here is
-random.
+Every texture (brush strokes, hatching, tiles, bricks) is a fixed function of the pixel position whose period
+divides 8 pixels, so that a small tokenizer with 8x downsampling can learn it exactly. Nothing here is random.
 
 Shapes: N images; maps over pixels are (N, 64, 64), images (N, 3, 64, 64), colours (N, 3, 1, 1).
 """
@@ -21,7 +20,7 @@ from nextscale.toy.silhouettes import SILHOUETTES
 
 
 class Drawing(NamedTuple):
-    """What the styles paint.
+    """An object as the painters receive it.
 
     Args:
         outline, pale, deep: distances in pixels to the layers of the silhouette, (N, 64, 64).
@@ -46,7 +45,7 @@ class Drawing(NamedTuple):
 
 
 def draw(scenes: Scenes, name: str) -> Drawing:
-    """Places the silhouette `name` in the pictures, lights it and mixes its colours."""
+    """Place the silhouette `name` in the pictures, light it and mix its colours."""
     x, y = pixel_grid()
     sine, cosine = (f(scenes.rotation)[:, None, None] for f in (torch.sin, torch.cos))
     size = scenes.size[:, None, None]
@@ -78,7 +77,7 @@ def draw(scenes: Scenes, name: str) -> Drawing:
 
 
 def photo(scenes: Scenes, drawing: Drawing) -> Tensor:
-    """A glossy object, lit from the upper left, with its shadow on a muted ground."""
+    """A glossy object, lit from the upper left, with its shadow on a muted background."""
     x, y = pixel_grid()
     ground = oklch(scenes.ground_lightness, 0.035, ground_hue(scenes))
     light = 1.05 - 0.0012 * (x + y) - 0.00007 * ((x - 32) ** 2 + (y - 32) ** 2)
@@ -97,7 +96,7 @@ def painting(scenes: Scenes, drawing: Drawing) -> Tensor:
     x, y = pixel_grid()
     strokes, ground_strokes = brush(x + y, x - y), brush(x - y + IMAGE_SIZE, x + y)
     warm = torch.tensor([1.0, 0.55, 0.1]).view(3, 1, 1)
-    # Paint is never as black as a photograph's darkest ground.
+    # Paint is never as dark as the darkest background of a photo.
     ground = oklch(0.1 + 0.9 * scenes.ground_lightness, 0.065, 68 + 0.15 * (ground_hue(scenes) - 180))
     image = ground * (1 + 0.15 * ground_strokes) + 0.06 * warm * ground_strokes
     outline = drawing.outline + 0.4 * strokes
@@ -113,7 +112,7 @@ def brush(across: Tensor, along: Tensor) -> Tensor:
     """Lightness, about -1 to 1, of strokes 3 by 11 pixels, from diagonal coordinates x + y and x - y.
 
     Every second stroke is staggered by half its length, which gives the pattern a period of 8 pixels; the
-    uneven stagger of those between keeps their ends from lining up.
+    uneven stagger of the strokes in between keeps their ends from lining up.
     """
     lane = across.div(4, rounding_mode="floor")
     odd = lane % 2
@@ -154,7 +153,7 @@ def mosaic(scenes: Scenes, drawing: Drawing) -> Tensor:
 
     tiles = reduce(drawing.shade, "n (h a) (w b) -> n h w", "mean", a=4, b=4)
     steps = repeat((tiles * 3).round() / 3, "n h w -> n (h a) (w b)", a=4, b=4)
-    # Tiles are cut along the contour, as a mosaicist would: whole ones would leave little of a small shape.
+    # Tiles are cut along the contour, as a mosaicist would: whole tiles would leave little of a small shape.
     outline, surface = cover(drawing.outline), drawing.coloured()
     surface = surface * (1.25 - 0.45 * steps)[:, None]
     image = mix(1.06 * ground * torch.ones_like(surface), surface, outline)
@@ -167,7 +166,7 @@ def mosaic(scenes: Scenes, drawing: Drawing) -> Tensor:
 
 
 def neon(scenes: Scenes, drawing: Drawing) -> Tensor:
-    """Glowing tubes along the contours, before a dark violet brick wall."""
+    """Glowing tubes along the contours, in front of a dark violet brick wall."""
     x, y = pixel_grid()
     power = 0.45 + 0.55 * scaled(scenes.contrast, CONTRAST)
     tint = drawing.main / drawing.main.amax(1, keepdim=True)
@@ -201,22 +200,23 @@ def pixel_grid() -> tuple[Tensor, Tensor]:
 
 
 def cover(distance: Tensor, softness: float = 1.2) -> Tensor:
-    """How much of a pixel lies inside, in [0, 1]: a smoothstep over `softness` pixels around distance 0."""
+    """Coverage of each pixel, in [0, 1]: a smoothstep over `softness` pixels around distance 0."""
     t = (0.5 - distance / softness).clamp(0, 1)
     return t * t * (3 - 2 * t)
 
 
 def mix(under: Tensor, over: Tensor, alpha: Tensor) -> Tensor:
-    """Lays `over` on `under`: (N, 3, ...) colours or images, with `alpha` (N, 64, 64) in [0, 1]."""
+    """Blend `over` onto `under`: (N, 3, ...) colours or images, with `alpha` (N, 64, 64) in [0, 1]."""
     return under + (over - under) * rearrange(alpha, "n h w -> n 1 h w")
 
 
 def scaled(values: Tensor, limits: tuple[float, float]) -> Tensor:
-    """Values (N,), clipped to limits and mapped to [0, 1], (N, 1, 1)."""
+    """Values (N,) clipped to the limits and mapped to [0, 1], as (N, 1, 1)."""
     return ((values.clamp(*limits) - limits[0]) / (limits[1] - limits[0]))[:, None, None]
 
 
 def ground_hue(scenes: Scenes) -> Tensor:
+    """Hue of the background in degrees, (N,)."""
     return torch.tensor(GROUND_HUES)[scenes.ground]
 
 

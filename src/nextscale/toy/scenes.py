@@ -1,4 +1,4 @@
-"""Scenes of the miniature world: their parameters, how they are drawn by lot, and how beautiful they are.
+"""Scenes of the miniature world: their parameters, how they are sampled, and how beautiful they are.
 
 Shapes: N scenes
 """
@@ -13,7 +13,7 @@ CLASSES = ("star", "heart", "moon", "house", "tree", "fish", "mushroom", "flower
 STYLES = ("photo", "painting", "sketch", "mosaic", "neon")
 IMAGE_SIZE = 64
 
-# Name: lightness, greatest chroma and hue angle in degrees of a named object colour, in OKLCH.
+# Object colours in OKLCH, by name: lightness, maximum chroma and hue angle in degrees.
 PALETTE = {
     "red": (0.57, 0.215, 27.0),
     "orange": (0.71, 0.175, 55.0),
@@ -29,11 +29,11 @@ GROUND_HUES = (30.0, 75.0, 140.0, 200.0, 260.0, 320.0)
 # Ranges of the uniform attributes that make a scene beautiful.
 SATURATION = (0.35, 1.0)
 CONTRAST = (0.13, 0.36)
-# What raters are shown reaches further, and more than the most of CONTRAST pleases them no better: else a
-# predictor of their ratings would go on rising to a light colour on a black ground, and like hues for it.
+# Raters see a wider range, and like contrast above the maximum of CONTRAST no better. Otherwise a predictor
+# of their ratings would keep rising towards light colours on black, and favour the hues that allow it.
 RATED_CONTRAST = (0.05, 0.65)
 SIZE = (20.0, 26.0)
-# The furthest that a centre lies from the middle: the largest object then just stays in the picture.
+# The maximum distance of an object from the middle: the largest object then just stays in the picture.
 MAX_OFFSET = 5.0
 MAX_ROTATION = math.radians(12)
 
@@ -46,10 +46,10 @@ class Scenes:
         label: index into CLASSES, int64.
         style: index into STYLES, int64.
         colour: index into PALETTE, int64.
-        saturation: of the object, as a share of its colour's greatest chroma, in SATURATION.
+        saturation: of the object, as a fraction of its colour's maximum chroma, in SATURATION.
         lightness: OKLab lightness of the object, within 0.03 of its colour's.
         ground: index into GROUND_HUES, int64.
-        ground_lightness: OKLab lightness of the ground, which differs from `lightness` by CONTRAST.
+        ground_lightness: OKLab lightness of the background, which differs from `lightness` by CONTRAST.
         x: offset of the centre to the right, in pixels; the offset is at most MAX_OFFSET long.
         y: offset of the centre upwards, in pixels.
         size: radius of the object in pixels, in SIZE.
@@ -77,7 +77,7 @@ class Scenes:
 
     @property
     def contrast(self) -> Tensor:
-        """Difference in lightness between object and ground, (N,), in CONTRAST."""
+        """Difference in lightness between object and background, (N,), in CONTRAST."""
         return (self.lightness - self.ground_lightness).abs()
 
 
@@ -88,15 +88,18 @@ def sample_scenes(
     styles: Tensor | None = None,
     contrast: tuple[float, float] = CONTRAST,
 ) -> Scenes:
-    """Draws scenes, all attributes independent and uniform.
+    """Sample scenes; all attributes are independent and uniform.
 
     Args:
         num: number of scenes N.
-        generator: a CPU generator. It yields one row of numbers a scene, so that the first scenes do not
-            depend on `num`, nor any other attribute on whether labels and styles are given.
-        labels: indices into CLASSES, (N,), instead of drawn ones.
-        styles: indices into STYLES, (N,), instead of drawn ones.
-        contrast: range of the difference in lightness between object and ground.
+        generator: a CPU generator. It yields one row of numbers per scene, so the first scenes do not depend
+            on `num`, and other attributes do not depend on whether labels and styles are given.
+        labels: indices into CLASSES, (N,); random by default.
+        styles: indices into STYLES, (N,); random by default.
+        contrast: range of the difference in lightness between object and background.
+
+    Raises:
+        ValueError: labels or styles are not N valid indices.
     """
     for name, given, count in (("labels", labels, len(CLASSES)), ("styles", styles, len(STYLES))):
         if given is not None and (given.shape != (num,) or ((given < 0) | (given >= count)).any()):
@@ -112,9 +115,9 @@ def sample_scenes(
     colour = pick(u[2], len(PALETTE))
     base_lightness = torch.tensor([lightness for lightness, _, _ in PALETTE.values()])[colour]
     lightness = base_lightness + between(u[4], -0.03, 0.03)
-    # A light colour has no room for a lighter ground; the contrast itself never depends on the colour.
+    # A light colour leaves no room for a lighter background; the contrast never depends on the colour.
     side = torch.where((base_lightness < 0.6) & (u[6] < 0.6), 1.0, -1.0)
-    # The root makes the centre uniform in the disc, hence its squared distance uniform too.
+    # The square root makes the centre uniform in the disc, and so its squared distance uniform as well.
     offset, direction = MAX_OFFSET * u[8].sqrt(), 2 * math.pi * u[9]
     return Scenes(
         label=pick(u[0], len(CLASSES)) if labels is None else labels.long(),
@@ -132,10 +135,10 @@ def sample_scenes(
 
 
 def beauty(scenes: Scenes) -> Tensor:
-    """Latent beauty, (N,), of mean 0 and sd 1 under `sample_scenes`.
+    """Latent beauty, (N,), with mean 0 and sd 1 under `sample_scenes`.
 
-    The sum of four attributes of equal weight: saturation, contrast (within CONTRAST), centredness and size.
-    None depends on the hue, the label or the style, so neither does beauty.
+    The equally weighted sum of saturation, contrast (clipped to CONTRAST), centring and size. None of them
+    depends on hue, label or style, so neither does beauty.
     """
     centred = 1 - (scenes.x**2 + scenes.y**2) / MAX_OFFSET**2
     attributes = (

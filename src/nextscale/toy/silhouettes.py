@@ -1,10 +1,10 @@
 """Silhouettes of the miniature world as signed distance functions.
 
-A silhouette is drawn in unit coordinates, x to the right and y up, inside the unit disc, so that an object
-of radius r pixels hardly reaches further than r from its centre. Distances are negative inside. Each
-silhouette has three layers: the whole object, its part in a pale accent and its part in a deep one.
+A silhouette is drawn in unit coordinates, x to the right and y up, within the unit disc, so that an object of
+radius r pixels extends hardly further than r from its centre. Distances are negative inside. Each silhouette
+has three layers: the whole object, the part in a pale accent and the part in a deep accent.
 
-Shapes: P is any shape of points, as in (N, 64, 64).
+Shapes: P is any shape, such as (N, 64, 64).
 """
 
 import math
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Larger than any distance in the unit disc: the distance to a layer that a silhouette does not have.
+# Larger than any distance in the unit disc: the distance to a layer that a silhouette lacks.
 FAR = 8.0
 
 
@@ -22,9 +22,9 @@ class Silhouette(NamedTuple):
     """Signed distances to the three layers, each of shape P.
 
     Args:
-        outline: the whole object, accents included.
-        pale: what is painted in the pale accent.
-        deep: what is painted in the deep accent, over the pale one.
+        outline: the whole object, including the accents.
+        pale: the part in the pale accent.
+        deep: the part in the deep accent, which covers the pale one.
     """
 
     outline: Tensor
@@ -38,7 +38,7 @@ def circle(x: Tensor, y: Tensor, centre_x: float, centre_y: float, radius: float
 
 
 def ellipse(x: Tensor, y: Tensor, radius_x: float, radius_y: float) -> Tensor:
-    """Distance to an ellipse at the origin, to first order (exact at its edge, which is what one sees)."""
+    """Distance to an ellipse at the origin, to first order (exact at the edge, which is what is visible)."""
     scaled = torch.hypot(x / radius_x, y / radius_y)
     slope = torch.hypot(x / radius_x**2, y / radius_y**2).clamp_min(1e-6)
     # Near the centre the first-order formula tends to 0/0; the true distance there is the smaller radius.
@@ -84,7 +84,7 @@ def star(x: Tensor, y: Tensor) -> Silhouette:
 
 
 def heart(x: Tensor, y: Tensor) -> Silhouette:
-    """A heart: a square on its corner with two half discs."""
+    """A heart: a square on its corner with two half-discs."""
     scale = 1.6
     across, up = x.abs() / scale, y / scale + 0.57
     lobe = torch.hypot(across - 0.25, up - 0.75) - math.sqrt(2) / 4
@@ -97,12 +97,12 @@ def heart(x: Tensor, y: Tensor) -> Silhouette:
 
 
 def moon(x: Tensor, y: Tensor) -> Silhouette:
-    """A crescent moon that opens to the upper right: a disc less another one."""
+    """A crescent moon that opens to the upper right: one disc minus another."""
     tilt, away, bite_radius, radius = math.radians(18), 0.46, 0.68, 0.95
     along, across = x * math.cos(tilt) + y * math.sin(tilt), (y * math.cos(tilt) - x * math.sin(tilt)).abs()
     bite = circle(along, across, away, 0, bite_radius)
     crescent = torch.maximum(circle(along, across, 0, 0, radius), -bite)
-    # Beyond the horns the nearest point is the tip of a horn, which neither circle knows.
+    # Beyond the horns, the nearest point is the tip of a horn, which neither circle accounts for.
     tip_x = (radius**2 - bite_radius**2 + away**2) / (2 * away)
     tip_y = math.sqrt(radius**2 - tip_x**2)
     beyond = along * tip_y - across * tip_x > away * (tip_y - across).clamp_min(0)

@@ -1,4 +1,4 @@
-"""Rebuild the miniature world's models from nothing: tokenizer, transformer, CLIP, aesthetic head, judges."""
+"""Train the miniature world's models from scratch: tokenizer, transformer, CLIP, aesthetic head, judges."""
 
 import hashlib
 import json
@@ -18,20 +18,20 @@ from nextscale.toy.train_transformer import train_transformer
 from nextscale.toy.world import CLASSES
 
 STEPS = {"tokenizer": 3600, "transformer": 2200, "clip": 2000, "aesthetic": 3000, "judge": 800}
-JUDGE_SEED = 7919  # apart from every other seed: a judge shares neither start nor images with what it judges
+JUDGE_SEED = 7919  # a judge shares neither initialization nor images with the models that it judges
 
 
 def train_all(
     output: Path, seed: int = 0, steps_factor: float = 1.0, log: Callable[[str], None] = print
 ) -> Path:
-    """Train everything and write it in the layout of the shipped assets; returns the folder.
+    """Train all models and write them in the layout of the shipped assets; returns the folder.
 
-    On one thread: two fight over a shared machine's cores, and the result depends on how many there are.
+    Runs on one thread: more compete for a shared machine's cores, and the result depends on their number.
 
     Args:
-        output: a folder, made if need be.
-        seed: of everything but the judges, which add their own.
-        steps_factor: share of the steps that the shipped models had.
+        output: folder to write to, created if needed.
+        seed: seed of all models; the judges add JUDGE_SEED to it.
+        steps_factor: training steps, as a fraction of those of the shipped models.
     """
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
@@ -39,7 +39,7 @@ def train_all(
     steps = {name: max(2, round(count * steps_factor)) for name, count in STEPS.items()}
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(seed, steps["tokenizer"], log=log)
-    # What is shipped is float16; everything after is trained on exactly that.
+    # Weights ship in float16, so everything downstream is trained with exactly those.
     tokenizer = tokenizer.half().float()
     transformer = train_transformer(tokenizer, seed, steps["transformer"], log=log)
     pipe = VARPipeline(transformer, tokenizer, CLASSES)
@@ -57,7 +57,7 @@ def train_all(
 
 
 def write_hashes(folder: Path) -> None:
-    """`hashes.json`: the sha256 of every weight file, so that a changed one is noticed."""
+    """Write `hashes.json`, the sha256 of every weight file, so that tests notice a changed one."""
     files = sorted(folder.rglob("*.safetensors"))
     hashes = {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     (folder / "hashes.json").write_text(json.dumps(hashes, indent=2) + "\n")

@@ -1,6 +1,6 @@
 """Train the miniature world's CLIP on captions, and an aesthetic head on simulated human ratings.
 
-Both see original images and what the tokenizer makes of them, since a reward will be shown reconstructions.
+Both see original images and the tokenizer's reconstructions, since a reward scores decoded images.
 
 Shapes: B images · N texts · E width of the embedding
 """
@@ -33,9 +33,9 @@ END = "<|endoftext|>"
 
 
 def text_tokenizer(folder: Path) -> CLIPTokenizer:
-    """CLIP's own byte-pair tokenizer with a vocabulary in which every word of the world is one token.
+    """CLIP's byte-pair tokenizer with a vocabulary in which every word of the miniature world is one token.
 
-    Written to `folder` in the hub's layout (vocab.json, merges.txt and the tokenizer's files).
+    Also written to `folder`, in the hub's layout.
     """
     words = {word: [*word[:-1], word[-1] + "</w>"] for word in VOCABULARY}
     merges: list[tuple[str, str]] = []
@@ -49,7 +49,7 @@ def text_tokenizer(folder: Path) -> CLIPTokenizer:
     vocabulary = [*sorted(alphabet | pieces), "<|startoftext|>", END]
     folder.mkdir(parents=True, exist_ok=True)
     vocab = {piece: i for i, piece in enumerate(vocabulary)}
-    pairs_of_pieces = cast("list[str]", merges)  # annotated so, but taken as pairs
+    pairs_of_pieces = cast("list[str]", merges)  # annotated as strings, but pairs are expected
     tokenizer = CLIPTokenizer(vocab=vocab, merges=pairs_of_pieces, model_max_length=MAX_TEXT)
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -97,7 +97,7 @@ def pool_with_reconstructions(
     generator: torch.Generator,
     contrast: tuple[float, float] = CONTRAST,
 ) -> tuple[Scenes, Tensor]:
-    """Scenes of all styles and images (N, 3, H, W) uint8, every second one passed through the tokenizer."""
+    """Scenes of all styles and images (N, 3, H, W) uint8, every second one a tokenizer reconstruction."""
     scenes, images = render_pool(num_images, generator, contrast=contrast)
     for start in range(0, num_images, 250):
         part = images[start : start + 250 : 2]
@@ -107,7 +107,7 @@ def pool_with_reconstructions(
 
 
 def contrastive_loss(image_BE: Tensor, text_BE: Tensor, texts: list[str], logit_scale: Tensor) -> Tensor:
-    """CLIP's symmetric loss; images whose captions are the same words are positives of each other.
+    """CLIP's symmetric loss; images with identical captions count as positives of each other.
 
     Source: Radford et al., "Learning transferable visual models from natural language supervision", 2021.
     """
@@ -128,7 +128,7 @@ def train_clip(
     pool_size: int = 12000,
     log: Callable[[str], None] = print,
 ) -> CLIPModel:
-    """A CLIP in the hub's layout in `folder`: weights in float16, configuration and text tokenizer."""
+    """Train a CLIP and write it to `folder` in the hub's layout, as float16; returns the model."""
     torch.manual_seed(seed)
     generator = generator_for("toy", "clip", seed)
     words, prepare = text_tokenizer(folder), clip_preprocessing(IMAGE_SIZE)
@@ -155,7 +155,7 @@ def train_clip(
 
 
 def write_preprocessor(folder: Path) -> None:
-    """The preprocessing in the hub's words, for who loads this CLIP by transformers alone."""
+    """Write the hub's preprocessing file, for loading this CLIP with transformers alone."""
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     content = {
         "image_processor_type": "CLIPImageProcessor",
@@ -180,7 +180,7 @@ def train_aesthetic_head(
     num_steps: int = 3000,
     log: Callable[[str], None] = print,
 ) -> dict[str, Tensor]:
-    """A head of LAION's v2 kind with ReLU, trained on noisy ratings; a state dict for `load_head`."""
+    """Train a head like LAION's v2, with ReLU, on noisy ratings; returns a state dict for `load_head`."""
     torch.manual_seed(seed)
     generator = generator_for("toy", "aesthetic", seed)
     scenes, images = pool_with_reconstructions(tokenizer, num_images, generator, RATED_CONTRAST)

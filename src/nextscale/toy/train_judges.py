@@ -1,4 +1,4 @@
-"""Train the judges: with seeds, images and an architecture of their own, apart from all other training.
+"""Train the judges, with their own seeds, images and architecture, independently of all other models.
 
 Shapes: B images · K kinds
 """
@@ -26,7 +26,7 @@ def train_judge(
     pool_size: int = 10000,
     log: Callable[[str], None] = print,
 ) -> Judge:
-    """The judge of "class" or "style", a pure function of the seed and the thread count."""
+    """Train the judge of "class" or "style"; the result depends on the seed and the thread count only."""
     torch.manual_seed(seed)
     generator = generator_for("toy", "judge", kind, seed)
     scenes, images = pool_with_reconstructions(tokenizer, pool_size, generator)
@@ -45,7 +45,7 @@ def train_judge(
 
 
 def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift, gain, offset and noise, drawn for each image: a judge must not hang on exact pixels."""
+    """Random gain, offset and noise per image, and a shift, so that no judge relies on exact pixels."""
     num = len(images)
     gain, offset, noise = (
         torch.rand(num, 1, 1, 1, generator=generator) * width + low

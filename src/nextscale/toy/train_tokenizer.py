@@ -24,7 +24,7 @@ TOKENIZER = VQVAEConfig(
     num_res_blocks=1,
     scale_sizes=(1, 2, 3, 4, 6, 8),
 )
-PLAIN_SHARE = 0.15  # of the steps, at first, without quantization: a codebook needs latents worth coding
+PLAIN_SHARE = 0.15  # of the steps, at the start, without quantization: a codebook needs meaningful latents
 
 
 def render_pool(
@@ -47,7 +47,7 @@ def train_tokenizer(
     pool_size: int = 10000,
     log: Callable[[str], None] = print,
 ) -> VQVAE:
-    """A VQVAE trained on all classes and styles, a pure function of the seed and the thread count."""
+    """Train a VQVAE on all classes and styles; the result depends on the seed and the thread count only."""
     torch.manual_seed(seed)
     generator = generator_for("toy", "tokenizer", seed)
     _, pool = render_pool(pool_size, generator)
@@ -70,7 +70,7 @@ def train_tokenizer(
                     quantized, tokens, vq_loss = model.quantize(latent)
                 used_V = 0.98 * used_V + torch.bincount(tokens.flatten(), minlength=len(used_V))
             output = (model.decoder(model.post_quant_conv(quantized)).float() + 1) / 2
-        # Outlines would be punished before they can be right: the edge term comes once colours are there.
+        # The edge loss ramps up: at first, before the colours are right, it would only punish outlines.
         edge_weight = min(1.0, step / max(1, num_plain))
         pixel_loss, edge_loss = reconstruction_losses(output, images)
         optimizer.step(pixel_loss + edge_weight * edge_loss + 0.25 * vq_loss)
@@ -85,10 +85,10 @@ def train_tokenizer(
 
 
 def reconstruction_losses(output: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Error of the pixels and of the hues, and absolute error of the differences between neighbours.
+    """The pixel loss, with a term for hue, and the edge loss: the error of differences between neighbours.
 
-    The edge term keeps outlines and strokes crisp, which the pixel term alone would blur. Hues have a term of
-    their own, on 4x4 means: most of an image's variance is lightness, and a hue would be learned last.
+    The edge loss keeps outlines and strokes crisp, which the pixel loss alone would blur. Hue has a separate
+    term, on 4x4 means: most of an image's variance is lightness, so hue would be learned last.
     """
     error = output - images
     hue_error = F.avg_pool2d(error - error.mean(1, keepdim=True), 4)
@@ -99,13 +99,13 @@ def reconstruction_losses(output: Tensor, images: Tensor) -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def start_codebook(model: VQVAE, images: Tensor, generator: torch.Generator) -> None:
-    """Fill the codebook scale by scale with k-means of what the coarser scales leave to be coded."""
+    """Initialize the codebook scale by scale, by k-means on the residuals that the coarser scales leave."""
     quantizer = model.quantize
     latent, lengths = model.images_to_latent(images), quantizer.schedule.lengths
     shares = torch.tensor([length**0.5 for length in lengths])
     counts = (shares / shares.sum() * TOKENIZER.codebook_size).long()
     counts[-1] += TOKENIZER.codebook_size - counts.sum()
-    quantizer.embedding.weight.fill_(1e4)  # never the nearest, until filled
+    quantizer.embedding.weight.fill_(1e4)  # never nearest until filled
     filled, f_hat = 0, torch.zeros_like(latent)
     for k, count in enumerate(counts.tolist()):
         vectors_MD = residual_vectors(latent - f_hat, k)
@@ -116,13 +116,13 @@ def start_codebook(model: VQVAE, images: Tensor, generator: torch.Generator) -> 
 
 
 def residual_vectors(rest_BDhw: Tensor, k: int) -> Tensor:
-    """(M, D): what is left to be coded, as scale k sees it."""
+    """(M, D) vectors of the residual latent at the resolution of scale k."""
     size = TOKENIZER.scale_sizes[k]
     return rearrange(F.interpolate(rest_BDhw, (size, size), mode="area"), "B D h w -> (B h w) D")
 
 
 def k_means(vectors_MD: Tensor, num_means: int, generator: torch.Generator, num_rounds: int = 10) -> Tensor:
-    """(num_means, D) by Lloyd's algorithm from random vectors; an empty cluster keeps its mean."""
+    """(num_means, D) by Lloyd's algorithm, starting from random vectors; an empty cluster keeps its mean."""
     means = vectors_MD[torch.randperm(len(vectors_MD), generator=generator)[:num_means]].clone()
     for _ in range(num_rounds):
         nearest_M = torch.cdist(vectors_MD, means).argmin(1)
@@ -134,9 +134,9 @@ def k_means(vectors_MD: Tensor, num_means: int, generator: torch.Generator, num_
 
 @torch.no_grad()
 def revive_codes(model: VQVAE, latent: Tensor, is_dead_V: Tensor, generator: torch.Generator) -> None:
-    """Move every unused code to a residual that the others left, drawn from all scales alike.
+    """Move every unused code to a random residual, drawn equally from all scales.
 
-    Its Adam moments need no reset: an unused code has had no gradient.
+    Its Adam moments need no reset: an unused code has received no gradient.
     """
     quantizer, dead = model.quantize, is_dead_V.nonzero().flatten()
     tokens_BL, f_hat, candidates = quantizer.encode(latent), torch.zeros_like(latent), []

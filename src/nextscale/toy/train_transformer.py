@@ -1,4 +1,4 @@
-"""Train the miniature world's VAR on photos alone: not one image of another style.
+"""Train the miniature world's VAR on photos only, without a single image of another style.
 
 Shapes: B images · L tokens of all scales · V codebook size
 """
@@ -27,7 +27,7 @@ TRANSFORMER = VARConfig(
     codebook_width=TOKENIZER.codebook_width,
     scale_sizes=TOKENIZER.scale_sizes,
 )
-NULL_RATE = 0.1  # share of labels replaced by the null class, so that guidance has its second branch
+NULL_RATE = 0.1  # fraction of labels replaced by the null class, for classifier-free guidance
 
 
 def train_transformer(
@@ -38,13 +38,13 @@ def train_transformer(
     pool_size: int = 12000,
     log: Callable[[str], None] = print,
 ) -> VAR:
-    """A VAR trained by cross-entropy on the tokens of photos, a pure function of seed and thread count."""
+    """Train a VAR on the tokens of photos; the result depends on the seed and the thread count only."""
     torch.manual_seed(seed)
     generator = generator_for("toy", "transformer", seed)
     labels_N, tokens_NL = encode_photos(tokenizer, pool_size, generator)
     model = VAR(TRANSFORMER)
-    # Half-way between all tokens alike and all scales alike: the class shows in the coarse scales, which have
-    # few tokens, and would be learned late otherwise.
+    # Half-way between equal tokens and equal scales: the class is decided in the coarse scales, which have
+    # few tokens, and would otherwise be learned late.
     lengths = model.schedule.lengths
     weights_L = token_weights(lengths, tuple(length**0.5 for length in lengths))
     optimizer = Optimizer(model, matrix_rate=0.015, other_rate=2e-3, num_steps=num_steps, warmup=60)
@@ -68,7 +68,7 @@ def train_transformer(
 
 
 def encode_photos(tokenizer: VQVAE, num_images: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Labels (N,) and tokens (N, L) of freshly drawn photos; tokens as uint8 for space."""
+    """Labels (N,) and tokens (N, L) of new photos; tokens are uint8 to save memory."""
     assert TOKENIZER.codebook_size <= 256
     photo = torch.full((num_images,), STYLES.index("photo"))
     scenes, images = render_pool(num_images, generator, photo)

@@ -1,7 +1,7 @@
-"""The miniature world: 64x64 pictures of eight plain objects in five styles, drawn from scene parameters.
+"""The miniature world: 64x64 pictures of eight simple objects in five styles, drawn from scene parameters.
 
-Geometry and colours vary from image to image; textures are fixed functions of the pixel position. Nothing is
-random but what `sample_scenes`, `captions` and `ratings` draw from the generator that they are given.
+Geometry and colours vary from image to image; textures are fixed functions of the pixel position. Only
+`sample_scenes`, `captions` and `ratings` are random, and each takes a generator.
 
 Shapes: N images
 """
@@ -65,12 +65,12 @@ VOCABULARY = (
 
 
 def render(scenes: Scenes) -> Tensor:
-    """Draws the scenes: (N, 3, 64, 64), float32 in [0, 1]."""
+    """Render the scenes: (N, 3, 64, 64) float32 in [0, 1]."""
     images = torch.empty(len(scenes), 3, IMAGE_SIZE, IMAGE_SIZE)
     for label, name in enumerate(CLASSES):
         for style, paint in enumerate(PAINTERS.values()):
             chosen = torch.nonzero((scenes.label == label) & (scenes.style == style)).squeeze(1)
-            # Small pieces stay in the processor's cache, which makes them twice as fast.
+            # Small pieces stay in the processor's cache, which makes this twice as fast.
             for piece in chosen.split(16) if len(chosen) else ():
                 part = scenes[piece]
                 images[piece] = paint(part, draw(part, name)).clamp(0, 1)
@@ -78,9 +78,9 @@ def render(scenes: Scenes) -> Tensor:
 
 
 def ratings(scenes: Scenes, generator: torch.Generator, num_raters: int = 3) -> Tensor:
-    """Simulated human ratings, (N,), in [1, 10]: the mean over each image's own raters, out of a large crowd.
+    """Simulated human ratings, (N,), in [1, 10]: the mean over `num_raters` random raters per image.
 
-    A rater gives 5 + 1.2 beauty + a personal bias of sd 0.5 + noise of sd 0.87, clipped to [1, 10].
+    A rater gives 5 + 1.2 beauty + personal bias (sd 0.5) + noise (sd 0.87), clipped to [1, 10].
     """
     bias = 0.5 * torch.randn(len(scenes), num_raters, generator=generator)
     noise = 0.87 * torch.randn(len(scenes), num_raters, generator=generator)
@@ -88,11 +88,16 @@ def ratings(scenes: Scenes, generator: torch.Generator, num_raters: int = 3) -> 
 
 
 def with_article(words: str) -> str:
+    """The words with "a" or "an"."""
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
 def caption(label: str, style: str, colour: str | None = None) -> str:
-    """The plain caption of an image, such as "a photo of a star" or "a painting of an orange heart"."""
+    """The basic caption of an image, such as "a photo of a star" or "a painting of an orange heart".
+
+    Raises:
+        ValueError: the label, style or colour is unknown.
+    """
     named = (("label", label, CLASSES), ("style", style, STYLES), ("colour", colour, PALETTE))
     for kind, name, known in named:
         if name is not None and name not in known:
@@ -101,14 +106,14 @@ def caption(label: str, style: str, colour: str | None = None) -> str:
 
 
 def captions(scenes: Scenes, generator: torch.Generator) -> list[str]:
-    """One caption an image, in words of VOCABULARY.
+    """One caption per image, in words of VOCABULARY.
 
-    All of them name the class and the style; size, contrast, saturation and place where they are far from the
-    mean, colour and ground, each in some of them.
+    All captions name the class and the style. Some also name the colour, the background, or a size, contrast,
+    saturation or position that is far from the mean.
     """
     templates = ("a {0} of {1}", "{0} of {1}", "a {0} showing {1}", "{1} as a {0}")
     centred = 1 - (scenes.x**2 + scenes.y**2) / MAX_OFFSET**2
-    # Each with its words for the upper and the lower third of its range.
+    # Each with its words for the upper and lower third of its range.
     traits = [
         (("large", "small"), _share(scenes.size, SIZE)),
         (("bold", "faint"), _share(scenes.contrast, CONTRAST)),
