@@ -4,8 +4,9 @@ Trainings and evaluations are shortened. What cannot run here stands below a com
 
     <!-- not run: needs weights -->
 
-A snippet whose first line is the name of a file (`# my_rewards.py`) is also saved as that file. A run in
-`runs/` that a command reads but no earlier one wrote is a run that the reader is taken to have.
+A snippet whose first line is the name of a file (`# my_rewards.py`) is that file, for all pages. A run in
+`runs/` that a command reads but no earlier one wrote is a run that the reader is taken to have. A row of a
+table that begins with a command counts as a snippet.
 """
 
 import re
@@ -26,19 +27,14 @@ from nextscale.trainer import GRPOTrainer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-FENCE = re.compile(
-    r"^(?P<indent> *)```(?P<kind>\w+)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL
-)
+FENCE = r"^(?P<indent> *)```(?P<kind>\w+)\n(?P<text>.*?)^(?P=indent)```$"
+ROW = r"^\| `(?P<command>nextscale [^`]+)` \|"
+SNIPPET = re.compile(f"{FENCE}|{ROW}", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->\s*\Z")
 FILE_NAME = re.compile(r"# ([\w./-]+\.(?:py|yaml))\n")
 
-SHORT_RUN = {
-    "max_steps": 1,
-    "eval_num_images": 16,
-    "save_steps": 1,
-    "report_to": "none",
-    "disable_tqdm": True,
-}
+SHORT_RUN = {"max_steps": 1, "eval_num_images": 16, "save_steps": 1, "report_to": "none"}
+SHORT_RUN |= {"disable_tqdm": True}
 SHORT_GRPO = {"num_groups": 1, "num_generations": 2}
 # Constant, so that a resumed run may have more steps than the one it continues.
 SHORT = {f"run.{key}": value for key, value in SHORT_RUN.items()}
@@ -55,15 +51,15 @@ class Snippet(NamedTuple):
 
 
 def snippets(page: str) -> list[Snippet]:
-    """The fenced snippets of a page, in order."""
+    """The fenced snippets of a page, and the commands in its tables, in order."""
     return [
         Snippet(
-            kind=match["kind"],
-            text=textwrap.dedent(match["text"]),
+            kind=match["kind"] or "bash",
+            text=textwrap.dedent(match["text"] or match["command"]),
             line=page.count("\n", 0, match.start()) + 1,
-            is_run=match["kind"] in ("python", "bash") and not NOT_RUN.search(page[: match.start()]),
+            is_run=match["kind"] in ("python", "bash", None) and not NOT_RUN.search(page[: match.start()]),
         )
-        for match in FENCE.finditer(page)
+        for match in SNIPPET.finditer(page)
     ]
 
 
@@ -104,18 +100,16 @@ def run_bash(snippet, a_run, capsys, where):
                 run_command(command, words, a_run)
                 assert not capsys.readouterr().err, f"{where}: {line}"
             case _:
-                pytest.fail(
-                    f"{where}: cannot run '{line}': write '<!-- not run: REASON -->' above the snippet"
-                )
+                pytest.fail(f"{where}: no rule for '{line}'; write '<!-- not run: REASON -->' above it")
 
 
 def run_command(command, words, a_run):
+    read = re.search(r"(?<!output_dir )\bruns/[\w-]+", " ".join(words))
+    if read and not Path(read[0]).exists():
+        shutil.copytree(a_run, read[0])
     if command == "train":
         steps = 2 if "--run.resume" in words else 1
         words = [*words, *shortened(**{"run.max_steps": steps})]
-    elif match := re.search(r"(?:^| )(runs/[\w-]+)", " ".join(words)):
-        if not Path(match[1]).exists():
-            shutil.copytree(a_run, match[1])
     assert main([command, *words, *OPTIONS.get(command, [])]) == 0
 
 
@@ -123,13 +117,13 @@ def run_command(command, words, a_run):
 def test_snippets_run(path, a_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(webbrowser, "open", lambda url: True)
+    for snippet in (each for page in PAGES for each in snippets(page.read_text())):
+        if named := FILE_NAME.match(snippet.text):
+            Path(named[1]).parent.mkdir(parents=True, exist_ok=True)
+            Path(named[1]).write_text(snippet.text)
     names = {"__name__": "snippet"}
     for snippet in snippets(path.read_text()):
         where = f"{path.name}:{snippet.line}"
-        if named := FILE_NAME.match(snippet.text):
-            file = tmp_path / named[1]
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(snippet.text)
         if snippet.is_run and snippet.kind == "python":
             run_python(snippet, names, monkeypatch, where)
         elif snippet.is_run:
@@ -137,9 +131,32 @@ def test_snippets_run(path, a_run, tmp_path, monkeypatch, capsys):
 
 
 def test_what_is_taken_from_a_page():
-    page = "```bash\na\n```\n<!-- not run: b -->\n\n```python\nb\n```\n1. x\n\n   ```python\n   c\n   ```\n```json\n{}\n```\n"
-    found = [(each.text, each.line, each.is_run) for each in snippets(page)]
-    assert found == [("a\n", 1, True), ("b\n", 6, False), ("c\n", 11, True), ("{}\n", 14, False)]
+    page = """```bash
+a
+```
+<!-- not run: b -->
+
+```python
+b
+```
+1. x
+
+   ```python
+   c
+   ```
+```json
+{}
+```
+| `nextscale d` | does d |
+"""
+    found = [(each.kind, each.text, each.line, each.is_run) for each in snippets(page)]
+    assert found == [
+        ("bash", "a\n", 1, True),
+        ("python", "b\n", 6, False),
+        ("python", "c\n", 11, True),
+        ("json", "{}\n", 14, False),
+        ("bash", "nextscale d", 17, True),
+    ]
 
 
 def test_the_quick_start_is_run():
