@@ -10,7 +10,12 @@ from safetensors.torch import load_file
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import CheckpointError, ConfigError
 from nextscale.base.images import to_pil
+from nextscale.grpo import GRPOConfig
 from nextscale.pipeline import VARPipeline
+from nextscale.policy import SamplingConfig
+from nextscale.rescoring import log_probs
+from nextscale.runs.config import RunConfig
+from nextscale.trainer import GRPOTrainer
 
 FISH = ["fish", "hare", "boat", "tree"]
 
@@ -83,6 +88,26 @@ def test_every_setting_reaches_the_sampler(tiny_pipeline, setting, value):
     assert not torch.equal(plain.tokens, changed.tokens)
 
 
+def test_tokens_do_not_depend_on_the_batch_size(tiny_pipeline):
+    whole, parts = tiny_pipeline([0, 3], 5), tiny_pipeline([0, 3], 5, batch_size=3)
+    assert torch.equal(parts.tokens, whole.tokens)
+    torch.testing.assert_close(parts.images, whole.images, rtol=0, atol=1e-5)
+    with pytest.raises(ConfigError, match="batch_size must be at least 1, got 0"):
+        tiny_pipeline([0], batch_size=0)
+
+
+def test_a_large_request_is_split(tiny_pipeline, monkeypatch):
+    sizes, forward = [], tiny_pipeline.transformer.forward
+
+    def record(conditioning, *rest):
+        sizes.append(len(conditioning))
+        return forward(conditioning, *rest)
+
+    monkeypatch.setattr(tiny_pipeline.transformer, "forward", record)
+    tiny_pipeline([1], 70)
+    assert max(sizes) == 128  # 64 images, with and without their class
+
+
 def test_labels_may_be_a_tensor_or_numpys(tiny_pipeline):
     expected = tiny_pipeline([0, 3], 2).tokens
     assert torch.equal(tiny_pipeline(torch.tensor([0, 3]), 2).tokens, expected)
@@ -96,9 +121,37 @@ def test_a_class_out_of_range(tiny_pipeline, label):
         tiny_pipeline([0, label])
 
 
-def test_an_empty_list_of_classes(tiny_pipeline):
-    with pytest.raises(ConfigError, match="no class labels given"):
-        tiny_pipeline([])
+def test_classes_by_name(make_pipeline):
+    pipe = make_pipeline(class_names=FISH)
+    expected = pipe([3, 0]).tokens
+    assert torch.equal(pipe(["tree", 0]).tokens, expected)
+    assert torch.equal(pipe(("Tree", "0")).tokens, expected)
+    assert torch.equal(log_probs(pipe, ["tree", "fish"], expected), log_probs(pipe, [3, 0], expected))
+    one = pipe([3]).tokens
+    for alone in ("tree", 3, "3", torch.tensor(3), np.int64(3)):
+        assert torch.equal(pipe(alone).tokens, one)
+    with pytest.raises(ConfigError, match="the model has no class 'tre'; did you mean 'tree'"):
+        pipe(["tre"])
+
+
+@pytest.mark.parametrize(
+    ("classes", "says"),
+    [
+        ([], "no class labels given: give at least one of 0 to 3"),
+        (None, "class None cannot be used: give a name, or a number of 0 to 3"),
+        ([None], "class None cannot be used"),
+        (1.5, r"class 1\.5 cannot be used"),
+        ([1.5], r"class 1\.5 cannot be used"),
+        ([True], "class True cannot be used"),
+        (True, "class True cannot be used"),
+        (torch.tensor([0.5]), r"class 0\.5 cannot be used"),
+        (torch.tensor([[0, 1]]), r"class tensor\(\[0, 1\]\) cannot be used"),
+        ("star", "the model has no class 'star'; give a name, or a number of 0 to 3"),
+    ],
+)
+def test_what_is_no_class(tiny_pipeline, classes, says):
+    with pytest.raises(ConfigError, match=f"^{says}"):
+        tiny_pipeline(classes)
 
 
 @pytest.mark.parametrize("number", [0, -3])
@@ -133,6 +186,39 @@ def test_the_pixels_of_a_pil_image_by_hand():
     assert picture.size == (4, 2)
     assert picture.getpixel((3, 0)) == (255, 128, 255)
     assert picture.getpixel((0, 0)) == (0, 0, 0)
+
+
+# One policy, the model's, for whatever is done with it
+
+
+def test_a_pipeline_is_sampled_rescored_and_trained_under_its_own_policy(tiny_pipeline, tmp_path):
+    own = SamplingConfig(guidance_scale=3.0, temperature=0.8, top_k=20)
+    tiny_pipeline.sampling = own
+    out = tiny_pipeline([0, 1, 2], 2)
+    assert torch.equal(out.tokens, tiny_pipeline([0, 1, 2], 2, **own.model_dump()).tokens)
+    classes = [0, 0, 1, 1, 2, 2]
+    torch.testing.assert_close(log_probs(tiny_pipeline, classes, out.tokens).detach(), out.log_probs)
+    run = RunConfig(output_dir=str(tmp_path / "run"), max_steps=1, eval_steps=0, report_to="none")
+    grpo = GRPOConfig(num_groups=2, num_generations=2, class_labels=(0, "1"))
+    trainer = GRPOTrainer(tiny_pipeline, lambda images, conditions: images.mean((1, 2, 3)), grpo, run=run)
+    assert trainer.sampling == trainer.objective.sampling == own
+
+
+def test_a_trained_model_remembers_the_policy_it_was_trained_under(tiny_pipeline, tmp_path):
+    trained = SamplingConfig(guidance_scale=0.5, top_p=0.9)
+    run = RunConfig(output_dir=str(tmp_path / "run"), max_steps=1, eval_steps=0, report_to="none")
+    grpo, reward = GRPOConfig(num_groups=1, num_generations=2), lambda images, _: images.mean((1, 2, 3))
+    GRPOTrainer(tiny_pipeline, reward, grpo, sampling=trained, run=run).train()
+    again = VARPipeline.from_pretrained(tmp_path / "run" / "final")
+    assert tiny_pipeline.sampling == again.sampling == trained
+
+
+@pytest.mark.parametrize(
+    ("name", "sampling"),
+    [("toy", SamplingConfig(guidance_scale=1.5)), (None, SamplingConfig(guidance_scale=1.5))],
+)
+def test_the_policy_of_a_model_that_says_none(tiny_pipeline, name, sampling):
+    assert (VARPipeline.from_pretrained(name) if name else tiny_pipeline).sampling == sampling
 
 
 # What a pipeline is
@@ -240,6 +326,8 @@ def test_saving_again_overwrites(make_pipeline, tmp_path):
 def test_official_and_own_format_hold_the_same_model(tiny_pipeline, tmp_path):
     own = VARPipeline.from_pretrained(tiny_pipeline.save_pretrained(tmp_path / "own"))
     official = VARPipeline.from_official(*tiny_pipeline.save_official(tmp_path / "official"))
+    assert official.sampling == SamplingConfig(guidance_scale=1.5, top_k=900, top_p=0.96)
+    official.sampling = own.sampling
     assert torch.equal(own([1, 2], 3).images, official([1, 2], 3).images)
 
 

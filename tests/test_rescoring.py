@@ -54,13 +54,14 @@ def test_the_pipelines_own_log_probs(tiny_pipeline):
     torch.testing.assert_close(recomputed, out.log_probs, rtol=0, atol=1e-4)
 
 
-def test_by_default_it_is_the_models_own_distribution(tiny_pipeline):
+def test_unguided_and_unfiltered_it_is_the_models_own_distribution(tiny_pipeline):
     tokens = torch.randint(48, (6, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         conditioning = tiny_pipeline.transformer.conditioning_from_labels(torch.tensor(LABELS))
         logits = tiny_pipeline.transformer(conditioning, tiny_pipeline.tokenizer.tokens_to_inputs(tokens))
         expected = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
-        torch.testing.assert_close(log_probs(tiny_pipeline, LABELS, tokens), expected)
+        found = log_probs(tiny_pipeline, LABELS, tokens, SamplingConfig())
+        torch.testing.assert_close(found, expected)
 
 
 def test_the_log_probs_from_both_branches_by_hand(tiny_pipeline, schedule):
@@ -135,7 +136,7 @@ def test_the_gradient_is_that_of_finite_differences(make_pipeline):
 
 def test_without_guidance_the_null_class_gets_no_gradient(tiny_pipeline):
     tokens = drawn(tiny_pipeline, SamplingConfig()).tokens
-    log_probs(tiny_pipeline, LABELS, tokens).sum().backward()
+    log_probs(tiny_pipeline, LABELS, tokens, SamplingConfig()).sum().backward()
     gradient = tiny_pipeline.transformer.class_emb.weight.grad
     assert torch.equal(gradient[4], torch.zeros(64))
     assert (gradient[:4].abs().amax(1) > 1e-3).all()

@@ -19,8 +19,8 @@ class GRPOConfig(Record):
     """Images per group, G."""
     num_groups: int = Field(default=8, ge=1)
     """Groups per step, over all processes."""
-    class_labels: tuple[int, ...] | None = Field(default=None, min_length=1)
-    """Classes to train on; by default all classes of the model."""
+    class_labels: tuple[int | str, ...] | None = Field(default=None, min_length=1)
+    """Classes to train on, by number or name; by default all classes of the model."""
     num_iterations: int = Field(default=1, ge=1)
     """Optimizer steps per batch of rollouts."""
     loss_type: str = "grpo"

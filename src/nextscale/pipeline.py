@@ -3,10 +3,11 @@
 Shapes: B images · L tokens of all scales · H W pixels
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from PIL import Image
@@ -19,14 +20,17 @@ from nextscale.base.images import to_pil
 from nextscale.base.seeding import group_uniforms
 from nextscale.base.tensors import to_dtype
 from nextscale.models import hub, official, zoo
-from nextscale.models.class_names import imagenet_names
+from nextscale.models.class_names import find_class
 from nextscale.models.folder import CONFIG, read_config, read_networks, write_folder
 from nextscale.models.protocol import Conditioning, NextScaleModel
 from nextscale.models.var import VAR
 from nextscale.models.vqvae import VQVAE, check_same_grids
-from nextscale.policy import SamplingConfig
+from nextscale.policy import DEFAULT_SAMPLING, SamplingConfig
 from nextscale.report.model_card import write_model_card
 from nextscale.sampling import sample
+
+Classes = int | str | Tensor | Iterable[int | str]
+"""Classes by number or name; a single one may stand alone."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +95,20 @@ class VARPipeline:
         transformer: of any family; the part that is fine-tuned.
         tokenizer: the multi-scale VQVAE; always frozen.
         class_names: the name of each class, or None where they are unknown.
+        sampling: how the model is sampled by default: as its publishers recommend, or as it was trained.
         source: the name or path it was loaded by, or None.
     """
 
     def __init__(
-        self, transformer: NextScaleModel, tokenizer: VQVAE, class_names: Sequence[str] | None = None
+        self,
+        transformer: NextScaleModel,
+        tokenizer: VQVAE,
+        class_names: Sequence[str] | None = None,
+        sampling: SamplingConfig = DEFAULT_SAMPLING,
     ) -> None:
         self.transformer = transformer.eval()
         self.tokenizer = tokenizer.eval().requires_grad_(False)
+        self.sampling = sampling
         self.source: str | None = None
         self.class_names = None if class_names is None else tuple(class_names)
         num_classes = transformer.num_classes
@@ -153,9 +163,9 @@ class VARPipeline:
             ConfigError: the class names are not as many as the classes, or there is no such dtype or device.
         """
         transformer, tokenizer = official.load_official(var, vae, to_dtype(dtype))
-        if class_names is None and transformer.config.num_classes == len(imagenet_names()):
-            class_names = imagenet_names()
-        pipe = cls(transformer, tokenizer, class_names)
+        if class_names is None:
+            class_names = zoo.names_of(transformer.config)
+        pipe = cls(transformer, tokenizer, class_names, zoo.OFFICIAL_SAMPLING)
         pipe.source = str(var)
         return pipe.to(device)
 
@@ -193,7 +203,7 @@ class VARPipeline:
         config = read_config(folder)
         networks = read_networks(folder, config, dtype)
         try:
-            pipe = cls(*networks, config.class_names)
+            pipe = cls(*networks, config.class_names, config.sampling)
         except ConfigError as error:
             raise CheckpointError(
                 f"'{folder / CONFIG}' is not the configuration of a model: {error}"
@@ -208,7 +218,8 @@ class VARPipeline:
             folder: created if needed.
             dtype: of the stored floating-point tensors; by default each tensor's own.
         """
-        write_folder(Path(folder), self.transformer, self.tokenizer, self.class_names, dtype)
+        parts = self.transformer, self.tokenizer, self.class_names, self.sampling
+        write_folder(Path(folder), *parts, dtype)
         return Path(folder)
 
     def save_official(self, folder: str | Path, dtype: torch.dtype | str | None = None) -> tuple[Path, Path]:
@@ -253,26 +264,41 @@ class VARPipeline:
         """
         with TemporaryDirectory() as name:
             folder = self.save_pretrained(name, dtype)
-            write_model_card(folder, Path(run) if run else None, base=self.source, repository=repo_id)
+            run = Path(run) if run else None
+            write_model_card(folder, run, sampling=self.sampling, base=self.source, repository=repo_id)
             return hub.upload(
                 repo_id, folder, private, token=token, revision=revision, commit_message=commit_message
             )
 
-    def conditions(self, labels: Sequence[int]) -> list[Condition]:
-        """The conditions of these class labels.
+    def conditions(self, classes: Classes) -> list[Condition]:
+        """The conditions of these classes.
+
+        Args:
+            classes: numbers or names, as `find_class` takes them; a single one may stand alone.
 
         Raises:
-            ConfigError: the list is empty, or a label is not a class of the model.
+            ConfigError: the model draws no classes, none are given, or one is not a class of the model.
         """
-        if not len(labels):
+        if not self.num_classes:
+            raise ConfigError("the model has no classes: say what to draw with `conditions`")
+        is_several = isinstance(classes, Iterable) and not isinstance(classes, str)
+        several: Any = classes if is_several and getattr(classes, "ndim", 1) else [classes]
+        labels = [self._label(each) for each in several]
+        if not labels:
             raise ConfigError(f"no class labels given: give at least one of 0 to {self.num_classes - 1}")
-        for label in labels:
-            if not 0 <= label < self.num_classes:
-                raise ConfigError(
-                    f"class {label} is out of range: the model has classes 0 to {self.num_classes - 1}"
-                )
         names = self.class_names
-        return [Condition(int(label), names[label] if names else f"class {label}") for label in labels]
+        return [Condition(label, names[label] if names else f"class {label}") for label in labels]
+
+    def _label(self, given: Any) -> int:
+        value = given if getattr(given, "ndim", 1) else given.item()  # of a tensor or an array
+        last = self.num_classes - 1
+        if isinstance(value, str):
+            value = find_class(value, self.class_names or (), self.num_classes)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConfigError(f"class {value!r} cannot be used: give a name, or a number of 0 to {last}")
+        if not 0 <= value <= last:
+            raise ConfigError(f"class {value} is out of range: the model has classes 0 to {last}")
+        return value
 
     def all_conditions(self) -> list[Condition]:
         """The condition of each class.
@@ -280,8 +306,6 @@ class VARPipeline:
         Raises:
             ConfigError: the model draws no classes.
         """
-        if not self.num_classes:
-            raise ConfigError("the model has no classes: say what to draw with `conditions`")
         return self.conditions(range(self.num_classes))
 
     @torch.no_grad()
@@ -342,35 +366,39 @@ class VARPipeline:
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Sequence[int],
+        class_labels: Classes,
         num_images_per_label: int = 1,
         *,
-        guidance_scale: float = 1.5,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        temperature: float = 1.0,
+        guidance_scale: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float | None = None,
         seed: int = 0,
+        batch_size: int = 64,
     ) -> VAROutput:
         """Draw images. The images of the i-th label depend on (seed, i) alone.
 
         Args:
-            class_labels: classes to draw; a label may come more than once.
+            class_labels: classes to draw, by number or name; one may come more than once, and a single one
+                may stand alone.
             num_images_per_label: images for each; those of one label stand together.
-            guidance_scale: classifier-free guidance at the last scale; 0 switches it off.
+            guidance_scale: classifier-free guidance at the last scale; 0 switches it off. This and the next
+                three are by default those of `self.sampling`.
             top_k: keep the k likeliest tokens; 0 keeps all.
             top_p: keep the likeliest tokens that hold this share; 1 keeps all.
             temperature: divides the logits.
             seed: of the images.
+            batch_size: images run at once; it bounds the memory, and changes no token.
 
         Raises:
-            ConfigError: an empty list, a label or a setting out of range.
+            ConfigError: no classes, or a class or a setting that cannot be used.
         """
-        if num_images_per_label < 1:
-            raise ConfigError(f"num_images_per_label must be at least 1, got {num_images_per_label}")
-        sampling = SamplingConfig(
-            guidance_scale=guidance_scale, top_k=top_k, top_p=top_p, temperature=temperature
-        )
+        for name, number in (("num_images_per_label", num_images_per_label), ("batch_size", batch_size)):
+            if number < 1:
+                raise ConfigError(f"{name} must be at least 1, got {number}")
+        given = dict(guidance_scale=guidance_scale, top_k=top_k, top_p=top_p, temperature=temperature)
+        sampling = self.sampling.replace(**{key: each for key, each in given.items() if each is not None})
         conditions = self.conditions(class_labels)
         seeds = [("sample", seed, i) for i in range(len(conditions))]
-        drawn = self.draw(conditions, seeds, num_images_per_label, sampling)
+        drawn = self.draw(conditions, seeds, num_images_per_label, sampling, batch_size)
         return VAROutput(drawn.images, drawn.tokens, drawn.log_probs)

@@ -18,7 +18,7 @@ from nextscale.base.records import Record
 
 
 class SamplingConfig(Record):
-    """How tokens are drawn. The defaults draw from the model's own conditional distribution."""
+    """How tokens are drawn: guidance, temperature and filtering."""
 
     guidance_scale: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Classifier-free guidance at the last scale; grows linearly from 0 at the first. 0 turns it off."""
@@ -38,6 +38,10 @@ class SamplingConfig(Record):
     def is_filtered(self) -> bool:
         """Whether some tokens may get probability 0."""
         return self.top_k > 0 or 0 < self.top_p < 1
+
+
+DEFAULT_SAMPLING = SamplingConfig(guidance_scale=1.5)
+"""How a model is sampled that says nothing else."""
 
 
 def policy_logits(

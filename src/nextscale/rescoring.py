@@ -39,7 +39,7 @@ def teacher_forced_logits(
 
 def log_probs(
     pipe: "VARPipeline",
-    conditions: Tensor | Sequence[int] | Conditioning,
+    conditions: Tensor | Sequence[int | str] | Conditioning,
     tokens: Tensor,
     sampling: SamplingConfig | None = None,
 ) -> Tensor:
@@ -50,16 +50,16 @@ def log_probs(
     kept (docs/policy.md).
 
     Args:
-        conditions: B class labels, or a conditioning of B images from `encode_conditions`.
+        conditions: B classes by number or name, or a conditioning of B images from `encode_conditions`.
         tokens: (B, L) int64, as `pipe(...)` returns them.
-        sampling: the policy; by default the model's own conditional distribution.
+        sampling: the policy; by default the pipeline's, `pipe.sampling`.
 
     Returns:
         (B, L) float32.
     """
-    config = sampling or SamplingConfig()
+    config = sampling or pipe.sampling
     if not isinstance(conditions, Conditioning):
-        conditions = pipe.transformer.encode_conditions(pipe.conditions([int(each) for each in conditions]))
+        conditions = pipe.transformer.encode_conditions(pipe.conditions(conditions))
     inputs_BLD = pipe.tokenizer.tokens_to_inputs(tokens)
     logits_BLV = teacher_forced_logits(
         pipe.transformer, pipe.transformer.schedule, conditions, inputs_BLD, config

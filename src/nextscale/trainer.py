@@ -53,11 +53,13 @@ class GRPOTrainer:
         rewards: one reward, several by name, or a `RewardSet`, with weights, constraints and held-out ones.
         grpo: the algorithm.
         conditions: what to train on; by default `grpo.class_labels`, or else all classes of the model.
-        sampling: the policy that draws, and is trained.
+        sampling: the policy that draws, and is trained; by default the pipeline's. The trained pipeline keeps
+            it as its own.
         judges: independent classifiers for the evaluation.
         embed: embeddings for the evaluation's diversity.
         config_yaml: the contents of the run's `config.yaml`; by default the options above.
         command: the words that the run was started with, for its `environment.json`.
+        sources: name of a reward to the Python file that it is defined in; the run keeps a copy.
 
     Raises:
         ConfigError: options that do not fit the model or each other, or a folder that is in use or holds a
@@ -78,9 +80,10 @@ class GRPOTrainer:
         embed: Embedder | None = None,
         config_yaml: str | None = None,
         command: Sequence[str] = (),
+        sources: Mapping[str, Path] | None = None,
     ) -> None:
         self.grpo, self.run = grpo or GRPOConfig(), run or RunConfig()
-        self.sampling, self.optimizer_config = sampling or SamplingConfig(), optimizer or OptimizerConfig()
+        self.sampling, self.optimizer_config = sampling or pipe.sampling, optimizer or OptimizerConfig()
         self.rewards, self.judges, self.embed = RewardSet.of(rewards), judges, embed
         self.accelerator = make_accelerator(self.run)
         if conditions is None:
@@ -93,6 +96,7 @@ class GRPOTrainer:
         self.folder = RunFolder(Path(self.run.output_dir), self.accelerator.is_main_process)
         self.folder.check(resume=bool(self.run.resume), overwrite=self.run.overwrite)
         self.config_yaml, self.command = config_yaml or self._default_config(pipe.source), command
+        self.sources = sources or {}
 
         self.pipe = pipe.to(self.accelerator.device)
         transformer = pipe.transformer
@@ -135,7 +139,9 @@ class GRPOTrainer:
         """
         run = self.run
         self.folder.open(self.config_yaml, resume=bool(run.resume), overwrite=run.overwrite)
-        self.folder.write_environment(environment(self.accelerator.device, self.command))
+        self.folder.keep_sources(self.sources)
+        process = self.accelerator
+        self.folder.write_environment(environment(process.device, self.command, process.num_processes))
 
     def train(self) -> Path:
         """Run all steps; returns the run's folder. The pipeline is then as one that was loaded with these
@@ -195,6 +201,7 @@ class GRPOTrainer:
                 raise
 
         # The end: a checkpoint to go on from, and the final model if nothing is left to do.
+        self.pipe.sampling = self.sampling
         if self.saved != (self.step_done, self.step_evaluated):
             self.save()
         if signal_number and self.step_done < run.max_steps:
@@ -206,7 +213,7 @@ class GRPOTrainer:
         if process.is_main_process:
             check_finite(self.pipe.transformer)
             self.pipe.save_pretrained(self.folder.final)
-            write_model_card(self.folder.final, self.folder.path)
+            write_model_card(self.folder.final, self.folder.path, sampling=self.sampling)
         process.wait_for_everyone()
         return self.folder.path
 
@@ -456,7 +463,7 @@ class GRPOTrainer:
         sections = {
             "model": model,
             "sampling": self.sampling.model_dump(),
-            "rewards": self.rewards.roles(),
+            "rewards": self.rewards.describe(),
             "grpo": self.grpo.model_dump(),
             "optimizer": self.optimizer_config.model_dump(),
             "run": self.run.model_dump(),

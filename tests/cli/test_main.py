@@ -20,6 +20,7 @@ from nextscale.config.overrides import take_overrides
 from nextscale.config.recipe import Recipe, load_recipe
 from nextscale.models.zoo import TOY_ASSETS
 from nextscale.pipeline import VARPipeline
+from nextscale.policy import SamplingConfig
 from nextscale.rewards import AtLeast, AtMost
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
@@ -401,7 +402,9 @@ def test_a_run_folder_has_everything(folder, trained):
 
 def test_the_environment_holds_no_path(folder, trained):
     environment = json.loads((folder / "run" / "environment.json").read_text())
-    assert {"device", "num_threads", "torch", "nextscale", "python", "started", "command"} == set(environment)
+    assert set(environment) == {
+        "device", "num_processes", "num_threads", "torch", "nextscale", "python", "started", "command",
+    }  # fmt: skip
     assert environment["command"] == "nextscale train recipe.yaml"
     assert "/" not in json.dumps(environment)
 
@@ -423,11 +426,13 @@ def test_a_model_of_two_official_files(folder, make_pipeline, tmp_path, capsys, 
     assert (printed["model"], printed["vae"]) == (var, vae)
     assert "vae has no effect on" in fails(*words, "--vae", vae)
     assert "is not a checkpoint" in fails(*words, "--model", folder / "rewards.py", "--vae", vae)
-    words = ["--recipe", str(folder / "recipe.yaml"), "--num-images", "8", "--json"]
+    assert printed["sampling"]["top_k"] == 40 and printed["sampling"]["top_p"] == 0.96
+    words = ["--recipe", str(folder / "recipe.yaml"), "--num-images", "8", "--json", "--top-p", "1"]
     figures = []
     for model in ([var, "--vae", vae], [str(folder / "model")]):
         assert main(["evaluate", *model, *words]) == 0
         figures.append(json.loads(capsys.readouterr().out))
+        assert figures[-1].pop("model") == model[0]
     assert figures[0] == figures[1]
 
 
@@ -464,7 +469,7 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(folder, tmp_path):
         (("--rewards.more.python", "a.py:f"), "rewards.more"),
         (("--optimizer.lr_scheduler_type", "linear"), "optimizer.lr_scheduler_type is 'linear'"),
         (("--run.seed", "7"), "run.seed is 7"),
-        (("--model", "other"), "model is 'other'"),
+        (("--model", "toy"), "model is 'toy'"),
     ],
 )
 def test_resuming_with_another_recipe(folder, trained, fails, change, says):
@@ -510,6 +515,8 @@ def test_a_failing_reward_in_a_process(folder, tmp_path):
     ("words", "says"),
     [
         (["--model", "{folder}"], "is not a model folder"),
+        (["--grpo.class-labels", "[boat, bot]"], "the model has no class 'bot'; did you mean 'boat'?"),
+        (["--grpo.class-labels", "[1.5]"], "grpo.class_labels.0 = 1.5 cannot be used"),
         (["--model", "{folder}/rewards.py"], "no model"),
         (["--grpo.class-labels", "[0, 4]"], "class 4 is out of range: the model has classes 0 to 3"),
         (["--grpo.scale_weighting", "[1, 2]"], "scale_weighting needs 4 non-negative weights"),
@@ -644,16 +651,85 @@ def test_a_run_folder_is_no_model_but_tells_where_one_is(folder, trained, fails)
 def test_evaluate_with_a_recipe(folder, tmp_path, capsys):
     words = ["evaluate", str(folder / "model"), "--num-images", "8"]
     assert main([*words, "--recipe", str(folder / "recipe.yaml")]) == 0
-    table = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    table = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     measured = {f"rewards/bright/{key}" for key in ("mean", "std", "sem")}
-    assert set(table) == {"reward", "reward_std", "reward_sem", "num_images", *measured}
+    settings = {"model", "sampling", "mixed_precision", "seed"}
+    assert set(table) == {"reward", "reward_std", "reward_sem", "num_images", *measured, *settings}
+    assert table["model"] == str(folder / "model") and table["seed"] == "0"
+    assert table["sampling"] == "guidance_scale 1.5, temperature 1, top_k 40, top_p 1"
     path = tmp_path / "new" / "figures.json"
     reward = ["--reward", f"python={folder}/rewards.py:bright"]
     assert main([*words, *reward, "--top-k", "40", "--json", "--output", str(path)]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert json.loads(path.read_text()) == printed
     assert printed["reward"] == pytest.approx(float(table["reward"]), abs=1e-4)
-    assert printed["num_images"] == 8
+    assert printed["num_images"] == 8 and printed["seed"] == 0 and printed["mixed_precision"] == "no"
+    assert printed["model"] == str(folder / "model")
+    assert printed["sampling"] == {"guidance_scale": 1.5, "temperature": 1.0, "top_k": 40, "top_p": 1.0}
+
+
+def test_commands_sample_a_model_as_it_was_trained(folder, make_pipeline, tmp_path, capsys):
+    """What a recipe or an option does not say is the model's."""
+    pipe = make_pipeline(class_names=NAMES)
+    pipe.sampling = SamplingConfig(guidance_scale=4.0, temperature=0.5)
+    model = str(pipe.save_pretrained(tmp_path / "model"))
+    (tmp_path / "plain.yaml").write_text(f"""
+model: {model}
+rewards: {{bright: {{python: "{folder}/rewards.py:bright"}}}}
+grpo: {{num_groups: 1, num_generations: 2, class_labels: [boat, 3]}}
+run: {{output_dir: {tmp_path}/run, max_steps: 1, eval_steps: 0, report_to: none}}
+""")
+
+    def sampled(*words):
+        assert main(["evaluate", model, "--num-images", "4", "--json", *words]) == 0
+        return SamplingConfig(**json.loads(capsys.readouterr().out)["sampling"])
+
+    reward, recipe = f"python={folder}/rewards.py:bright", str(tmp_path / "plain.yaml")
+    assert sampled("--reward", reward) == sampled("--recipe", recipe) == pipe.sampling
+    changed = sampled("--recipe", str(folder / "recipe.yaml"), "--top-p", "0.9")
+    assert changed == SamplingConfig(guidance_scale=1.5, temperature=0.5, top_k=40, top_p=0.9)
+    words = ["--model", model, "--classes", "boat", "--separate", str(tmp_path / "drawn")]
+    assert main(["sample", *words, "--num-images", "1"]) == 0
+    with Image.open(tmp_path / "drawn" / "000-boat-000.png") as image:
+        assert image.tobytes() == pipe("boat").pil()[0].tobytes()
+    assert main(["train", recipe, "--sampling.top_k", "7"]) == 0
+    trained = pipe.sampling.replace(top_k=7)
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["sampling"] == trained.model_dump() and config["grpo"]["class_labels"] == ["boat", 3]
+    assert VARPipeline.from_pretrained(tmp_path / "run" / "final").sampling == trained
+    card = (tmp_path / "run" / "final" / "README.md").read_text()
+    assert "sampled with guidance_scale 4.0, temperature 0.5, top_k 7, top_p 1.0" in card
+
+
+def test_the_miniature_worlds_default_rewards_leave_the_sampling_to_the_model(tmp_path, capsys):
+    pipe = VARPipeline.from_pretrained("toy")
+    pipe.sampling = SamplingConfig(guidance_scale=0.0)
+    pipe.save_pretrained(tmp_path)
+    assert main(["evaluate", str(tmp_path), "--num-images", "8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sampling"]["guidance_scale"] == 0
+
+
+def test_evaluate_redraws_the_images_of_a_run_in_bfloat16(tmp_path, capsys):
+    words = ["--run.max_steps", "1", "--run.eval_num_images", "16", "--run.eval_seed", "7"]
+    words += ["--grpo.num_groups", "1", "--grpo.num_generations", "2", "--run.report_to", "none"]
+    path = tmp_path / "run"
+    assert main(["train", "toy-painting", *words, "--run.output_dir", str(path)]) == 0
+    last = metrics(path)[-1]
+    reward = ["--reward", "clip_score=a painting of a {label}", "--num-images", "16", "--seed", "7", "--json"]
+    capsys.readouterr()
+
+    def figures(*words):
+        assert main(["evaluate", str(path / "final"), *words]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    found = figures(*reward)
+    assert found["mixed_precision"] == "bf16"
+    for name in ("reward", "reward_std", "diversity", "judge/class_accuracy", "judge/style/photo"):
+        assert found[name] == last[f"eval_{name}"], name
+    assert figures(*reward, "--mixed-precision", "no")["reward"] != found["reward"]
+    recipe = ["--recipe", str(path / "config.yaml"), *reward[2:]]
+    again = figures(*recipe)
+    assert again["reward"] == found["reward"] and again["mixed_precision"] == "bf16"
 
 
 def test_evaluate_the_classes_asked_for(folder, capsys):

@@ -4,9 +4,12 @@ import pytest
 import yaml
 
 from nextscale.base.errors import ConfigError
-from nextscale.config.build import make_rewards
+from nextscale.config.build import make_rewards, resolve
+from nextscale.config.files import packaged_recipes
 from nextscale.config.recipe import Recipe, load_recipe, to_yaml
 from nextscale.config.resume import check_resumable
+from nextscale.models import zoo
+from nextscale.policy import SamplingConfig
 from nextscale.rewards.kinds import read_reward
 
 PAINTING = "rewards: {painting: {clip_score: 'a painting of a {label}', clip: toy}}\n"
@@ -26,6 +29,35 @@ def write(tmp_path):
 def test_a_bound_is_a_number_or_base(bound):
     with pytest.raises(ConfigError, match=r"rewards\.painting\.at_most = .* expected a number, or base"):
         load_recipe("toy-painting", {"rewards.painting.at_most": bound})
+
+
+def test_rewards_misspelt(write):
+    with pytest.raises(ConfigError, match="unknown key 'reward'; did you mean 'rewards'"):
+        load_recipe(write(PAINTING.replace("rewards", "reward")))
+
+
+@pytest.mark.parametrize(
+    ("text", "sampling"),
+    [
+        ("", {}),
+        ("sampling: {}\n", {}),
+        ("sampling: {top_k: 5}\n", {"top_k": 5}),
+        ("sampling: {guidance_scale: 0.0, top_k: 0, top_p: 1}\n",
+         {"guidance_scale": 0.0, "top_k": 0, "top_p": 1.0}),
+    ],
+)  # fmt: skip
+def test_sampling_that_is_not_given_is_the_models(write, text, sampling):
+    for model, own in (("toy", {"guidance_scale": 1.5}), ("var-d16", zoo.OFFICIAL_SAMPLING.model_dump())):
+        recipe = load_recipe(write(f"model: {model}\n{text}{PAINTING}"))
+        resolved = resolve(recipe)
+        assert resolved.sampling == SamplingConfig(**own | sampling)
+        assert resolved.replace(sampling=recipe.sampling) == recipe and resolve(resolved) == resolved
+
+
+def test_packaged_recipes_sample_as_before():
+    for name in packaged_recipes():
+        sampling = resolve(load_recipe(name)).sampling
+        assert sampling == SamplingConfig(guidance_scale=1.5), name
 
 
 def test_a_recipe_trains_on_a_reward():

@@ -9,10 +9,12 @@ from nextscale.base.errors import CheckpointError
 from nextscale.base.records import Record
 from nextscale.models import folder as folders
 from nextscale.models.var import VAR
+from nextscale.policy import SamplingConfig
 
 
 def test_what_stands_in_a_folder(make_pipeline, tmp_path):
     pipe = make_pipeline(class_names=["fish", "hare", "boat", "tree"])
+    pipe.sampling = SamplingConfig(guidance_scale=3, top_k=5)
     pipe.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(folders.FILES)
     assert json.loads((tmp_path / folders.CONFIG).read_text()) == {
@@ -21,6 +23,7 @@ def test_what_stands_in_a_folder(make_pipeline, tmp_path):
         "transformer": json.loads(pipe.transformer.config.model_dump_json()),
         "tokenizer": json.loads(pipe.tokenizer.config.model_dump_json()),
         "class_names": ["fish", "hare", "boat", "tree"],
+        "sampling": {"guidance_scale": 3.0, "temperature": 1.0, "top_k": 5, "top_p": 1.0},
     }
 
 
@@ -32,9 +35,10 @@ def change(folder, **values):
 def test_a_folder_without_a_family_holds_a_var(tiny_pipeline, tmp_path):
     tiny_pipeline.save_pretrained(tmp_path)
     config = json.loads((tmp_path / folders.CONFIG).read_text())
-    del config["family"], config["class_names"]
+    del config["family"], config["class_names"], config["sampling"]
     (tmp_path / folders.CONFIG).write_text(json.dumps(config))
     read = folders.read_config(tmp_path)
+    assert read.sampling == SamplingConfig(guidance_scale=1.5)  # as `sample` drew from such a folder
     assert read.family == "var" and read.transformer == tiny_pipeline.transformer.config
     assert isinstance(folders.read_networks(tmp_path, read)[0], VAR)
 

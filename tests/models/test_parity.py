@@ -71,7 +71,7 @@ def test_every_layer_on_the_way_to_the_logits(parity_pipeline, golden):
 
 def test_the_log_probs_of_the_unguided_policy(parity_pipeline, golden):
     with torch.no_grad():
-        ours = log_probs(parity_pipeline, golden["labels"], golden["idx"])
+        ours = log_probs(parity_pipeline, golden["labels"], golden["idx"], SamplingConfig())
     torch.testing.assert_close(ours, golden["logprob"], **LOGITS)
 
 

@@ -65,7 +65,9 @@ def test_sizes_are_those_of_the_official_tensors(name, official_shapes):
     model = zoo.OFFICIAL_MODELS[name]
     shapes = [official_shapes[file.removesuffix(".pth")] for file in model.files]
     sizes = shapes[0]["config"]
-    assert zoo.sizes_of(name) == (model.transformer, model.tokenizer)
+    described = zoo.describe(name)
+    assert (described.transformer, described.tokenizer) == (model.transformer, model.tokenizer)
+    assert described.class_names == imagenet_names() and described.sampling == zoo.sampling_of(name)
     assert model.transformer == VARConfig(
         depth=sizes["depth"],
         width=sizes["embed_dim"],
@@ -82,7 +84,7 @@ def test_sizes_are_those_of_the_official_tensors(name, official_shapes):
     assert model.num_bytes() == tuple(
         sum(math.prod(shape) * width[kind] for shape, kind in each["state_dict"].values()) for each in shapes
     )
-    assert model.sampling.model_dump() == dict(guidance_scale=1.5, temperature=1.0, top_k=900, top_p=0.96)
+    assert described.sampling.model_dump() == dict(guidance_scale=1.5, temperature=1.0, top_k=900, top_p=0.96)
 
 
 def test_the_larger_model_has_the_lower_fid():
@@ -97,13 +99,17 @@ def test_a_folder_tells_its_sizes_without_its_weights(tiny_pipeline, tmp_path):
     folder = tiny_pipeline.save_pretrained(tmp_path)
     for file in folder.glob("*.safetensors"):
         file.unlink()
-    assert zoo.sizes_of(str(folder)) == (tiny_pipeline.transformer.config, tiny_pipeline.tokenizer.config)
+    read = zoo.describe(str(folder))
+    assert read.transformer == tiny_pipeline.transformer.config
+    assert read.tokenizer == tiny_pipeline.tokenizer.config
 
 
 def test_official_files_tell_their_sizes(tiny_pipeline, tmp_path):
     var, vae = tiny_pipeline.save_official(tmp_path)
-    expected = tiny_pipeline.transformer.config, tiny_pipeline.tokenizer.config
-    assert zoo.sizes_of(str(var), str(vae)) == expected
+    read = zoo.describe(str(var), str(vae))
+    assert read.transformer == tiny_pipeline.transformer.config
+    assert read.tokenizer == tiny_pipeline.tokenizer.config
+    assert read.class_names is None and read.sampling == zoo.sampling_of(str(var), str(vae))
 
 
 @pytest.mark.parametrize(
@@ -121,13 +127,13 @@ def test_a_folder_that_tells_no_sizes(tmp_path, content, says):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError) as caught:
-        zoo.sizes_of(str(tmp_path))
+        zoo.describe(str(tmp_path))
     assert says in str(caught.value)
 
 
 def test_no_such_model():
     with pytest.raises(CheckpointError, match=r"no model 'var-d17'.*did you mean 'var-d"):
-        zoo.sizes_of("var-d17")
+        zoo.describe("var-d17")
 
 
 # From the cache
@@ -137,7 +143,9 @@ def test_a_published_model_from_the_cache(cache, official, pipe):
     put(cache, REPOSITORY, official)
     again = VARPipeline.from_pretrained("var-d16")
     assert again.class_names == imagenet_names() and again.conditions([207])[0].text == "golden retriever"
-    assert torch.equal(again([207], 2).tokens, pipe([207], 2).tokens)
+    recommended = again.sampling.model_dump()
+    assert recommended == dict(guidance_scale=1.5, temperature=1.0, top_k=900, top_p=0.96)
+    assert torch.equal(again([207], 2).tokens, pipe([207], 2, **recommended).tokens)
 
 
 def test_own_repository_from_the_cache(cache, make_pipeline, tmp_path):
@@ -240,9 +248,8 @@ def test_the_command_line_takes_published_models_and_local_files(cache, official
     assert main(["sample", "--model", "var-d16", *words]) == 0
     assert capsys.readouterr().out.endswith("rows golden retriever, macaw\n")
     local = ["--model", str(official["var_d16.pth"]), "--vae", str(official["vae_ch160v4096z32.pth"])]
-    drawn = ["--top-k", "900", "--top-p", "0.96", "--output", str(tmp_path / "b.png")]
-    assert main(["sample", *local, *words, *drawn]) == 0
-    # What the authors recommend for d16 is the default: the same images.
+    assert main(["sample", *local, *words, "--output", str(tmp_path / "b.png")]) == 0
+    # What the authors recommend for d16 is the default of both: the same images.
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert main(["sample", *local, "--classes", "panda"]) == 2
     assert "it may be 387 (lesser panda) or 388 (giant panda)" in capsys.readouterr().err

@@ -10,9 +10,10 @@ from nextscale.config.files import RECIPES, packaged_recipes
 from nextscale.config.recipe import load_recipe
 from nextscale.config.rehearsal import plan_recipe, rehearse
 from nextscale.grpo import GRPOConfig
+from nextscale.models import zoo
 from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAEConfig
-from nextscale.models.zoo import TOY_ASSETS, sizes_of
+from nextscale.models.zoo import TOY_ASSETS
 from nextscale.plan.gpus import GPUS, find_gpu
 from nextscale.plan.phases import Phases
 from nextscale.plan.planning import USABLE_MEMORY, UTILISATION, describe, make_plan
@@ -55,7 +56,8 @@ def by_hand(config: VARConfig, lengths: list[int], seen: list[int], embedded: in
 
 def test_d16_costs_what_the_official_model_does():
     """601 GFLOP to sample with guidance, 394 to decode, 310 for a forward pass, 930 with the backward."""
-    config, tokenizer = sizes_of("var-d16")
+    model = zoo.describe("var-d16")
+    config, tokenizer = model.transformer, model.tokenizer
     run = RunConfig(per_device_train_batch_size=1, per_device_eval_batch_size=1)
     phases = Phases(config, tokenizer, GRPOConfig(), GUIDED, run, 1)
     lengths = [size * size for size in config.scale_sizes]
@@ -188,6 +190,7 @@ def test_a_recipe_of_a_published_model_is_checked_without_weights(name, monkeypa
     assert recipe.run.output_dir == f"runs/{name}" and recipe.model == name.rpartition("-")[0]
     for key, value, says in (
         ("grpo.class_labels", "[0, 1000]", "class 1000 is out of range"),
+        ("grpo.class_labels", "[volcano, volcan]", "no class 'volcan'; did you mean 'volcano'"),
         ("grpo.scale_weighting", "[1.0, 2.0]", "scale_weighting needs 10"),
     ):
         with pytest.raises(ConfigError, match=says):

@@ -17,12 +17,14 @@ from nextscale.base.errors import CheckpointError, ConfigError
 from nextscale.cli.main import main
 from nextscale.grpo import GRPOConfig
 from nextscale.pipeline import VARPipeline
+from nextscale.policy import SamplingConfig
 from nextscale.report import model_card
 from nextscale.report.model_card import write_model_card
 from nextscale.runs.config import RunConfig
 from nextscale.trainer import GRPOTrainer
 
 NAMES = ["fish", "hare", "boat", "tree"]
+TRAINED = SamplingConfig(guidance_scale=2, top_k=5)
 CONFIG = """
 description: Learns to be bright.
 model: {model}
@@ -63,7 +65,7 @@ def card(run, tmp_path):
     def write(**settings):
         folder = tmp_path / "model"
         folder.mkdir(exist_ok=True)
-        text = write_model_card(folder, run, **settings).read_text()
+        text = write_model_card(folder, run, **{"sampling": TRAINED} | settings).read_text()
         _, front, body = text.split("---\n", 2)
         return yaml.safe_load(front), body
 
@@ -140,11 +142,16 @@ def test_the_pictures_are_of_the_first_and_the_last_step(card, tmp_path):
 
 def test_how_to_load_it(card):
     assert 'ns.VARPipeline.from_pretrained("someone/bright")' in card(repository="someone/bright")[1]
-    assert 'ns.VARPipeline.from_official("var.pth", "vae.pth")' in card(is_official=True)[1]
+    official = card(is_official=True)[1]
+    assert 'ns.VARPipeline.from_official("var.pth", "vae.pth")' in official
+    policy = "guidance_scale=2.0, temperature=1.0, top_k=5, top_p=1.0"
+    assert f"pipe.sampling = ns.SamplingConfig({policy})" in official  # the files hold no sampling
+    for text in (card()[1], official):
+        assert "sampled with guidance_scale 2.0, temperature 1.0, top_k 5, top_p 1.0." in text
 
 
 def test_a_model_without_a_run(tmp_path):
-    text = write_model_card(tmp_path, base="var-d20").read_text()
+    text = write_model_card(tmp_path, sampling=TRAINED, base="var-d20").read_text()
     front = yaml.safe_load(text.split("---\n")[1])
     assert front["base_model"] == "FoundationVision/var" and "grpo" not in front["tags"]
     assert "## How to load it" in text and "## Recipe" not in text
@@ -161,7 +168,7 @@ def test_the_template_uses_what_it_is_given_and_nothing_else(run, tmp_path, monk
         return render(data, **values)
 
     monkeypatch.setattr(ModelCard, "from_template", record)
-    write_model_card(tmp_path, run if has_run else None)
+    write_model_card(tmp_path, run if has_run else None, sampling=TRAINED)
     used = meta.find_undeclared_variables(Environment().parse(model_card.TEMPLATE.read_text()))
     assert set(given) - {"template_path"} <= used
     if has_run:
@@ -173,14 +180,14 @@ def test_a_card_is_written_offline(run, tmp_path, monkeypatch):
         raise AssertionError("a connection was opened")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    write_model_card(tmp_path, run, repository="someone/bright")
+    write_model_card(tmp_path, run, sampling=TRAINED, repository="someone/bright")
 
 
 def test_what_is_no_run_folder(tmp_path):
     with pytest.raises(ConfigError, match="no run folder"):
         (tmp_path / "x").mkdir()
         (tmp_path / "x" / "y").touch()
-        write_model_card(tmp_path, tmp_path / "x")
+        write_model_card(tmp_path, tmp_path / "x", sampling=TRAINED)
 
 
 # From the trainer

@@ -19,6 +19,7 @@ from nextscale.base.errors import ConfigError
 from nextscale.cli.main import main
 from nextscale.grpo import GRPOConfig
 from nextscale.pipeline import VARPipeline
+from nextscale.rewards import ClipScore, RewardSet
 from nextscale.runs.config import RunConfig
 from nextscale.runs.writer import RunFolder
 from nextscale.trainer import GRPOTrainer
@@ -236,6 +237,9 @@ def test_a_resumed_run_keeps_the_metrics_up_to_its_checkpoint(tmp_path: Path) ->
 def test_overwriting_removes_the_earlier_run(tmp_path: Path) -> None:
     folder = opened(tmp_path / "run")
     folder.append_metrics({"step": 1})
+    folder.write_environment({"device": "cpu"})
+    (tmp_path / "bright.py").touch()
+    folder.keep_sources({"bright": tmp_path / "bright.py"})
     for path in (folder.checkpoints / "step-000001", folder.final, folder.samples, folder.tensorboard):
         path.mkdir(parents=True)
     folder.report.touch()
@@ -244,3 +248,60 @@ def test_overwriting_removes_the_earlier_run(tmp_path: Path) -> None:
     opened(folder.path, "b: 2\n", overwrite=True).close()
     assert {path.name for path in folder.path.iterdir()} == {"config.yaml", "mine.txt", ".lock"}
     assert folder.config.read_text() == "b: 2\n"
+
+
+def test_overwriting_removes_a_run_that_ended_before_its_first_line(tmp_path: Path) -> None:
+    folder = opened(tmp_path / "run")
+    folder.write_environment({"device": "cpu"})
+    folder.save_grid(0, torch.zeros(1, 1, 3, 8, 8), ["star"])
+    folder.close()
+    opened(folder.path, overwrite=True).close()
+    assert {path.name for path in folder.path.iterdir()} == {"config.yaml", ".lock"}
+
+
+# What a run keeps of how it was made
+
+
+def test_a_run_keeps_the_files_of_its_rewards(make_pipeline: Any, tmp_path: Path) -> None:
+    make_pipeline().save_pretrained(tmp_path / "model")
+    source = "def bright(images, conditions):\n    return images.mean((1, 2, 3))\n"
+    (tmp_path / "mine.py").write_text(source)
+    run = QUIET | {"output_dir": str(tmp_path / "run")}
+    recipe = {"model": str(tmp_path / "model"), "run": run, "grpo": {"num_groups": 1, "num_generations": 2}}
+    recipe["rewards"] = {"shiny": {"python": "mine.py:bright"}, "grey": {"pixels": "brightness"}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
+    kept = tmp_path / "run" / "rewards"
+    assert {path.name: path.read_text() for path in kept.iterdir()} == {"shiny.py": source}
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["rewards"]["shiny"]["function"] == f"{tmp_path}/mine.py:bright"
+
+
+def test_a_run_from_python_records_prompts_roles_and_environment(tiny_pipeline: Any, tmp_path: Path) -> None:
+    class Judge:
+        question = "Is this a {label}?"
+        secret = "sesame"
+
+        def __call__(self, images: Tensor, conditions: list) -> Tensor:
+            return images.mean((1, 2, 3))
+
+    painting = ClipScore("a painting of a {label}", clip="toy", negative="a photo")
+    rewards = RewardSet({"painting": painting, "judge": Judge(), "mean": brightness}, {"judge": 0.5})
+    run = RunConfig(**QUIET | {"output_dir": str(tmp_path / "run")})
+    trainer = GRPOTrainer(tiny_pipeline, rewards, GRPOConfig(num_groups=1, num_generations=2), run=run)
+    trainer.open()
+    trainer.folder.close()
+    text = trainer.folder.config.read_text()
+    assert yaml.safe_load(text)["rewards"] == {
+        "painting": {
+            "kind": "ClipScore",
+            "positive": ["a painting of a {label}"],
+            "negative": ["a photo"],
+            "weight": 1.0,
+        },
+        "judge": {"kind": "Judge", "question": "Is this a {label}?", "weight": 0.5},
+        "mean": {"kind": "brightness", "weight": 1.0},
+    }
+    assert "sesame" not in text
+    told = json.loads(trainer.folder.environment.read_text())
+    assert told["num_processes"] == 1 and told["command"] == ""

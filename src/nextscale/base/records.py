@@ -75,7 +75,9 @@ def describe_validation_error(record: type[pydantic.BaseModel], error: pydantic.
     """One sentence about the first error."""
     first = error.errors()[0]
     # pydantic adds which member of a union it tried, such as str or literal['token','scale']: not in the key
-    path = [str(part) for part in first["loc"] if "[" not in str(part) and part not in ("str", "float")]
+    path = [
+        str(part) for part in first["loc"] if "[" not in str(part) and part not in ("str", "int", "float")
+    ]
     key = ".".join(path) or record.__name__
     if first["type"] == "unknown_key":
         context = first.get("ctx", {})

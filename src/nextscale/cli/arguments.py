@@ -9,12 +9,10 @@ from nextscale.cli.parser import Parser, complete_with
 from nextscale.config.files import packaged_recipes, read_mapping
 from nextscale.config.overrides import apply_overrides
 from nextscale.config.schema import Schema, recipe_sections, type_name, words_of
-from nextscale.models.class_names import find_class
 
 if TYPE_CHECKING:
     from nextscale.config.recipe import Recipe
     from nextscale.pipeline import VARPipeline
-    from nextscale.policy import SamplingConfig
 
 MODEL = '"toy", a published model such as "var-d16", or a folder or hub repository that nextscale wrote'
 CLASSES = "class names or numbers, separated by commas"
@@ -82,23 +80,17 @@ def load_model(args: argparse.Namespace) -> "VARPipeline":
     return load_pipeline(args.model, args.vae, device=device)
 
 
-def labels_of(args: argparse.Namespace, pipe: "VARPipeline") -> list[int] | None:
-    """The classes that were asked for, by number or name; None if none were."""
+def classes_of(args: argparse.Namespace) -> list[str] | None:
+    """The classes that were asked for, by number or name; None if `--classes` was not given."""
     if args.classes is None:
         return None
-    words = [word.strip() for word in args.classes.split(",") if word.strip()]
-    labels = [find_class(word, pipe.class_names or (), pipe.num_classes) for word in words]
-    pipe.conditions(labels)
-    return labels
+    return [word.strip() for word in args.classes.split(",") if word.strip()]
 
 
-def sampling_of(args: argparse.Namespace, recipe: "Recipe | None" = None) -> "SamplingConfig":
-    """The recipe's sampling, or what is recommended for the model, with the options that were given."""
-    from nextscale.models.zoo import recommended_sampling
-
-    sampling = recipe.sampling if recipe else recommended_sampling(args.model)
-    given = {name: getattr(args, name) for name in type(sampling).model_fields}
-    return sampling.replace(**{name: value for name, value in given.items() if value is not None})
+def given_sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of sampling that were given, by name."""
+    names = ("guidance_scale", "temperature", "top_k", "top_p")
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
 def save_image(image: Any, path: Path) -> None:

@@ -12,6 +12,7 @@ from nextscale.cli.parser import add_command, complete_with
 from nextscale.config.files import find_recipe, packaged_recipes
 
 if TYPE_CHECKING:
+    from nextscale.config.recipe import Recipe
     from nextscale.rewards.protocol import RewardConfig
 
 
@@ -27,14 +28,17 @@ def add(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help=arguments.MODEL)
     arguments.add_vae(parser)
     which = parser.add_mutually_exclusive_group()
-    text = "use this recipe's rewards and sampling (default for models of the miniature world: toy-combined)"
+    text = "use this recipe's rewards, classes and sampling (default in the miniature world: toy-combined's "
+    text += "rewards)"
     complete_with(which.add_argument("--recipe", metavar="RECIPE", help=text), packaged_recipes(), "yaml")
     text = "use this reward, such as aesthetic=, clip_score=, pixels= or python=; can be given several times"
     which.add_argument("--reward", action="append", metavar="KIND=VALUE", help=text)
     parser.option("--clip", str, "CLIP model for diversity and for the rewards given by --reward")
     parser.option("--classes", str, arguments.CLASSES, shown="those of the recipe, or all")
     parser.option("--num-images", int, "minimum number of images", 512)
-    arguments.add_drawing_options(parser, "the recipe's, or recommended for the model")
+    arguments.add_drawing_options(parser, "the recipe's, or the model's")
+    text = "precision of all networks (default: the recipe's, or that of the run that trained the model)"
+    parser.add_argument("--mixed-precision", choices=("no", "bf16"), help=text)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.option("--output", Path, "also write the JSON to this file")
 
@@ -44,9 +48,12 @@ def run(args: Namespace) -> int:
         raise ConfigError(f"--num-images must be at least 2, got {args.num_images}")
     if args.recipe:
         find_recipe(args.recipe)  # a wrong name is answered before the seconds that importing torch takes
+    import torch
+
     from nextscale import evaluation
     from nextscale.config.build import embedder, is_miniature, judges_for, make_rewards
     from nextscale.config.recipe import load_recipe
+    from nextscale.runs.config import RunConfig
 
     pipe = arguments.load_model(args)
     if args.reward:
@@ -57,28 +64,58 @@ def run(args: Namespace) -> int:
         clip, rewards = args.clip or recipe.run.diversity_clip, recipe.rewards
     else:
         raise ConfigError("no rewards given: say which with --recipe or --reward")
-    labels = arguments.labels_of(args, pipe) or (recipe.grpo.class_labels if recipe else None)
-    result = evaluation.evaluate(
-        pipe,
-        make_rewards(rewards),
-        arguments.sampling_of(args, recipe),
-        num_images=args.num_images,
-        seed=args.seed,
-        conditions=pipe.conditions(labels) if labels else None,
-        judges=judges_for(pipe),
-        embed=embedder(clip),
-    )
-    text = json.dumps(result.metrics, indent=2)
+    recipe = recipe if args.recipe else None  # else it was for its rewards alone: the model says the rest
+    given = recipe.sampling.model_dump(exclude_unset=True) if recipe else {}
+    sampling = pipe.sampling.replace(**given | arguments.given_sampling(args))
+    classes = arguments.classes_of(args)
+    if classes is None and recipe:
+        classes = recipe.grpo.class_labels
+    precision = _precision(args, recipe)
+    with torch.autocast(pipe.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        result = evaluation.evaluate(
+            pipe,
+            make_rewards(rewards),
+            sampling,
+            num_images=args.num_images,
+            seed=args.seed,
+            conditions=None if classes is None else pipe.conditions(classes),
+            judges=judges_for(pipe),
+            embed=embedder(clip),
+            batch_size=(recipe.run if recipe else RunConfig()).per_device_eval_batch_size,
+        )
+    settings = {
+        "model": args.model,
+        "sampling": sampling.model_dump(),
+        "mixed_precision": precision,
+        "seed": args.seed,
+    }
+    text = json.dumps(settings | result.metrics, indent=2)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(text + "\n")
     if args.json:
         print(text)
     else:
-        width = max(map(len, result.metrics))
+        drawn = ", ".join(f"{name} {value:g}" for name, value in sampling.model_dump().items())
+        width = max(map(len, [*settings, *result.metrics]))
+        for name, value in (settings | {"sampling": drawn}).items():
+            print(f"{name:{width}}  {value}")
         for name, value in result.metrics.items():
             print(f"{name:{width}}  {value:10.4f}".rstrip("0").rstrip("."))
     return 0
+
+
+def _precision(args: Namespace, recipe: "Recipe | None") -> str:
+    """As asked for, or as the recipe says, or as the run did that trained the model."""
+    from nextscale.runs.reader import find_run, read_run
+
+    if args.mixed_precision:
+        return args.mixed_precision
+    if recipe and "mixed_precision" in recipe.run.model_fields_set:
+        return recipe.run.mixed_precision
+    run, _ = find_run(args.model)
+    settings = read_run(run).config.get("run") if run else None
+    return settings.get("mixed_precision", "no") if isinstance(settings, dict) else "no"
 
 
 def rewards_of_words(words: list[str], clip: str | None) -> "dict[str, RewardConfig]":

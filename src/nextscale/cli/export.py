@@ -45,7 +45,14 @@ def run(args: Namespace) -> int:
     is_official = args.format == "official"
     save = pipe.save_official if is_official else pipe.save_pretrained
     save(args.output, dtype)
-    write_model_card(args.output, run, base=pipe.source, repository=args.push_to_hub, is_official=is_official)
+    write_model_card(
+        args.output,
+        run,
+        sampling=pipe.sampling,
+        base=pipe.source,
+        repository=args.push_to_hub,
+        is_official=is_official,
+    )
     print(args.output)
     if args.push_to_hub:
         print(hub.upload(args.push_to_hub, args.output, args.private))

@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
     arguments.add_vae(parser)
     parser.option("--classes", str, arguments.CLASSES, shown=f"the first {MAX_ROWS}")
     parser.option("--num-images", int, "images per class", 4)
-    arguments.add_drawing_options(parser, "recommended for the model")
+    arguments.add_drawing_options(parser, "the model's")
     parser.option("--output", Path, "save all images in one picture, a row per class", shown="samples.png")
     parser.option("--separate", Path, "save each image in a file of its own, in this folder")
 
@@ -35,11 +35,11 @@ def run(args: Namespace) -> int:
     from nextscale.base.images import to_pil
 
     pipe = arguments.load_model(args)
-    labels = arguments.labels_of(args, pipe)
-    if labels is None:
-        labels = list(range(min(pipe.num_classes, MAX_ROWS)))
-    out = pipe(labels, args.num_images, seed=args.seed, **arguments.sampling_of(args).model_dump())
-    names = [condition.text for condition in pipe.conditions(labels)]
+    classes = arguments.classes_of(args)
+    if classes is None:
+        classes = range(min(pipe.num_classes, MAX_ROWS))
+    names = [condition.text for condition in pipe.conditions(classes)]
+    out = pipe(classes, args.num_images, seed=args.seed, **arguments.given_sampling(args))
     if args.separate:
         for i, image in enumerate(out.pil()):
             row, column = divmod(i, args.num_images)
@@ -48,7 +48,7 @@ def run(args: Namespace) -> int:
         print(f"{len(out.images)} images in {args.separate}")
     if args.output or not args.separate:
         path = args.output or Path("samples.png")
-        grid = rearrange(out.images, "(rows columns) c h w -> 1 c (rows h) (columns w)", rows=len(labels))
+        grid = rearrange(out.images, "(rows columns) c h w -> 1 c (rows h) (columns w)", rows=len(names))
         arguments.save_image(to_pil(grid)[0], path)
         print(f"{path}: rows {', '.join(names)}")
     return 0

@@ -45,11 +45,13 @@ def run(args: Namespace) -> int:
 
 def _rehearse(recipe: "Recipe") -> int:
     """Check a recipe, and print it with its plan in comments."""
+    from nextscale.config.build import resolve
     from nextscale.config.recipe import to_yaml
     from nextscale.config.rehearsal import plan_recipe, rehearse
     from nextscale.plan.planning import describe
 
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun and accelerate launch
+    recipe = resolve(recipe)
     missing = rehearse(recipe, num_processes)
     print(to_yaml(recipe), end="")
     plan = describe(plan_recipe(recipe, num_gpus=num_processes))

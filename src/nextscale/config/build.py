@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from nextscale.base.errors import CheckpointError, ConfigError, NextscaleError
+from nextscale.base.errors import ConfigError, NextscaleError
 from nextscale.config.recipe import Recipe, to_yaml
 from nextscale.config.resume import check_folder
 from nextscale.evaluation import Embedder, Judges
@@ -16,6 +16,7 @@ from nextscale.pipeline import VARPipeline
 from nextscale.rewards import Reward, RewardSet
 from nextscale.rewards.networks.clip import load_clip
 from nextscale.rewards.protocol import RewardConfig
+from nextscale.rewards.python import PythonConfig
 from nextscale.toy.judges import judge_images
 from nextscale.toy.world import CLASSES, IMAGE_SIZE
 from nextscale.trainer import GRPOTrainer
@@ -37,21 +38,24 @@ def load_pipeline(
     """The model that `Recipe.model` and `Recipe.vae` name.
 
     Raises:
-        CheckpointError: it cannot be loaded; if it is a run folder, the sentence says where its model is.
+        CheckpointError: it cannot be loaded.
         ConfigError: `vae` is given, but the model is not a file.
     """
-    if vae is not None and not Path(name).is_file():
-        raise ConfigError(f"vae has no effect on '{name}', which is no file: give a transformer's, or no vae")
-    try:
-        if vae is not None:
-            return VARPipeline.from_official(name, vae, dtype, device)
+    if vae is None:
         return VARPipeline.from_pretrained(name, dtype, device)
-    except CheckpointError as error:
-        if (Path(name) / "final" / "config.json").is_file():
-            raise CheckpointError(
-                f"'{name}' is a run folder; its model is '{Path(name) / 'final'}'"
-            ) from None
-        raise error from None
+    if not Path(name).is_file():
+        raise ConfigError(f"vae has no effect on '{name}', which is no file: give a transformer's, or no vae")
+    return VARPipeline.from_official(name, vae, dtype, device)
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """The recipe with those keys of `sampling` that it does not give taken from its model.
+
+    Raises:
+        CheckpointError: there is no such model.
+    """
+    given = recipe.sampling.model_dump(exclude_unset=True)
+    return recipe.replace(sampling=zoo.sampling_of(recipe.model, recipe.vae).replace(**given))
 
 
 def make_rewards(configs: dict[str, RewardConfig]) -> RewardSet:
@@ -92,6 +96,9 @@ def embedder(clip: str | None) -> Embedder | None:
 def build_parts(recipe: Recipe) -> Parts:
     """Load everything a run needs, and check everything that can be checked before it starts; writes nothing.
 
+    Args:
+        recipe: as `resolve` returns it.
+
     Raises:
         NextscaleError: something cannot be loaded, or does not fit together.
     """
@@ -114,6 +121,7 @@ def build_trainer(recipe: Recipe, command: Sequence[str] = ()) -> GRPOTrainer:
     Args:
         command: the words the run was started with, recorded in its environment.json.
     """
+    recipe = resolve(recipe)
     parts = build_parts(recipe)
     # How it was started is no property of the run: config.yaml is a recipe that can be run again.
     lasting = recipe.replace(run=recipe.run.replace(resume=None, overwrite=False))
@@ -128,4 +136,9 @@ def build_trainer(recipe: Recipe, command: Sequence[str] = ()) -> GRPOTrainer:
         embed=parts.embed,
         config_yaml=to_yaml(lasting),
         command=command,
+        sources={
+            name: Path(config.function.rpartition(":")[0])
+            for name, config in recipe.rewards.items()
+            if isinstance(config, PythonConfig)
+        },
     )

@@ -32,6 +32,7 @@ class Recipe(Record):
     vae: str | None = None
     """File of the tokenizer, if the model is a file."""
     sampling: SamplingConfig = SamplingConfig()
+    """Keys that are not given are the model's: see `config.build.resolve`."""
     rewards: dict[str, AnyReward] = Field(min_length=1)
     grpo: GRPOConfig = GRPOConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -91,6 +92,16 @@ def _kind_first(reward: RewardConfig) -> dict[str, Any]:
     return {name: values[name] for name in sorted(values, key=lambda name: name in RewardConfig.model_fields)}
 
 
+def json_schema() -> dict[str, Any]:
+    """The recipe's JSON Schema; in a recipe, the defaults of `sampling` are the model's."""
+    content = Recipe.model_json_schema()
+    del content["properties"]["sampling"]["default"]
+    for each in content["$defs"]["SamplingConfig"]["properties"].values():
+        del each["default"]
+        each["description"] += " By default the model's."
+    return content
+
+
 def write_schema() -> None:
     """Write the recipe's JSON Schema anew, for what has no time to import the records (`make schema`)."""
-    schema.FILE.write_text(json.dumps(Recipe.model_json_schema(), indent=1) + "\n", encoding="utf-8")
+    schema.FILE.write_text(json.dumps(json_schema(), indent=1) + "\n", encoding="utf-8")

@@ -4,13 +4,12 @@ from pathlib import Path
 
 import torch
 
-from nextscale.config.build import build_parts, check_fit, make_reward
+from nextscale.config.build import build_parts, check_fit, make_reward, resolve
 from nextscale.config.recipe import Recipe
 from nextscale.config.resume import check_folder
 from nextscale.models import hub, zoo
 from nextscale.models.var import VAR
 from nextscale.models.vqvae import VQVAE
-from nextscale.models.zoo import sizes_of
 from nextscale.pipeline import VARPipeline
 from nextscale.plan.gpus import DEFAULT_GPU
 from nextscale.plan.planning import Plan, make_plan
@@ -18,6 +17,9 @@ from nextscale.plan.planning import Plan, make_plan
 
 def rehearse(recipe: Recipe, num_processes: int) -> list[str]:
     """Check a recipe without starting it: all of it if its weights are on this machine, else all but them.
+
+    Args:
+        recipe: as `resolve` returns it.
 
     Returns:
         names of the published models whose weights are missing, and so were not loaded.
@@ -33,9 +35,10 @@ def rehearse(recipe: Recipe, num_processes: int) -> list[str]:
         build_parts(recipe)
         return []
     check_folder(recipe)
-    transformer, tokenizer = sizes_of(recipe.model, recipe.vae)
+    model = zoo.describe(recipe.model, recipe.vae)
     with torch.device("meta"):
-        check_fit(recipe, VARPipeline(VAR(transformer.replace(depth=1)), VQVAE(tokenizer)))
+        networks = VAR(model.transformer.replace(depth=1)), VQVAE(model.tokenizer)
+    check_fit(recipe, VARPipeline(*networks, model.class_names))
     for name, config in recipe.rewards.items():
         if backbones[name] not in missing:
             make_reward(name, config)
@@ -61,5 +64,6 @@ def plan_recipe(recipe: Recipe, gpu: str = DEFAULT_GPU, num_gpus: int = 1) -> Pl
     evaluated = {name: each.backbone for name, each in recipe.rewards.items() if each.held_out}
     if recipe.run.diversity_clip:
         evaluated["run.diversity_clip"] = recipe.run.diversity_clip
-    sizes = sizes_of(recipe.model, recipe.vae)
+    model, recipe = zoo.describe(recipe.model, recipe.vae), resolve(recipe)
+    sizes = model.transformer, model.tokenizer
     return make_plan(*sizes, trained, recipe.grpo, recipe.sampling, recipe.run, gpu, num_gpus, evaluated)

@@ -1,6 +1,6 @@
 """A model folder, the format that `save_pretrained` writes and `from_pretrained` reads.
 
-config.json               format_version, family, sizes of the transformer and the tokenizer, class_names
+config.json               format_version, family, sizes of transformer and tokenizer, class_names, sampling
 transformer.safetensors   the tensors of the transformer
 tokenizer.safetensors     the tensors of the tokenizer
 """
@@ -19,6 +19,7 @@ from nextscale.base.tensors import load_strictly, write_tensors
 from nextscale.models.protocol import NextScaleModel
 from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
+from nextscale.policy import DEFAULT_SAMPLING, SamplingConfig
 
 FILES = ("config.json", "transformer.safetensors", "tokenizer.safetensors")
 CONFIG, TRANSFORMER, TOKENIZER = FILES
@@ -48,6 +49,8 @@ class FolderConfig(Record):
     """Sizes of the tokenizer."""
     class_names: tuple[str, ...] | None = None
     """The name of each class, if known."""
+    sampling: SamplingConfig = DEFAULT_SAMPLING
+    """How the model is sampled by default: as it was trained. Folders of earlier releases lack it."""
 
 
 def read_config(folder: Path) -> FolderConfig:
@@ -90,6 +93,7 @@ def write_folder(
     transformer: NextScaleModel,
     tokenizer: VQVAE,
     class_names: tuple[str, ...] | None = None,
+    sampling: SamplingConfig = DEFAULT_SAMPLING,
     dtype: torch.dtype | str | None = None,
 ) -> None:
     """Write a model folder, creating it if needed.
@@ -107,5 +111,6 @@ def write_folder(
         transformer=transformer.config,
         tokenizer=tokenizer.config,
         class_names=class_names,
+        sampling=sampling,
     )
     write_text_aside(folder / CONFIG, json.dumps(config.model_dump(), indent=2) + "\n")

@@ -10,7 +10,8 @@ from typing_extensions import Unpack
 from nextscale.base.errors import CheckpointError, ConfigError
 from nextscale.base.records import did_you_mean
 from nextscale.models import hub
-from nextscale.models.folder import CONFIG, FILES, read_config
+from nextscale.models.class_names import imagenet_names
+from nextscale.models.folder import CONFIG, FILES, FolderConfig, read_config
 from nextscale.models.official import load_official
 from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
@@ -66,6 +67,7 @@ SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 
 
 OFFICIAL_SAMPLING = SamplingConfig(guidance_scale=1.5, top_k=900, top_p=0.96)
+"""What VAR's authors recommend for all their models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +78,8 @@ class OfficialModel:
         files: names of the transformer's and the tokenizer's file in the repository.
         transformer: sizes of the transformer.
         tokenizer: sizes of the tokenizer.
-        fid: from the paper (arXiv 2404.02905v2, tables 1 and 2), of 50,000 images drawn with `sampling`.
-        sampling: what the authors recommend.
+        fid: from the paper (arXiv 2404.02905v2, tables 1 and 2), of 50,000 images drawn with
+            `OFFICIAL_SAMPLING`.
         repository: on the hub.
         licence: of the weights, as an SPDX identifier in lower case, which is how the hub writes it.
     """
@@ -86,7 +88,6 @@ class OfficialModel:
     transformer: VARConfig
     tokenizer: VQVAEConfig
     fid: float
-    sampling: SamplingConfig = OFFICIAL_SAMPLING
     repository: str = "FoundationVision/var"
     licence: str = "mit"
 
@@ -130,9 +131,19 @@ def find_official(source: str | None) -> str | None:
     return files.get(Path(source).name)
 
 
-def recommended_sampling(name: str) -> SamplingConfig:
-    """The settings with which a model's images are drawn by default."""
-    return OFFICIAL_MODELS[name].sampling if name in OFFICIAL_MODELS else SamplingConfig(guidance_scale=1.5)
+def sampling_of(name: str, vae: str | None = None) -> SamplingConfig:
+    """How a model is sampled by default, without loading it; the arguments are those of `describe`.
+
+    Raises:
+        CheckpointError: there is no such model.
+    """
+    is_official = vae is not None or name in OFFICIAL_MODELS
+    return OFFICIAL_SAMPLING if is_official else read_config(folder_of(name, [CONFIG])).sampling
+
+
+def names_of(transformer: VARConfig) -> tuple[str, ...] | None:
+    """The class names of an official checkpoint, which holds none: with 1000 classes, those of ImageNet."""
+    return imagenet_names() if transformer.num_classes == len(imagenet_names()) else None
 
 
 def fetch_official(name: str, **access: Unpack[hub.Access]) -> tuple[Path, Path]:
@@ -176,6 +187,8 @@ def folder_of(name: str | Path, files: Sequence[str] = FILES, **access: Unpack[h
     if str(name) in MODELS or folder.is_dir():
         if (revision := access.get("revision")) is not None:
             raise ConfigError(f"revision '{revision}' has no effect on '{name}', which is not on the hub")
+        if not (folder / CONFIG).is_file() and (folder / "final" / CONFIG).is_file():
+            raise CheckpointError(f"'{name}' is a run folder; its model is '{folder / 'final'}'")
         return folder
     if folder.is_file():
         raise CheckpointError(
@@ -195,8 +208,8 @@ def folder_of(name: str | Path, files: Sequence[str] = FILES, **access: Unpack[h
         raise CheckpointError(f"no model '{name}': there is no such folder, and {error}") from None
 
 
-def sizes_of(name: str, vae: str | None = None) -> tuple[VARConfig, VQVAEConfig]:
-    """The sizes of a model, without loading its weights.
+def describe(name: str, vae: str | None = None) -> FolderConfig:
+    """Sizes, class names and sampling of a model, without loading its weights.
 
     Args:
         name: as `VARPipeline.from_pretrained` takes it; or, with `vae`, the transformer's official file.
@@ -205,11 +218,17 @@ def sizes_of(name: str, vae: str | None = None) -> tuple[VARConfig, VQVAEConfig]
     Raises:
         CheckpointError: there is no such model, or its sizes cannot be read.
     """
-    if name in OFFICIAL_MODELS:
-        model = OFFICIAL_MODELS[name]
-        return model.transformer, model.tokenizer
     if vae is not None:
         networks = load_official(name, vae)  # the tensors stay on the disk, mapped
-        return networks[0].config, networks[1].config
-    config = read_config(folder_of(name, [CONFIG]))
-    return config.transformer, config.tokenizer
+        transformer, tokenizer = networks[0].config, networks[1].config
+    elif name in OFFICIAL_MODELS:
+        transformer, tokenizer = OFFICIAL_MODELS[name].transformer, OFFICIAL_MODELS[name].tokenizer
+    else:
+        return read_config(folder_of(name, [CONFIG]))
+    return FolderConfig(
+        format_version=1,
+        transformer=transformer,
+        tokenizer=tokenizer,
+        class_names=names_of(transformer),
+        sampling=OFFICIAL_SAMPLING,
+    )

@@ -13,6 +13,7 @@ from PIL import Image
 from nextscale.base.files import write_text_aside
 from nextscale.base.roles import ROLES
 from nextscale.models import hub, zoo
+from nextscale.policy import SamplingConfig
 from nextscale.runs.reader import Run, read_run
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
@@ -28,6 +29,7 @@ def write_model_card(
     folder: Path,
     run_folder: Path | None = None,
     *,
+    sampling: SamplingConfig,
     base: str | None = None,
     repository: str | None = None,
     is_official: bool = False,
@@ -37,6 +39,7 @@ def write_model_card(
     Args:
         folder: the model's folder.
         run_folder: the run that trained the model, if one did.
+        sampling: how the model is sampled by default.
         base: the model that this is a copy of; a run itself names the model that it started from.
         repository: "owner/name", where the model is going to be pushed.
         is_official: whether the folder holds the official code's files instead of nextscale's.
@@ -65,6 +68,7 @@ def write_model_card(
         licence=_licence(base),
         repository=repository,
         is_official=is_official,
+        sampling=sampling.model_dump(),
         run=run,
         **(_told_by(run, folder) if run else {}),
     )

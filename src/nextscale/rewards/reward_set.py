@@ -12,6 +12,9 @@ from nextscale.rewards.asking.waiting import begin, is_async
 from nextscale.rewards.protocol import Reward
 from nextscale.rewards.roles import Constraint
 
+PROMPTS = ("prompt", "prompts", "positive", "negative", "question")
+"""Attributes that hold what a reward asks for."""
+
 
 class RewardSet:
     """Named rewards and the role of each; itself a reward, the weighted sum of those that are trained on.
@@ -91,6 +94,15 @@ class RewardSet:
             **{name: {"weight": weight} for name, weight in self.weights.items()},
             **{name: {each.role: each.bound} for name, each in self.constraints.items()},
             **{name: {"held_out": True} for name in self.held_out},
+        }
+
+    def describe(self) -> dict[str, dict[str, object]]:
+        """What is known of each reward: its class or function, its prompts, and its role."""
+        return {
+            name: {"kind": getattr(reward, "__qualname__", type(reward).__name__)}
+            | {key: value for key in PROMPTS if (value := getattr(reward, key, None))}
+            | self.roles()[name]
+            for name, reward in self.rewards.items()
         }
 
     def without_held_out(self) -> "RewardSet":

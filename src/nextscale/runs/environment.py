@@ -9,15 +9,17 @@ from datetime import datetime, timezone
 import torch
 
 
-def environment(device: torch.device, command: Sequence[str]) -> dict[str, object]:
+def environment(device: torch.device, command: Sequence[str], num_processes: int = 1) -> dict[str, object]:
     """The content of a run's `environment.json`; no path of the machine is in it.
 
     Args:
         device: where the model is trained.
         command: the words that started the run.
+        num_processes: processes that share the run.
     """
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "num_processes": num_processes,
         "num_threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "nextscale": sys.modules["nextscale"].__version__,  # an import would run upward

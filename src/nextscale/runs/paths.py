@@ -11,6 +11,7 @@ class RunPaths:
         self.config = path / "config.yaml"  # the resolved recipe
         self.environment = path / "environment.json"
         self.metrics = path / "metrics.jsonl"  # one object a step
+        self.rewards = path / "rewards"  # the Python files of a user's own rewards
         self.samples = path / "samples"  # grids of images
         self.samples_index = self.samples / "index.json"  # what the rows of a grid are
         self.checkpoints = path / "checkpoints"

@@ -56,7 +56,8 @@ class RunFolder(RunPaths):
         try:
             self._check_content(resume, overwrite)
             if self.is_main:
-                if overwrite and not resume and self.metrics.exists():
+                # A run that ended before its first line has an environment.json, but no metrics.
+                if overwrite and not resume and (self.metrics.exists() or self.environment.exists()):
                     self._clear()
                 write_text_aside(self.config, config_yaml)
         except BaseException:
@@ -89,6 +90,13 @@ class RunFolder(RunPaths):
         """Write `environment.json`."""
         if self.is_main:
             write_text_aside(self.environment, json.dumps(content, indent=2) + "\n")
+
+    def keep_sources(self, sources: Mapping[str, Path]) -> None:
+        """Copy the Python file of each reward to `rewards/NAME.py`."""
+        for name, source in sources.items() if self.is_main else ():
+            self.rewards.mkdir(exist_ok=True)
+            with replacing(self.rewards / f"{name.replace('/', '_')}.py") as aside:
+                shutil.copyfile(source, aside)
 
     def keep_steps(self, last: int) -> None:
         """Drop the metrics after step `last`, which a resumed run writes again, and a last line cut short."""
@@ -140,7 +148,7 @@ class RunFolder(RunPaths):
 
     def _clear(self) -> None:
         """Remove what a run has written; its metrics last, for they mark the folder as a run's."""
-        for folder in (self.checkpoints, self.final, self.samples, self.tensorboard):
+        for folder in (self.checkpoints, self.final, self.rewards, self.samples, self.tensorboard):
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.report, self.metrics):
+        for file in (self.report, self.environment, self.metrics):
             file.unlink(missing_ok=True)
