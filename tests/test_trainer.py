@@ -80,14 +80,14 @@ def test_a_bandit_is_solved(make_pipeline: MakePipeline, tmp_path: Path) -> None
         return seen[-1]
 
     seen: list[Tensor] = []
-    original = pipe.draw
+    original = pipe.draw_batches
 
     def draw(*args: Any) -> Any:
-        samples = original(*args)
-        seen.append((samples.tokens[:, 0] == 1).float())
-        return samples
+        for samples in original(*args):
+            seen.append((samples.tokens[:, 0] == 1).float())
+            yield samples
 
-    pipe.draw = draw  # type: ignore[method-assign]
+    pipe.draw_batches = draw  # type: ignore[method-assign]
     trainer = make_trainer(
         pipe, tmp_path / "run", arm, max_steps=60, beta=0.0, learning_rate=3e-3, num_generations=8
     )
@@ -103,14 +103,14 @@ def test_a_constraint_binds_and_holds(make_pipeline: MakePipeline, tmp_path: Pat
     def last_steps(name: str, max_steps: int, **roles: Any) -> tuple[list[float], list[float]]:
         pipe = make_pipeline(codebook_size=4, scale_sizes=(1, 2), num_classes=2)
         seen: list[Tensor] = []
-        original = pipe.draw
+        original = pipe.draw_batches
 
         def draw(*args: Any) -> Any:
-            samples = original(*args)
-            seen.append(samples.tokens[:, 0])
-            return samples
+            for samples in original(*args):
+                seen.append(samples.tokens[:, 0])
+                yield samples
 
-        pipe.draw = draw  # type: ignore[method-assign]
+        pipe.draw_batches = draw  # type: ignore[method-assign]
         rewards = {
             "gain": lambda images, conditions: torch.tensor([0.2, 0.6, 1.0, 0.0])[seen[-1]],
             "allowed": lambda images, conditions: (seen[-1] != 2).float(),
