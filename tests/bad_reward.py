@@ -21,7 +21,7 @@ def fails_in_one(images: Tensor, conditions: list) -> Tensor:
 
 
 def fails_in_evaluation(images: Tensor, conditions: list) -> Tensor:
-    if len(images) == 10:  # 40 of 4 classes, class by class; of a step, each process has 8
+    if len(images) == 40:  # of a step, each process has 8
         raise KeyError("evaluation")
     return redness(images, conditions)
 
@@ -33,4 +33,4 @@ for reward in (fails_in_one, fails_in_evaluation):
         trainer.train()
     except RewardError as error:
         (folder / f"{reward.__name__}-{trainer.accelerator.process_index}.txt").write_text(str(error))
-trainer.accelerator.end_training()
+PartialState().destroy_process_group()

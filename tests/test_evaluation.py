@@ -1,11 +1,16 @@
 """What an evaluation measures, by independent formulas."""
 
 import math
+import weakref
+from collections.abc import Callable
+from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from nextscale import pipeline
 from nextscale.evaluation import evaluate
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
@@ -31,3 +36,135 @@ def test_the_standard_error_counts_the_images_that_were_scored(tiny_pipeline: VA
     assert metrics["rewards/some/sem"] == pytest.approx(scored.std().item() / 4)
     assert metrics["reward"] == metrics["rewards/every/mean"]
     assert metrics["reward_sem"] == pytest.approx(metrics["reward_std"] / math.sqrt(32))
+
+
+def redness(images: Tensor, conditions: list) -> Tensor:
+    return images[:, 0].mean((1, 2))
+
+
+def embed(images: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(images.flatten(1) - 0.5, dim=-1)
+
+
+@pytest.fixture
+def draws(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the batches that are drawn."""
+    sizes: list[int] = []
+    sample = pipeline.sample
+
+    def counted(transformer: Any, tokenizer: Any, conditioning: Any, *more: Any) -> Any:
+        sizes.append(len(conditioning))
+        return sample(transformer, tokenizer, conditioning, *more)
+
+    monkeypatch.setattr(pipeline, "sample", counted)
+    return sizes
+
+
+def test_batches_are_full_across_conditions(
+    make_pipeline: Callable[..., VARPipeline], draws: list[int]
+) -> None:
+    pipe, sizes, images_seen = make_pipeline(num_classes=40), [], []
+
+    def reward(images: Tensor, conditions: list) -> Tensor:
+        sizes.append(len(images))
+        images_seen.append(images)
+        return torch.tensor([float(each.label) for each in conditions])
+
+    found = evaluate(pipe, RewardSet({"label": reward}), SamplingConfig(), num_images=40, batch_size=16)
+    assert draws == sizes == [16, 16, 8]
+    assert (found.metrics["reward"], found.metrics["num_images"]) == (19.5, 40.0)
+    alone = [
+        pipe.draw([each], [("evaluate", 0, each.key)], 1, SamplingConfig()) for each in pipe.all_conditions()
+    ]
+    expected = torch.cat([each.images for each in alone])
+    torch.testing.assert_close(torch.cat(images_seen), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.samples, expected[:16, None], rtol=0, atol=1e-5)
+    assert [each.label for each in found.conditions] == list(range(16))
+
+
+def test_the_grid_has_the_first_images_of_each_condition(tiny_pipeline: VARPipeline) -> None:
+    options = {"num_images": 20, "num_columns": 3}
+    whole, parts = (
+        evaluate(tiny_pipeline, RewardSet({"a": redness}), SamplingConfig(), batch_size=size, **options)
+        for size in (64, 3)
+    )
+    drawn = tiny_pipeline.draw(
+        tiny_pipeline.all_conditions(), [("evaluate", 0, i) for i in range(4)], 5, SamplingConfig()
+    )
+    assert torch.equal(whole.samples, drawn.images.unflatten(0, (4, 5))[:, :3])
+    torch.testing.assert_close(parts.samples, whole.samples, rtol=0, atol=1e-5)
+
+
+def test_no_images_are_kept_beyond_their_batch(tiny_pipeline: VARPipeline) -> None:
+    alive: list[weakref.ref] = []
+    most = 0
+
+    def watching(images: Tensor) -> Tensor:
+        nonlocal most
+        alive.append(weakref.ref(images))
+        most = max(most, sum(each() is not None for each in alive))
+        return embed(images)
+
+    evaluate(
+        tiny_pipeline,
+        RewardSet({"a": redness}),
+        SamplingConfig(),
+        num_images=40,
+        embed=watching,
+        batch_size=4,
+    )
+    assert (len(alive), most) == (10, 1)
+
+
+@pytest.mark.parametrize(
+    ("num_images", "classes", "each"), [(4, 2, 2), (7, 3, 3), (8, 4, 2), (9, 4, 3), (1, 1, 2)]
+)
+def test_diversity_is_measured_wherever_it_is_asked_for(
+    tiny_pipeline: VARPipeline, num_images: int, classes: int, each: int
+) -> None:
+    """Also where there are as few images as classes: then of fewer classes, two images each."""
+    seen: dict[int, list[Tensor]] = {}
+
+    def reward(images: Tensor, conditions: list) -> Tensor:
+        for embedding, condition in zip(embed(images), conditions, strict=True):
+            seen.setdefault(condition.label, []).append(embedding)
+        return redness(images, conditions)
+
+    rewards, options = RewardSet({"a": reward}), {"num_images": num_images, "batch_size": 3}
+    metrics = evaluate(tiny_pipeline, rewards, SamplingConfig(), embed=embed, **options).metrics
+    assert [len(group) for group in seen.values()] == [each] * classes
+    assert metrics["num_images"] == classes * each
+    distances = [1 - a @ b for group in seen.values() for a, b in combinations(group, 2)]
+    assert metrics["diversity"] == pytest.approx(torch.stack(distances).mean().item(), abs=1e-6)
+    assert "diversity" not in evaluate(tiny_pipeline, rewards, SamplingConfig(), **options).metrics
+
+
+def test_what_judges_say_is_a_mean_over_all_images(tiny_pipeline: VARPipeline) -> None:
+    sizes = []
+
+    def judges(images: Tensor, conditions: list) -> dict[str, Tensor]:
+        sizes.append(len(images))
+        return {"judge/label": torch.tensor([each.label for each in conditions])}
+
+    metrics = evaluate(
+        tiny_pipeline, RewardSet({"a": redness}), SamplingConfig(), num_images=8, judges=judges, batch_size=7
+    ).metrics
+    assert sizes == [7, 1] and metrics["judge/label"] == 1.5
+
+
+def test_a_reward_that_edits_images_spoils_no_measure(tiny_pipeline: VARPipeline) -> None:
+    def paints(images: Tensor, conditions: list) -> Tensor:
+        conditions.clear()
+        return images.fill_(1.0)[:, 0].mean((1, 2))
+
+    def judges(images: Tensor, conditions: list) -> dict[str, Tensor]:
+        return {
+            "judge/red": redness(images, conditions),
+            "judge/label": torch.tensor([c.label for c in conditions]),
+        }
+
+    rewards = RewardSet({"paints": paints, "red": redness})
+    found = evaluate(tiny_pipeline, rewards, SamplingConfig(), num_images=8, judges=judges)
+    assert found.metrics["rewards/paints/mean"] == 1 and found.metrics["judge/label"] == 1.5
+    assert found.metrics["judge/red"] == pytest.approx(found.metrics["rewards/red/mean"], abs=1e-6)
+    assert found.samples.mean() < 0.9  # nor are they white in the grid

@@ -1,4 +1,5 @@
-"""Run under torchrun by test_processes.py: draws a step's groups, takes its gradient, writes both."""
+"""Run under torchrun by test_processes.py: draws a step's groups, takes its gradient, trains twice, writes
+it all."""
 
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ rewards = RewardSet(
 options = {"per_device_train_batch_size": 3, "eval_steps": 1, "eval_num_images": 16, "constraint_start": 1.0}
 trainer = make_trainer(random_pipeline(), folder / "run", rewards, **options)
 trainer.open()
-evaluation = trainer.evaluate(0)
+evaluation = trainer.evaluate()
 taken = gradient(trainer)
 state = PartialState()
 content = {
@@ -28,5 +29,17 @@ content = {
     "coefficients": torch.tensor(list(trainer.constraints.coefficients.values())),
     **taken,
 }
+trainer.folder.close()
+
+# Every way to divide rewards, three updates each, one trainer after the other in the same processes.
+for scale_rewards in ("group", "batch", "none"):
+    pipe = random_pipeline()
+    name = f"{scale_rewards}-{state.num_processes}"
+    one = {"scale_rewards": scale_rewards, "max_steps": 3, "learning_rate": 1e-5}
+    trainer = make_trainer(pipe, folder / name, {"red": redness, "bright": brightness}, **one)
+    content[f"{scale_rewards}/advantages"] = trainer.advantages(trainer.gathered_scores(trainer.rollout(1)))
+    trainer.train()
+    for key, each in pipe.transformer.named_parameters():
+        content[f"{scale_rewards}/trained/{key}"] = each.detach()
 torch.save(content, folder / f"{state.num_processes}-{state.process_index}.pt")
-trainer.accelerator.end_training()
+state.destroy_process_group()

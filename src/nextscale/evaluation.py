@@ -16,12 +16,13 @@ from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.rewards.protocol import require_scores
 from nextscale.rewards.reward_set import RewardSet
-from nextscale.rollout import collect
+from nextscale.rollout import cat_by_name
 
 MAX_ROWS = 16  # of a grid of samples
 
-Judges = Callable[[Tensor, Sequence[Condition]], dict[str, float]]
-"""(images (B, 3, H, W), their conditions) to named shares of images, such as `judge/class_accuracy`."""
+Judges = Callable[[Tensor, Sequence[Condition]], dict[str, Tensor]]
+"""(images (B, 3, H, W), their conditions) to named (B,) values, such as `judge/class_accuracy`; means are
+reported."""
 
 Embedder = Callable[[Tensor], Tensor]
 """Images (B, 3, H, W) to L2-normalised embeddings (B, E)."""
@@ -33,7 +34,7 @@ class Evaluation:
 
     Attributes:
         metrics: names without the prefix `eval_`.
-        samples: (N, num_columns, 3, H, W), the first images of each condition, for a grid.
+        samples: (rows, columns, 3, H, W), the first images of the first conditions, for a grid.
         conditions: of the rows.
     """
 
@@ -58,9 +59,13 @@ def evaluate(
     """Measure a model on at least `num_images` images, the same seeds at every call.
 
     Args:
-        conditions: what to draw, by default all classes; of more conditions than images, a fixed choice.
+        num_images: rounded up to equally many for each condition.
+        conditions: what to draw, by default all classes; a fixed choice of them where `num_images` does not
+            suffice for one image of each, or for two with `embed`.
         judges: independent classifiers that no training sees.
-        embed: for the diversity.
+        embed: measures diversity, the mean distance between two images of one condition.
+        batch_size: images drawn and scored at once, across conditions.
+        num_columns: images of each row of `Evaluation.samples`.
 
     Returns:
         metrics `reward`, `reward_std`, `reward_sem`, `rewards/{name}/mean`, `/std`, `/sem`, `num_images`, and
@@ -70,22 +75,26 @@ def evaluate(
     Raises:
         RewardError: a reward that cannot be used, or that scored none of the images.
     """
-    chosen = _spread(pipe.all_conditions() if conditions is None else conditions, num_images, seed)
-    per_condition = -(-num_images // len(chosen))
-    scores: dict[str, list[Tensor]] = {}
-    distances, rows, images_seen, conditions_seen = [], [], [], []
-    for condition in chosen:
-        seeds = [("evaluate", seed, condition.key)]
-        rollout = collect(pipe, [condition], seeds, per_condition, sampling, rewards, batch_size)
-        for name, each in rollout.scores.items():
-            scores.setdefault(name, []).append(each.flatten())
-        if embed is not None and per_condition > 1:
-            distances.append(mean_pairwise_distance(embed(rollout.images)))
-        rows.append(rollout.images[:num_columns].cpu())
+    fewest = 1 if embed is None else 2  # images of a condition
+    chosen = _spread(
+        pipe.all_conditions() if conditions is None else conditions, max(num_images // fewest, 1), seed
+    )
+    per_condition = max(-(-num_images // len(chosen)), fewest)
+    seeds = [("evaluate", seed, condition.key) for condition in chosen]
+    columns = min(num_columns, per_condition)
+    scores, judged, embeddings, samples, done = [], [], [], [], 0
+    # Only what is small is kept of each batch: memory does not grow with the number of images.
+    for batch in pipe.draw_batches(chosen, seeds, per_condition, sampling, batch_size):
+        places = [divmod(done + i, per_condition) for i in range(len(batch.images))]
+        in_grid = [i for i, (row, column) in enumerate(places) if row < MAX_ROWS and column < columns]
+        samples.append(batch.images[in_grid].cpu())
+        scores.append(rewards.scores(batch.images, batch.conditions))
+        if embed is not None:
+            embeddings.append(embed(batch.images).float().cpu())
         if judges is not None:
-            images_seen.append(rollout.images)
-            conditions_seen += rollout.conditions
-    flat = {name: torch.cat(each) for name, each in scores.items()}
+            judged.append(judges(batch.images, batch.conditions))
+        done += len(batch.images)
+    flat = cat_by_name(scores)
     require_scores(flat)
     total = rewards.total(flat)
     metrics = {
@@ -94,13 +103,34 @@ def evaluate(
         "reward_sem": standard_error(total).item(),
         **score_metrics(flat),
         **{f"rewards/{name}/sem": standard_error(each).item() for name, each in flat.items()},
-        "num_images": float(per_condition * len(chosen)),
+        "num_images": float(done),
     }
-    if distances:
-        metrics["diversity"] = sum(distances) / len(distances)
-    if judges is not None:
-        metrics |= judges(torch.cat(images_seen), conditions_seen)
-    return Evaluation(metrics, torch.stack(rows[:MAX_ROWS]), chosen[:MAX_ROWS])
+    if embeddings:
+        groups = torch.cat(embeddings).split(per_condition)
+        metrics["diversity"] = sum(map(mean_pairwise_distance, groups)) / len(groups)
+    if judged:
+        metrics |= {name: each.float().mean().item() for name, each in cat_by_name(judged).items()}
+    grid = torch.cat(samples).unflatten(0, (-1, columns))
+    return Evaluation(metrics, grid, chosen[:MAX_ROWS])
+
+
+def step_metrics(rewards: RewardSet, scores: Mapping[str, Tensor]) -> dict[str, float]:
+    """What is logged of the rewards of a training step.
+
+    Args:
+        scores: of each reward, (N, G), groups in rows.
+
+    Returns:
+        `reward`, `reward_std` (the mean over groups), `frac_reward_zero_std`, and what `score_metrics` gives.
+    """
+    total_NG = rewards.total(scores)
+    deviation_N = deviation(total_NG)
+    return {
+        "reward": total_NG.nanmean().item(),
+        "reward_std": deviation_N.mean().item(),
+        "frac_reward_zero_std": (deviation_N == 0).float().mean().item(),
+        **score_metrics(scores),
+    }
 
 
 def score_metrics(scores: Mapping[str, Tensor]) -> dict[str, float]:
@@ -120,9 +150,9 @@ def mean_pairwise_distance(embeddings_GE: Tensor) -> float:
     return ((num * num - cosine_GG.sum()) / (num * (num - 1))).item()
 
 
-def _spread(conditions: Sequence[Condition], num_images: int, seed: int) -> list[Condition]:
-    """All conditions, or where they are more than the images, as many as those in a fixed choice."""
-    if len(conditions) <= num_images:
+def _spread(conditions: Sequence[Condition], most: int, seed: int) -> list[Condition]:
+    """All conditions, or of more than `most`, a fixed choice of so many."""
+    if len(conditions) <= most:
         return list(conditions)
     order = torch.randperm(len(conditions), generator=generator_for("evaluate", seed, "labels"))
-    return [conditions[i] for i in sorted(order[:num_images].tolist())]
+    return [conditions[i] for i in sorted(order[:most].tolist())]

@@ -8,7 +8,7 @@ Every mean says its denominator: tokens are weighted within an image by `token_w
 images count alike.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from nextscale.base.records import did_you_mean
 from nextscale.grpo import GRPOConfig, ScaleWeighting
 from nextscale.models.protocol import Conditioning
 from nextscale.models.scales import ScaleSchedule
+from nextscale.pipeline import Drawn
 from nextscale.policy import (
     SamplingConfig,
     exact_entropy,
@@ -48,6 +49,25 @@ class Microbatch:
     inputs: Tensor
     log_probs: Tensor
     advantages: Tensor
+
+
+def microbatches(drawn: Drawn, advantages: Tensor, size: int) -> Iterator[tuple[Microbatch, float, bool]]:
+    """Images in parts of `size`: each with its share of all, and whether it is the last.
+
+    Args:
+        advantages: of the images, their first axis as in `Microbatch`.
+    """
+    num_images = len(advantages)
+    for start in range(0, num_images, size):
+        part = slice(start, start + size)
+        batch = Microbatch(
+            conditioning=drawn.conditioning.select(part),
+            tokens=drawn.tokens[part],
+            inputs=drawn.inputs[part],
+            log_probs=drawn.log_probs[part],
+            advantages=advantages[part],
+        )
+        yield batch, len(batch.tokens) / num_images, start + size >= num_images
 
 
 @dataclass(frozen=True)

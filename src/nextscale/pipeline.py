@@ -3,7 +3,7 @@
 Shapes: B images · L tokens of all scales · H W pixels
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +27,7 @@ from nextscale.models.var import VAR
 from nextscale.models.vqvae import VQVAE, check_same_grids
 from nextscale.policy import DEFAULT_SAMPLING, SamplingConfig
 from nextscale.report.model_card import write_model_card
-from nextscale.sampling import Samples, sample
+from nextscale.sampling import sample
 
 Classes = int | str | Tensor | Iterable[int | str]
 """Classes by number or name; a single one may stand alone."""
@@ -73,6 +73,19 @@ class Drawn:
     inputs: Tensor
     images: Tensor
     seconds: dict[str, float]
+
+    @staticmethod
+    def cat(parts: "Sequence[Drawn]") -> "Drawn":
+        """The batches of `VARPipeline.draw_batches`, put together."""
+        return Drawn(
+            conditions=[condition for each in parts for condition in each.conditions],
+            conditioning=Conditioning.cat([each.conditioning for each in parts]),
+            tokens=torch.cat([each.tokens for each in parts]),
+            log_probs=torch.cat([each.log_probs for each in parts]),
+            inputs=torch.cat([each.inputs for each in parts]),
+            images=torch.cat([each.images for each in parts]),
+            seconds={name: sum(each.seconds[name] for each in parts) for name in parts[0].seconds},
+        )
 
 
 class VARPipeline:
@@ -313,29 +326,42 @@ class VARPipeline:
             num_images: of each group.
             batch_size: images run at once; all by default.
         """
-        num_tokens, clock = self.transformer.schedule.num_tokens, Clock(self.device)
+        return Drawn.cat(list(self.draw_batches(conditions, group_seeds, num_images, sampling, batch_size)))
+
+    @torch.no_grad()
+    def draw_batches(
+        self,
+        conditions: Sequence[Condition],
+        group_seeds: Sequence[tuple[int | str, ...]],
+        num_images: int,
+        sampling: SamplingConfig,
+        batch_size: int | None = None,
+    ) -> Iterator[Drawn]:
+        """What `draw` draws, batch by batch: all are full but the last, and run across groups."""
+        num_tokens, total = self.transformer.schedule.num_tokens, len(conditions) * num_images
         uniforms_BL = torch.cat([group_uniforms(num_images, num_tokens, *path) for path in group_seeds])
-        conditioning = self.transformer.encode_conditions(conditions).repeat(num_images)
-        samples: list[Samples] = []
-        images = []
-        for start in range(0, len(conditioning), batch_size or len(conditioning)):
-            part = slice(start, start + (batch_size or len(conditioning)))
-            uniforms = uniforms_BL[part].to(self.device)
+        conditioning = self.transformer.encode_conditions(conditions)
+        for start in range(0, total, batch_size or total):
+            stop = min(start + (batch_size or total), total)
+            first = start // num_images
+            groups = slice(first, -(-stop // num_images))
+            part = slice(start - first * num_images, stop - first * num_images)
+            batch = conditioning.select(groups).repeat(num_images).select(part)
+            clock = Clock(self.device)
             with clock("rollout"):
-                samples.append(
-                    sample(self.transformer, self.tokenizer, conditioning.select(part), uniforms, sampling)
-                )
+                uniforms = uniforms_BL[start:stop].to(self.device)
+                samples = sample(self.transformer, self.tokenizer, batch, uniforms, sampling)
             with clock("decode"):
-                images.append(self.tokenizer.latent_to_images(samples[-1].latent))
-        return Drawn(
-            conditions=[condition for condition in conditions for _ in range(num_images)],
-            conditioning=conditioning,
-            tokens=torch.cat([each.tokens for each in samples]),
-            log_probs=torch.cat([each.log_probs for each in samples]),
-            inputs=torch.cat([each.inputs for each in samples]),
-            images=torch.cat(images),
-            seconds=clock.seconds,
-        )
+                images = self.tokenizer.latent_to_images(samples.latent)
+            yield Drawn(
+                conditions=[conditions[i // num_images] for i in range(start, stop)],
+                conditioning=batch,
+                tokens=samples.tokens,
+                log_probs=samples.log_probs,
+                inputs=samples.inputs,
+                images=images,
+                seconds=clock.seconds,
+            )
 
     @torch.no_grad()
     def __call__(

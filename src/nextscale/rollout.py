@@ -4,7 +4,7 @@ Shapes: N groups · G images of one group · B = N G images · L tokens of all s
 · H W pixels
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,21 +63,28 @@ def collect(
     rewards: RewardSet,
     batch_size: int | None = None,
 ) -> Rollout:
-    """Sample, decode and score one group for each condition.
+    """Sample, decode and score one group for each condition, batch by batch.
 
     Args:
         conditions: N of them.
         group_seeds: what each group's images depend on, and on nothing else.
         num_generations: G.
-        batch_size: images drawn at once; all by default.
+        batch_size: images drawn and scored at once; all by default.
 
     Raises:
         RewardError: a reward that cannot be used.
     """
-    drawn = pipe.draw(conditions, group_seeds, num_generations, sampling, batch_size)
-    clock = Clock(pipe.device)
-    with clock("reward"):
-        scores = rewards.scores(drawn.images, drawn.conditions)
+    clock, batches, scored = Clock(pipe.device), [], []
+    for batch in pipe.draw_batches(conditions, group_seeds, num_generations, sampling, batch_size):
+        batches.append(batch)
+        with clock("reward"):
+            scored.append(rewards.scores(batch.images, batch.conditions))
+    drawn, scores = Drawn.cat(batches), cat_by_name(scored)
     fields: dict[str, Any] = vars(drawn) | {"seconds": drawn.seconds | clock.seconds}
     grouped = {name: rearrange(each, "(N G) -> N G", G=num_generations) for name, each in scores.items()}
     return Rollout(**fields, scores=grouped)
+
+
+def cat_by_name(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Values of the same names in several batches, each name's put together."""
+    return {name: torch.cat([each[name] for each in parts]) for name in parts[0]}

@@ -4,29 +4,29 @@ Shapes: N groups · G images of one group · B = N G images · K rewards
 """
 
 import json
+import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
+from einops import rearrange
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from nextscale.advantages import add_constraints, combined_advantages
 from nextscale.base.clock import Clock
 from nextscale.base.conditions import Condition
-from nextscale.base.errors import ConfigError, RewardError
-from nextscale.base.interrupt import StopOnInterrupt
+from nextscale.base.errors import ConfigError, RewardError, TrainingError
+from nextscale.base.interrupt import Interrupted, StopOnSignal
 from nextscale.base.metrics import Means
-from nextscale.base.statistics import deviation
 from nextscale.controllers import Constraints, Controller, EntropyFloor
-from nextscale.evaluation import Embedder, Judges, evaluate, score_metrics
+from nextscale.evaluation import Embedder, Judges, evaluate, step_metrics
 from nextscale.grpo import GRPOConfig
-from nextscale.losses import Microbatch, Objective
+from nextscale.losses import Objective, microbatches
 from nextscale.optimizer import OptimizerConfig, make_optimizer
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
@@ -36,10 +36,12 @@ from nextscale.rewards.asking.processes import fail_together
 from nextscale.rewards.protocol import Reward, require_scores
 from nextscale.rewards.reward_set import RewardSet
 from nextscale.rollout import Rollout, collect, step_conditions
-from nextscale.runs.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from nextscale.runs.checkpoint import check_finite, find_checkpoint, load_checkpoint, save_checkpoint
 from nextscale.runs.config import RunConfig
+from nextscale.runs.diagnosis import diagnose
 from nextscale.runs.environment import environment
 from nextscale.runs.hacking import HackingWatch
+from nextscale.runs.launch import check_trainable, make_accelerator
 from nextscale.runs.writer import RunFolder
 
 
@@ -82,21 +84,15 @@ class GRPOTrainer:
     ) -> None:
         self.grpo, self.run = grpo or GRPOConfig(), run or RunConfig()
         self.sampling, self.optimizer_config = sampling or pipe.sampling, optimizer or OptimizerConfig()
-        self.rewards, self.judges, self.embed = _named(rewards), judges, embed
-        # Accelerate keeps one precision a process and refuses another: forget that of an earlier trainer.
-        if AcceleratorState._shared_state.get("_mixed_precision") != self.run.mixed_precision:
-            AcceleratorState._reset_state()
-        self.accelerator = Accelerator(
-            mixed_precision=self.run.mixed_precision,
-            log_with=None if self.run.report_to == "none" else self.run.report_to,
-            project_dir=self.run.output_dir,
-        )
+        self.rewards, self.judges, self.embed = RewardSet.of(rewards), judges, embed
+        self.accelerator = make_accelerator(self.run)
         if conditions is None:
             labels = self.grpo.class_labels
             conditions = pipe.conditions(labels) if labels else pipe.all_conditions()
         self.conditions = list(conditions)
         self.grpo.check_processes(self.accelerator.num_processes)
         self._check_held_out()
+        check_trainable(pipe.transformer)
         self.folder = RunFolder(Path(self.run.output_dir), self.accelerator.is_main_process)
         self.folder.check(resume=bool(self.run.resume), overwrite=self.run.overwrite)
         self.config_yaml, self.command = config_yaml or self._default_config(pipe.source), command
@@ -126,8 +122,11 @@ class GRPOTrainer:
             transformer, self.optimizer_config, self.run.max_steps * self.grpo.num_iterations
         )
         self.model, self.optimizer = self.accelerator.prepare(transformer, optimizer_)
-        self.accelerator.register_for_checkpointing(self.scheduler)
         self.step_done, self.seconds_done = 0, 0.0
+        self.step_evaluated: int | None = None
+        self.saved: tuple[int, int | None] | None = None  # the two, when the last checkpoint was written
+        self.num_skipped = 0  # updates in a row
+        self.was_constant = False  # the reward, in the last step
 
     # ---- the loop
 
@@ -145,17 +144,27 @@ class GRPOTrainer:
         self.folder.write_environment(environment(process.device, self.command, process.num_processes))
 
     def train(self) -> Path:
-        """Run all steps; returns the run's folder.
+        """Run all steps; returns the run's folder. The pipeline is then as one that was loaded with these
+        weights.
 
         Raises:
             ConfigError: as `open` does.
             RewardError: a reward that cannot be used; a checkpoint is written first.
+            TrainingError: the gradient stays infinite or NaN; a checkpoint from before is written first.
+            Interrupted: a KeyboardInterrupt, on Ctrl-C or SIGTERM; a checkpoint is written first.
         """
         self.open()
         try:
             return self._train()
         finally:
             self.folder.close()
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+            # What wraps the model for several processes hooks its gradients, and goes with its last
+            # reference.
+            self.model = self.pipe.transformer
+            self.accelerator.free_memory()
+            self.pipe.transformer.gradient_checkpointing = False
 
     def _train(self) -> Path:
         run, process = self.run, self.accelerator
@@ -163,36 +172,49 @@ class GRPOTrainer:
         # Continue where an earlier run stopped. What it logged after its last checkpoint is logged anew.
         if run.resume and (path := find_checkpoint(run.resume, self.folder.checkpoints)):
             self.load(path)
+            if self.step_done >= run.max_steps:
+                self._say(f"all {self.step_done} steps are done; raise run.max_steps to go on")
         self.folder.keep_steps(self.step_done)
-        if run.report_to != "none":
-            process.init_trackers("tensorboard")
+        process.init_trackers("nextscale", init_kwargs={"tensorboard": {"purge_step": self.step_done + 1}})
 
-        # All steps. Ctrl-C lets the one in hand end; a reward that fails ends the run after a checkpoint.
+        # All steps. Ctrl-C lets the one in hand end, in all processes alike; what fails ends the run after a
+        # checkpoint. An evaluation that is due may be one that an earlier run did not get to.
         disable = run.disable_tqdm or not process.is_main_process
         bar = tqdm(total=run.max_steps, initial=self.step_done, desc="GRPO", unit="step", disable=disable)
-        with bar, StopOnInterrupt() as stop:
+        with bar, StopOnSignal() as stop:
             try:
-                if self.step_done == 0 and run.eval_steps:
-                    self.log(0, self.evaluate(0))
-                while self.step_done < run.max_steps and not stop.requested:
+                while not (signal_number := max(gather_object([stop.requested]))):
+                    if self.evaluation_is_due and self.step_evaluated != self.step_done:
+                        self.log(self.step_done, self.evaluate())
+                    if self.step_done >= run.max_steps:
+                        break
                     metrics = self.step(self.step_done + 1)
                     self.finish_step(metrics)
                     bar.update()
                     bar.set_postfix(_postfix(metrics))
-            except RewardError:
+            except (RewardError, TrainingError):
                 self.save()
                 raise
+            except BrokenPipeError:  # of this process alone: the others would not come to save
+                if process.num_processes == 1:
+                    self.save()
+                raise
 
-        # The end: the final model, or a checkpoint to go on from.
+        # The end: a checkpoint to go on from, and the final model if nothing is left to do.
         self.pipe.sampling = self.sampling
-        if stop.requested and self.step_done < run.max_steps:
+        if self.saved != (self.step_done, self.step_evaluated):
             self.save()
-            tqdm.write(f"stopped after step {self.step_done}; continue with --run.resume auto")
-        elif process.is_main_process:
+        if signal_number and self.step_done < run.max_steps:
+            raise Interrupted(
+                f"stopped after step {self.step_done}; continue with --run.resume auto, or in Python with "
+                'RunConfig(resume="auto", ...)',
+                signal_number,
+            )
+        if process.is_main_process:
+            check_finite(self.pipe.transformer)
             self.pipe.save_pretrained(self.folder.final)
             write_model_card(self.folder.final, self.folder.path, sampling=self.sampling)
         process.wait_for_everyone()
-        process.end_training()
         return self.folder.path
 
     def step(self, step: int) -> dict[str, float]:
@@ -203,23 +225,26 @@ class GRPOTrainer:
         """
         begin, clock = time.perf_counter(), Clock(self.accelerator.device)
 
-        # Draw and score: this process's share of the step's groups.
+        # Draw and score: this process's share of the step's groups. All see the scores of all.
         rollout = self.rollout(step)
-        reward_metrics = self.reward_metrics(rollout)
+        scores = self.gathered_scores(rollout)
+        reward_metrics = step_metrics(self.rewards, scores)
 
         # Advantages. The multipliers of the constraints move first: the model's update then answers their
         # last move, and they its, which damps their swing.
         constraint_metrics = self.constraints.update(reward_metrics)
-        advantages_B = self.advantages(rollout).flatten()
+        advantages_B = self.advantages(scores).flatten(0, 1)  # (B,), or (B, S) or (B, L) by scale or token
 
         # Update: num_iterations optimizer steps on the same images, each on the gradient of all of them.
+        # One that is not finite is left out, for it would end the model.
         means, bonuses = Means(), None if self.entropy_floor is None else self.entropy_floor.bonuses
+        num_skipped, batch_size = 0, self.run.per_device_train_batch_size
         with clock("update"):
             for _ in range(self.grpo.num_iterations):
-                for batch, share, is_last in self.microbatches(rollout, advantages_B):
+                for batch, share, is_last in microbatches(rollout, advantages_B, batch_size):
                     # Processes exchange gradients once, in the last backward pass.
-                    with self.accelerator.accumulate() if is_last else self.accelerator.no_sync(self.model):
-                        with self.accelerator.autocast():
+                    with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                        with self.autocast():
                             output = self.objective(self.model, batch, bonuses)
                         # The loss is a mean over the microbatch: its share makes the sum a mean over all
                         # images.
@@ -228,16 +253,31 @@ class GRPOTrainer:
                 grad_norm = self.accelerator.clip_grad_norm_(
                     self.model.parameters(), self.optimizer_config.max_grad_norm
                 )
-                self.optimizer.step()
+                assert grad_norm is not None  # as it is for all but XLA
+                if math.isfinite(grad_norm):
+                    self.optimizer.step()
+                    self.num_skipped = 0
+                else:
+                    num_skipped += 1
+                    self.num_skipped += 1
+                    if self.num_skipped > self.run.max_skipped_updates:
+                        raise TrainingError(
+                            diagnose(self.pipe.transformer, scores, output.metrics, self.num_skipped)
+                        )
                 self.scheduler.step()
                 self.optimizer.zero_grad()
-        assert grad_norm is not None  # as it is for all but XLA
 
         # Adapt the entropy bonuses to what the update measured, over all processes.
         loss_metrics = self.gathered(means)
-        floor_metrics = {} if self.entropy_floor is None else self.entropy_floor.update(loss_metrics)
+        floor_metrics: dict[str, float] = {}
+        if self.entropy_floor is not None and not num_skipped:
+            floor_metrics = self.entropy_floor.update(loss_metrics)
 
-        # Measure.
+        # Measure, and say once if there was nothing to learn.
+        is_constant = reward_metrics["frac_reward_zero_std"] == 1
+        if is_constant and not self.was_constant:
+            self._say("Warning: all images of each group have the same reward, so there is nothing to learn")
+        self.was_constant = is_constant
         elapsed = time.perf_counter() - begin
         num_images = self.grpo.num_images
         seconds = rollout.seconds | clock.seconds
@@ -247,6 +287,7 @@ class GRPOTrainer:
             **constraint_metrics,
             **floor_metrics,
             "grad_norm": float(grad_norm),
+            "skipped_updates": float(num_skipped),
             "learning_rate": float(self.scheduler.get_last_lr()[0]),
             "num_tokens": float(step * num_images * self.pipe.transformer.schedule.num_tokens),
             "step_time": elapsed,
@@ -260,7 +301,7 @@ class GRPOTrainer:
         """This process's groups of a step: every num_processes-th, from its own index on."""
         conditions = step_conditions(self.conditions, self.grpo.num_groups, self.run.seed, step)
         mine = range(self.accelerator.process_index, len(conditions), self.accelerator.num_processes)
-        with fail_together(), self.accelerator.autocast():
+        with fail_together(), self.autocast():
             return collect(
                 self.pipe,
                 [conditions[group] for group in mine],
@@ -271,49 +312,36 @@ class GRPOTrainer:
                 self.run.per_device_eval_batch_size,
             )
 
-    def advantages(self, rollout: Rollout) -> Tensor:
-        """(N, G) advantages of this process's images."""
-        rewards_KNG = torch.stack([rollout.scores[name] for name in self.rewards.weights])
+    def gathered_scores(self, rollout: Rollout) -> dict[str, Tensor]:
+        """The scores of all processes, (N, G) with the groups in the order of the step.
+
+        Raises:
+            RewardError: a reward that scored none of the step's images.
+        """
+        names = list(rollout.scores)
+        mine_NKG = torch.stack([rollout.scores[name] for name in names], 1).to(self.accelerator.device)
+        all_NKG = self.accelerator.gather(mine_NKG)
+        assert isinstance(all_NKG, Tensor)
+        # Process r has groups r, r + P, r + 2 P, ...
+        scores_KNG = rearrange(all_NKG.cpu(), "(P n) K G -> K (n P) G", P=self.accelerator.num_processes)
+        scores = dict(zip(names, scores_KNG, strict=True))
+        require_scores(scores)
+        return scores
+
+    def advantages(self, scores: Mapping[str, Tensor]) -> Tensor:
+        """(n, G) advantages of this process's images, which may depend on the scores of all.
+
+        Args:
+            scores: of each reward, (N, G), from `gathered_scores`.
+        """
+        rewards_KNG = torch.stack([scores[name] for name in self.rewards.weights])
         weights_K = torch.tensor(list(self.rewards.weights.values()))
         advantages_NG = combined_advantages(
             rewards_KNG, weights_K, self.grpo.scale_rewards, self.grpo.multi_objective_aggregation
         )
-        advantages_NG = add_constraints(advantages_NG, rollout.scores, self.constraints.coefficients)
-        return advantages_NG.to(self.accelerator.device)
-
-    def microbatches(
-        self, rollout: Rollout, advantages_B: Tensor
-    ) -> Iterator[tuple[Microbatch, float, bool]]:
-        """The rollout in parts of `per_device_train_batch_size`: each with its share of the images, and
-        whether it is the last."""
-        num_images, size = len(advantages_B), self.run.per_device_train_batch_size
-        for start in range(0, num_images, size):
-            part = slice(start, start + size)
-            batch = Microbatch(
-                conditioning=rollout.conditioning.select(part),
-                tokens=rollout.tokens[part],
-                inputs=rollout.inputs[part],
-                log_probs=rollout.log_probs[part],
-                advantages=advantages_B[part],
-            )
-            yield batch, len(batch.tokens) / num_images, start + size >= num_images
-
-    def reward_metrics(self, rollout: Rollout) -> dict[str, float]:
-        """Of the rewards, over all processes; raises where one of them scored none of the step's images."""
-        names = list(rollout.scores)
-        mine_KNG = torch.stack([rollout.scores[name] for name in names]).to(self.accelerator.device)
-        all_NKG = self.accelerator.gather(mine_KNG.transpose(0, 1).contiguous())
-        assert isinstance(all_NKG, Tensor)
-        scores = dict(zip(names, all_NKG.transpose(0, 1).cpu(), strict=True))
-        require_scores(scores)
-        total_NG = self.rewards.total(scores)
-        deviation_N = deviation(total_NG)
-        return {
-            "reward": total_NG.nanmean().item(),
-            "reward_std": deviation_N.mean().item(),
-            "frac_reward_zero_std": (deviation_N == 0).float().mean().item(),
-            **score_metrics(scores),
-        }
+        advantages_NG = add_constraints(advantages_NG, scores, self.constraints.coefficients)
+        mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        return advantages_NG[mine].to(self.accelerator.device)
 
     def gathered(self, means: Means) -> dict[str, float]:
         """Means (or extremes, by name) over all processes, which have equally many images."""
@@ -324,28 +352,33 @@ class GRPOTrainer:
 
     # ---- measuring and saving
 
+    @property
+    def evaluation_is_due(self) -> bool:
+        """Whether the model is measured after the last whole step."""
+        steps = self.run.eval_steps
+        return bool(steps) and (self.step_done % steps == 0 or self.step_done == self.run.max_steps)
+
     def finish_step(self, metrics: dict[str, float]) -> None:
         """Evaluate, log and save where it is time to; what a step measured is logged even if that fails."""
-        run = self.run
         self.step_done += 1
         self.seconds_done += metrics["step_time"]
         evaluated: dict[str, float] = {}
         try:
-            if run.eval_steps and (self.step_done % run.eval_steps == 0 or self.step_done == run.max_steps):
-                evaluated = self.evaluate(self.step_done)
+            if self.evaluation_is_due:
+                evaluated = self.evaluate()
         finally:
             self.log(self.step_done, metrics | evaluated)
-        if run.save_steps and self.step_done % run.save_steps == 0:
+        if self.run.save_steps and self.step_done % self.run.save_steps == 0:
             self.save()
 
-    def evaluate(self, step: int) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """Measure the model on fixed seeds and write its sample grid; metrics with the prefix `eval_`."""
         begin = time.perf_counter()
         self.accelerator.wait_for_everyone()
         metrics: dict[str, float] = {}
         with fail_together():
             if self.accelerator.is_main_process:
-                with self.accelerator.autocast():
+                with self.autocast():
                     result = evaluate(
                         self.pipe,
                         self.rewards,
@@ -357,44 +390,67 @@ class GRPOTrainer:
                         embed=self.embed,
                         batch_size=self.run.per_device_eval_batch_size,
                     )
-                self.folder.save_grid(step, result.samples, [each.text for each in result.conditions])
+                names = [each.text for each in result.conditions]
+                self.folder.save_grid(self.step_done, result.samples, names)
                 metrics = result.metrics
         (metrics,) = broadcast_object_list([metrics])
-        if step == 0:
+        if self.step_done == 0:
             self.constraints.set_base(metrics)
         metrics = {f"eval_{name}": value for name, value in metrics.items()}
         warning_metrics = self.watch.update(metrics)
         for warning in self.watch.warnings.values():
-            if self.accelerator.is_main_process:
-                tqdm.write(f"Warning: {warning}", file=sys.stderr)
+            self._say(f"Warning: {warning}")
+        self.step_evaluated = self.step_done
         return metrics | warning_metrics | {"eval_time": time.perf_counter() - begin}
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """A line of metrics.jsonl, and the same to the tracker."""
         self.folder.append_metrics({"step": step} | metrics)
-        if self.run.report_to != "none":
-            self.accelerator.log(metrics, step=step)
+        self.accelerator.log({name: each for name, each in metrics.items() if math.isfinite(each)}, step=step)
 
     def save(self) -> Path:
         """Write a checkpoint of the state after the last whole step; returns its path."""
         state = {
             "seconds": self.seconds_done,
+            "step_evaluated": self.step_evaluated,
+            "num_skipped": self.num_skipped,
+            "scheduler": self.scheduler.state_dict(),
             "controllers": {name: each.state_dict() for name, each in self.controllers.items()},
         }
+        self.saved = self.step_done, self.step_evaluated
         return save_checkpoint(
-            self.accelerator, self.folder.checkpoints, self.step_done, state, self.run.save_total_limit
+            self.accelerator,
+            self.model,
+            self.optimizer.optimizer,
+            self.folder.checkpoints,
+            self.step_done,
+            state,
+            self.run.save_total_limit,
         )
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint.
 
         Raises:
-            CheckpointError: a file of it is missing or broken.
+            CheckpointError: a file of it is missing or broken, or was written by an earlier version.
         """
-        state = load_checkpoint(self.accelerator, path)
+        state = load_checkpoint(self.accelerator, self.model, self.optimizer.optimizer, path)
         self.step_done, self.seconds_done = state["step"], state["seconds"]
+        self.step_evaluated, self.num_skipped = state["step_evaluated"], state["num_skipped"]
+        self.saved = self.step_done, self.step_evaluated
+        self.scheduler.load_state_dict(state["scheduler"])
         for name, controller in self.controllers.items():
             controller.load_state_dict(state["controllers"][name])
+
+    def autocast(self) -> torch.autocast:
+        """What networks run under: bfloat16 where the run asks for it."""
+        is_bf16 = self.run.mixed_precision == "bf16"
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=is_bf16)
+
+    def _say(self, sentence: str) -> None:
+        """Tell the user something, once however many processes there are."""
+        if self.accelerator.is_main_process:
+            tqdm.write(sentence, file=sys.stderr)
 
     def _check_held_out(self) -> None:
         if self.rewards.held_out and not self.run.eval_steps:
@@ -413,15 +469,6 @@ class GRPOTrainer:
             "run": self.run.model_dump(),
         }
         return json.dumps(sections, indent=2) + "\n"  # JSON is YAML
-
-
-def _named(rewards: Reward | Mapping[str, Reward]) -> RewardSet:
-    if isinstance(rewards, RewardSet):
-        return rewards
-    if isinstance(rewards, Mapping):
-        return RewardSet(rewards)
-    name = getattr(rewards, "__name__", type(rewards).__name__)
-    return RewardSet({name: rewards})
 
 
 def _postfix(metrics: dict[str, float]) -> dict[str, str]:

@@ -41,6 +41,9 @@ def raises_later(images, conditions):
     calls += 1
     return bright(images, conditions) if calls < 2 else 1 / 0
 
+def exits(images, conditions):
+    raise SystemExit(0)
+
 def shape(images, conditions):
     return images.mean((1, 2))
 
@@ -438,7 +441,7 @@ def test_overwriting_a_run(folder, tmp_path, capsys):
     assert main([*words, "--run.max_steps", "2"]) == 0
     assert main([*words, "--run.overwrite", "--run.max_steps", "1", "--run.eval_steps", "0"]) == 0
     assert [record["step"] for record in metrics(tmp_path / "run")] == [1]
-    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+    assert [each.name for each in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config["run"]["overwrite"] is False  # it is a recipe that can be run again
 
@@ -531,7 +534,8 @@ def test_a_dry_run_finds_what_would_fail(folder, fails, tmp_path, words, says):
     assert says in fails("train", folder / "recipe.yaml", *place, *words, "--dry-run")
 
 
-def test_interrupted_in_the_middle_and_resumed(folder, tmp_path):
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_in_the_middle_and_resumed(folder, tmp_path, sent, status):
     path = tmp_path / "run"
     words = ["train", folder / "recipe.yaml", "--run.output_dir", path, "--run.eval_steps", "0"]
     words = [sys.executable, "-m", "nextscale", *map(str, words), "--run.save_steps", "0"]
@@ -542,10 +546,10 @@ def test_interrupted_in_the_middle_and_resumed(folder, tmp_path):
     while not (path / "metrics.jsonl").exists() or len(metrics(path)) < 2:
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     said, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and errors == ""
-    assert "continue with --run.resume auto" in said
+    assert process.returncode == status and said == ""
+    assert errors.startswith("stopped after step ") and "continue with --run.resume auto" in errors
     done = metrics(path)[-1]["step"]
     assert [each.name for each in (path / "checkpoints").iterdir()] == [f"step-{done:06d}"]
     assert main([*words[3:], "--run.max_steps", str(done + 1), "--run.resume", "auto"]) == 0
@@ -743,6 +747,7 @@ def test_evaluate_the_classes_asked_for(folder, capsys):
         (["--reward", "python=x.py:f", "--recipe", "toy-painting"], "not allowed with argument"),
         (["--reward", "pithon=x.py:f"], "must be of the form KIND=VALUE; did you mean 'python=VALUE'?"),
         (["--reward", "python={folder}/rewards.py:nothing"], "reward 'python' returned NaN for all"),
+        (["--reward", "python={folder}/rewards.py:exits"], "reward 'python' raised SystemExit: 0 ("),
         (["--num-images", "-4"], "--num-images must be at least 2, got -4"),
         (["--reward", "python={folder}/rewards.py:bright", "--classes", "9"], "class 9 is out of range"),
     ],
@@ -787,3 +792,18 @@ def test_the_miniature_world_trains_and_is_judged(tmp_path, capsys):
     )
     for name in ("toy-painting", "toy-aesthetic", "toy-collapse"):
         assert main(["train", name, "--run.output_dir", str(tmp_path / name), "--dry-run"]) == 0
+
+
+def test_a_reader_that_goes_away_ends_no_run_that_is_whole_and_fails_one_that_is_not(folder, tmp_path):
+    """As in `nextscale train ... | head`: what is written to the standard output, and to the error output."""
+    words = [sys.executable, "-m", "nextscale", "train", str(folder / "recipe.yaml"), "--run.eval_steps", "0"]
+    environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
+    for stream, status in (("stdout", 0), ("stderr", 128 + signal.SIGPIPE)):
+        read, write = os.pipe()
+        os.close(read)
+        command = [*words, "--run.output_dir", str(tmp_path / stream), "--run.disable_tqdm", "false"]
+        streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | {stream: write}
+        done = subprocess.run(command, env=environment, **streams)
+        os.close(write)
+        assert done.returncode == status
+        assert (tmp_path / stream / "final").exists() == (status == 0)

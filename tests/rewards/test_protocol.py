@@ -1,6 +1,7 @@
 """Rewards in general: what one may answer."""
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def test_the_reward_sees_images_and_conditions_without_gradient():
 
     images = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 8, 8)
     assert score("mine", reward, images, CONDITIONS).tolist() == [0.0, 1.0, 2.0]
-    assert seen[0][0] is images and seen[0][1] is CONDITIONS and not seen[0][2]
+    assert torch.equal(seen[0][0], images) and seen[0][1] == CONDITIONS and not seen[0][2]
 
 
 def test_some_images_may_stay_without_a_score():
@@ -104,6 +105,18 @@ def test_the_line_that_is_told_is_the_users_own():
     line = reward.__code__.co_firstlineno + 1
     with pytest.raises(RewardError, match=rf"raised RuntimeError: .*test_protocol\.py:{line}\)$"):
         score("mine", reward, IMAGES, CONDITIONS)
+
+
+@pytest.mark.parametrize("timeout", [None, 60])
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_reward_that_exits_has_failed(timeout: float | None, code: int):
+    def reward(images, conditions):
+        sys.exit(code)
+
+    with pytest.raises(
+        RewardError, match=rf"^reward 'mine' raised SystemExit: {code} \(.*test_protocol\.py:"
+    ):
+        score("mine", reward, IMAGES, CONDITIONS, timeout)
 
 
 def test_an_interrupt_is_no_fault_of_the_reward():

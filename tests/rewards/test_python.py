@@ -119,6 +119,7 @@ def test_a_file_that_is_no_python_is_told(tmp_path: Path):
         ("x = 1\nraise RuntimeError('no weights')", r"raised RuntimeError: no weights \(.*faulty\.py:2\)"),
         ("import nextscale_none", "raised ModuleNotFoundError: No module named 'nextscale_none'"),
         ("def f(:", "raised SyntaxError"),
+        ("import sys\nsys.exit(0)", r"raised SystemExit: 0 \(.*faulty\.py:2\)"),
     ],
 )
 def test_a_file_that_raises_is_told(tmp_path: Path, source: str, told: str):

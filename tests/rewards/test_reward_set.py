@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError, RewardError
 from nextscale.base.roles import ROLES
-from nextscale.rewards import AtLeast, AtMost, RewardSet
+from nextscale.rewards import Aesthetic, AtLeast, AtMost, JpegCompressibility, RewardSet
 from nextscale.rewards.protocol import require_scores
 
 NAN = math.nan
@@ -54,6 +55,73 @@ def test_a_sum_of_nothing_and_a_weight_of_nothing_are_told():
         RewardSet({"a": answering(0), "b": answering(0)}, {"c": 1.0})
     with pytest.raises(ConfigError, match="timeout for 'c', which is none of the rewards a, b"):
         RewardSet({"a": answering(0), "b": answering(0)}, timeouts={"c": 1.0})
+
+
+def test_a_reward_cannot_spoil_what_others_see():
+    """Neither the next one nor the caller, however it edits what it is given."""
+    shown = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 8, 8).contiguous()
+    images, conditions = shown.clone(), list(CONDITIONS)
+
+    def in_place(images: Tensor, conditions: list) -> list[float]:
+        images.zero_()
+        conditions.sort(key=lambda each: each.text)
+        return [0.0] * 3
+
+    def in_numpy(images: Tensor, conditions: list) -> list[float]:
+        images.numpy()[:] = 5
+        conditions.pop()
+        return [0.0] * 3
+
+    async def awaited(images: Tensor, conditions: list) -> list[float]:
+        return in_place(images, conditions)
+
+    def honest(images: Tensor, conditions: list) -> Tensor:
+        assert conditions == CONDITIONS
+        return images.mean((1, 2, 3))
+
+    rewards = {"a": awaited, "b": in_place, "c": in_numpy, "d": in_place, "last": honest}
+    scores = RewardSet(rewards, timeouts={"d": 60}).scores(images, conditions)
+    assert scores["last"].tolist() == [0.0, 1.0, 2.0]
+    assert torch.equal(images, shown) and conditions == CONDITIONS
+
+
+def test_what_a_user_gives_as_rewards():
+    def mine(images: Tensor, conditions: list) -> list[float]:
+        return [1.0] * 3
+
+    alone = RewardSet.of(mine)
+    assert list(alone.rewards) == ["mine"] and RewardSet.of(alone) is alone
+    assert list(RewardSet.of(JpegCompressibility()).rewards) == ["JpegCompressibility"]
+    assert RewardSet.of({"a": mine, "b": mine}).weights == {"a": 1.0, "b": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ([answering(0)], "rewards: got an object of type list, expected .* or a dict of them by name$"),
+        (
+            None,
+            r"rewards: got None, expected a function, an object such as nextscale\.rewards\.Aesthetic\(\)",
+        ),
+        ("aesthetic", r"rewards: got 'aesthetic', .* such as nextscale\.rewards\.Aesthetic\(\)"),
+        (3, "rewards: got an object of type int, expected"),
+        (
+            Aesthetic,
+            r"reward 'Aesthetic': got the class Aesthetic, .* such as nextscale\.rewards\.Aesthetic\(\)$",
+        ),
+        (
+            {"a": answering(0), "b": "aesthetic"},
+            "reward 'b': got 'aesthetic', expected a function or an object",
+        ),
+        ({"a": None}, "reward 'a': got None, expected"),
+        ({"a": Aesthetic}, "reward 'a': got the class Aesthetic, expected"),
+        ({"a": [answering(0)]}, "reward 'a': got an object of type list, expected"),
+        ({}, "no rewards given"),
+    ],
+)
+def test_what_is_no_reward_is_refused_before_anything_is_scored(given: Any, says: str):
+    with pytest.raises(ConfigError, match=says):
+        RewardSet.of(given)
 
 
 def three_roles() -> RewardSet:

@@ -136,7 +136,7 @@ def test_a_trainer_that_fails_lets_go_of_its_folder(
 
     trainer = make_trainer(tiny_pipeline, tmp_path / "run")
     with monkeypatch.context() as patched, pytest.raises(ConfigError, match="no such device") as training:
-        patched.setattr(VARPipeline, "draw", fail)
+        patched.setattr(VARPipeline, "draw_batches", fail)
         trainer.train()
     with monkeypatch.context() as patched, pytest.raises(ConfigError, match="no such device") as making:
         patched.setattr(VARPipeline, "to", fail)

@@ -10,7 +10,8 @@ from nextscale.base.conditions import Condition
 from nextscale.models.zoo import TOY_ASSETS
 from nextscale.pipeline import VARPipeline
 from nextscale.rewards import Aesthetic, ClipScore
-from nextscale.toy.judges import KINDS, judge, judge_metrics, load_judge
+from nextscale.toy import judges
+from nextscale.toy.judges import KINDS, judge, judge_images, load_judge
 from nextscale.toy.world import CLASSES, STYLES, Scenes, beauty, render, sample_scenes
 
 pytestmark = pytest.mark.skipif(
@@ -49,9 +50,10 @@ def test_the_pipeline_loads_and_draws_photos_of_its_classes():
     assert tuple(pipe.class_names or ()) == CLASSES
     out = pipe(class_labels=list(range(len(CLASSES))), num_images_per_label=8, guidance_scale=1.5, seed=0)
     assert out.images.shape == (64, 3, 64, 64)
-    metrics = judge_metrics(out.images, [each for each in pipe.all_conditions() for _ in range(8)])
-    assert metrics["judge/class_accuracy"] > 0.6
-    assert metrics["judge/style/photo"] > 0.9
+    judged = judge_images(out.images, [each for each in pipe.all_conditions() for _ in range(8)])
+    assert all(values.shape == (64,) for values in judged.values())
+    assert judged["judge/class_accuracy"].mean() > 0.6
+    assert judged["judge/style/photo"].mean() > 0.9
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -75,3 +77,12 @@ def test_the_aesthetic_head_follows_beauty(pictures: tuple[Scenes, torch.Tensor]
     scenes, images = pictures
     scores = Aesthetic("toy", clip="toy")(images, [Condition(None, "")] * len(images))
     assert torch.corrcoef(torch.stack([scores, beauty(scenes)]))[0, 1] > 0.5
+
+
+def test_the_judges_are_loaded_once(monkeypatch: pytest.MonkeyPatch):
+    loaded = []
+    judges._shipped.cache_clear()
+    monkeypatch.setattr(judges, "load_judge", lambda kind: loaded.append(kind) or load_judge(kind))
+    for _ in range(2):
+        judge_images(torch.rand(2, 3, 64, 64), [Condition(0, "star")] * 2)
+    assert loaded == ["class", "style"]

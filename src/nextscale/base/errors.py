@@ -19,6 +19,10 @@ class RewardError(NextscaleError):
     """A reward that raised, or that returned something other than one number per image."""
 
 
+class TrainingError(NextscaleError):
+    """Training that cannot go on, such as one whose gradients are not finite."""
+
+
 def first_sentence(error: BaseException) -> str:
     """The first sentence of another library's error message."""
     text = str(getattr(error, "reason", error)).strip()  # a URLError wraps its own in brackets

@@ -1,25 +1,52 @@
-"""Ctrl-C that lets a step end."""
+"""Signals that let a step end."""
 
 import contextlib
 import signal
-from collections.abc import Callable
+import time
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# seconds: a launcher passes on the Ctrl-C that its processes got from the terminal as well
+ONE_KEYSTROKE = 1.0
 
 
-class StopOnInterrupt:
-    """The first Ctrl-C lets the step in hand end, so that its state can be saved; the second is immediate."""
+class Interrupted(KeyboardInterrupt):
+    """A run that was asked to stop, and did so after a checkpoint.
 
-    requested = False
+    Attributes:
+        signal_number: the signal that asked.
+    """
 
-    def __enter__(self) -> "StopOnInterrupt":
-        self._previous: Callable | int | None = None
-        with contextlib.suppress(ValueError):  # not in the main thread: the interrupt is not ours to take
-            self._previous = signal.signal(signal.SIGINT, self._request)
+    def __init__(self, sentence: str, signal_number: int) -> None:
+        super().__init__(sentence)
+        self.signal_number = signal_number
+
+
+class StopOnSignal:
+    """The first Ctrl-C or SIGTERM lets the step in hand end, so that its state can be saved; the second
+    ends the process at once.
+
+    Attributes:
+        requested: the signal that asked to stop; 0 while none has.
+    """
+
+    requested = 0
+
+    def __enter__(self) -> "StopOnSignal":
+        self._previous: dict[int, Any] = {}
+        with contextlib.suppress(ValueError):  # not in the main thread: the signals are not ours to take
+            for each in SIGNALS:
+                self._previous[each] = signal.signal(each, self._request)
         return self
 
-    def _request(self, *_: object) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    def _request(self, number: int, _: FrameType | None) -> None:
+        if not self.requested:
+            self.requested, self._begin = number, time.monotonic()
+        elif time.monotonic() - self._begin > ONE_KEYSTROKE:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def __exit__(self, *_: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)

@@ -114,6 +114,20 @@ def build_strictly(make: Callable[[], Model], state: StateDict, path: str | Path
             model = make()
     except ValueError as error:
         raise CheckpointError(f"'{path}' has sizes that no model can have: {error}") from None
+    check_tensors(state, model, path)
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(True)
+
+
+def check_tensors(state: StateDict, model: nn.Module, path: str | Path) -> None:
+    """Check that these are the tensors of a model.
+
+    Args:
+        path: file that they come from, for the error message.
+
+    Raises:
+        CheckpointError: a key is missing, unknown, of another shape or of another kind of dtype.
+    """
     expected = model.state_dict()
     for key, value in expected.items():
         if key not in state:
@@ -128,8 +142,6 @@ def build_strictly(make: Callable[[], Model], state: StateDict, path: str | Path
     for key in state:
         if key not in expected:
             raise CheckpointError(f"'{path}' holds '{key}', which the model does not know")
-    model.load_state_dict(state, assign=True)
-    return model.eval().requires_grad_(True)
 
 
 def load_strictly(make: Callable[[], Model], path: Path, dtype: torch.dtype = torch.float32) -> Model:

@@ -3,7 +3,7 @@
 What takes long to import is imported when a command runs, so that help and mistakes are answered at once.
 """
 
-import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -11,8 +11,9 @@ import argcomplete
 
 from nextscale import __version__
 from nextscale.base.errors import NextscaleError
+from nextscale.base.interrupt import Interrupted
 from nextscale.cli import evaluate, export, plan, report, sample, toy, train
-from nextscale.cli.parser import Parser
+from nextscale.cli.parser import Parser, forget_stdout
 from nextscale.config.overrides import take_overrides
 
 COMMANDS = (train, plan, sample, evaluate, report, export, toy)
@@ -27,15 +28,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(words)
         finally:
             sys.stdout.flush()  # here, where a reader that has gone is no error
-    except BrokenPipeError:  # the reader, such as `head`, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:  # the reader, such as `head`, has gone; of a run, it has ended training
+        forget_stdout()
+        return 128 + signal.SIGPIPE if "train" in words else 0
     except NextscaleError as error:
         return _fail(str(error))
     except OSError as error:
         return _fail(f"'{error.filename}': {error.strerror}" if error.filename else str(error))
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + stopped.signal_number  # as shells report it
     except KeyboardInterrupt:
-        return train.INTERRUPTED
+        return 128 + signal.SIGINT
 
 
 def _fail(sentence: str) -> int:

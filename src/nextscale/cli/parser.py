@@ -1,6 +1,8 @@
 """An argument parser that answers a mistake in one sentence, and the frame of every command."""
 
 import argparse
+import os
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -62,3 +64,8 @@ def complete_with(action: argparse.Action, words: Iterable[str], extension: str 
         return [*words, *(FilesCompleter(extension)(prefix) if extension else ())]
 
     action.completer = completer  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def forget_stdout() -> None:
+    """Write to nowhere from now on: the reader of the standard output has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -5,12 +5,10 @@ from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
 from nextscale.cli.arguments import add_recipe, load_recipe_of
-from nextscale.cli.parser import add_command
+from nextscale.cli.parser import add_command, forget_stdout
 
 if TYPE_CHECKING:
     from nextscale.config.recipe import Recipe
-
-INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 
 
 def add(commands: Any) -> None:
@@ -36,10 +34,12 @@ def run(args: Namespace) -> int:
 
     trainer = build_trainer(recipe, args.words)
     folder = trainer.train()
-    if trainer.step_done < recipe.run.max_steps:
-        return INTERRUPTED
     if trainer.accelerator.is_main_process:
-        print(f"{summarize(folder)}\n{folder}")
+        try:
+            print(f"{summarize(folder)}\n{folder}", flush=True)
+        except BrokenPipeError:  # the run is whole, whether or not somebody reads of it
+            forget_stdout()
+    trainer.accelerator.end_training()
     return 0
 
 

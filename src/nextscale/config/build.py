@@ -17,7 +17,7 @@ from nextscale.rewards import Reward, RewardSet
 from nextscale.rewards.networks.clip import load_clip
 from nextscale.rewards.protocol import RewardConfig
 from nextscale.rewards.python import PythonConfig
-from nextscale.toy.judges import judge_metrics
+from nextscale.toy.judges import judge_images
 from nextscale.toy.world import CLASSES, IMAGE_SIZE
 from nextscale.trainer import GRPOTrainer
 
@@ -85,7 +85,7 @@ def is_miniature(pipe: VARPipeline) -> bool:
 
 def judges_for(pipe: VARPipeline) -> Judges | None:
     """The miniature world's judges, for models of that world."""
-    return judge_metrics if is_miniature(pipe) else None
+    return judge_images if is_miniature(pipe) else None
 
 
 def embedder(clip: str | None) -> Embedder | None:

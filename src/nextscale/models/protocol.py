@@ -45,6 +45,12 @@ class Conditioning:
             self, tensors={name: each.repeat_interleave(num_images, 0) for name, each in self.tensors.items()}
         )
 
+    @staticmethod
+    def cat(parts: "Sequence[Conditioning]") -> "Conditioning":
+        """Parts that `select` cut from one whole, put together."""
+        names = parts[0].tensors
+        return replace(parts[0], tensors={name: torch.cat([each[name] for each in parts]) for name in names})
+
     def with_null(self) -> "Conditioning":
         """(2B) The conditions, followed by as many empty ones."""
         both = {

@@ -71,14 +71,14 @@ class Phases:
             return self._count(lambda: tokenizer.latent_to_images(latent), batch)
 
     def reward(self, clips: Sequence[CLIPConfig]) -> Count:
-        """The image towers of all rewards, one after another, each on all images at once."""
-        total = Count()
+        """The image towers of all rewards, one after the other."""
+        total, batch = Count(), self._drawn_at_once
         for config in clips:
             with without_data(as_on_gpu=self.as_on_gpu), torch.no_grad():
-                vision: Any = config.vision_config  # transformers does not annotate its sizes precisely
+                vision: Any = config.vision_config  # transformers types its sizes loosely
                 tower, size = CLIPModel(config).vision_model, vision.image_size
-                pixels = torch.zeros(self.num_images, 3, size, size)
-                each = self._count(partial(tower, pixel_values=pixels), self.num_images)
+                pixels = torch.zeros(batch, 3, size, size)
+                each = self._count(partial(tower, pixel_values=pixels), batch)
             total = Count(total.flops + each.flops, forward_peak=max(total.peak, each.peak))
         return total
 

@@ -27,7 +27,7 @@ class Reward(Protocol):
         """One score for each image.
 
         Args:
-            images: (B, 3, H, W) float32 in [0, 1].
+            images: (B, 3, H, W) float32 in [0, 1]; a copy of this reward's own, as is the list of conditions.
             conditions: what each image was asked to show.
 
         Returns:

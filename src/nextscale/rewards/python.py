@@ -30,7 +30,7 @@ def load_function(reference: str) -> Reward:
     sys.modules[spec.name] = module  # dataclasses look up their module while they are created
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
         raise ConfigError(
             f"python reward '{reference}': the file raised {type(error).__name__}: {error}{user_line(error)}"

@@ -29,7 +29,8 @@ class RewardSet:
             from when it is asked.
 
     Raises:
-        ConfigError: there is no reward to train on, a role names no reward, or a reward has two roles.
+        ConfigError: `rewards` is not a mapping of callables, there is no reward to train on, a role names no
+            reward, or a reward has two roles.
     """
 
     def __init__(
@@ -42,8 +43,19 @@ class RewardSet:
         timeouts: Mapping[str, float] | None = None,
     ) -> None:
         weights, constraints, timeouts = weights or {}, constraints or {}, timeouts or {}
+        if not isinstance(rewards, Mapping):
+            raise ConfigError(
+                f"rewards: got {_found(rewards)}, expected a function, an object such as "
+                "nextscale.rewards.Aesthetic(), or a dict of them by name"
+            )
         if not rewards:
             raise ConfigError("no rewards given: give at least one")
+        for name, reward in rewards.items():
+            if isinstance(reward, type) or not callable(reward):
+                raise ConfigError(
+                    f"reward '{name}': got {_found(reward)}, expected a function or an object such as "
+                    "nextscale.rewards.Aesthetic()"
+                )
         named = {"weight": weights, "constraint": constraints, "held_out": held_out, "timeout": timeouts}
         roles: dict[str, str] = {}
         for key, names in named.items():
@@ -62,6 +74,19 @@ class RewardSet:
         if not trained:
             raise ConfigError("every reward is a constraint or held out: give one to train on")
         self.weights = {name: float(weights.get(name, 1.0)) for name in trained}
+
+    @classmethod
+    def of(cls, rewards: Reward | Mapping[str, Reward]) -> "RewardSet":
+        """What a user gives as rewards, as a set: one reward, several by name, or a set already.
+
+        Raises:
+            ConfigError: it is none of these.
+        """
+        if isinstance(rewards, RewardSet):
+            return rewards
+        if callable(rewards) and not isinstance(rewards, Mapping):
+            rewards = {getattr(rewards, "__name__", type(rewards).__name__): rewards}
+        return cls(rewards)
 
     def roles(self) -> dict[str, dict[str, object]]:
         """The role of each reward, as a recipe writes it: {"style": {"weight": 1.0}, ...}."""
@@ -121,3 +146,12 @@ class RewardSet:
 
     def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         return self.total(self.scores(images, conditions))
+
+
+def _found(given: object) -> str:
+    """What was given in place of a reward, for a sentence about it."""
+    if isinstance(given, type):
+        return f"the class {given.__name__}"
+    if given is None or isinstance(given, str):
+        return repr(given)
+    return f"an object of type {type(given).__name__}"

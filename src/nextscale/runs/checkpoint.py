@@ -1,47 +1,126 @@
 """Checkpoints that are whole or absent, and the newest of a run.
 
-Accelerate writes and reads what is in them; this module decides where they lie and when they count.
+trainer_state.json      step, controllers, schedule, and the optimizer's settings
+model.safetensors       the weights that are trained
+optimizer.safetensors   the optimizer's state of each, as PARAMETER/STATE
+random-RANK.safetensors the random states of each process
+
+Tensors and JSON alone: whatever a checkpoint holds, loading it runs nothing.
 """
 
 import json
+import random
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
-from nextscale.base.errors import CheckpointError
+from nextscale.base.errors import CheckpointError, first_sentence
+from nextscale.base.files import write_text_aside
+from nextscale.base.tensors import check_tensors
 from nextscale.runs.paths import by_step, step_name
 
 STATE_FILE = "trainer_state.json"
+MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
+FORMAT_VERSION = 2
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # however the model is spread over processes
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, state: dict, limit: int) -> Path:
+def save_checkpoint(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    limit: int,
+) -> Path:
     """Write a checkpoint aside and rename it when it is whole; then remove all but the newest `limit`.
 
     Args:
+        model: what is trained, as it is wrapped for several processes.
         folder: the run's folder of checkpoints.
         step: the number of steps done.
         state: the trainer's own state; must be JSON.
 
     Returns:
         the checkpoint's path.
+
+    Raises:
+        CheckpointError: a weight is not finite; the earlier checkpoints stay.
     """
     final = folder / step_name(step)
     aside = folder / f".writing-{final.name}"
+    weights: Any = get_model_state_dict(model, options=WHOLE)
+    check_finite(accelerator.unwrap_model(model))
+    # Before its first step an optimizer has no state, and asking for one would make it take a step.
+    moments: Any = get_optimizer_state_dict(model, optimizer, options=WHOLE) if optimizer.state else {}
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(aside))
+    save_file(_random_state(), aside / f"random-{accelerator.process_index}.safetensors")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (aside / STATE_FILE).write_text(json.dumps(state | {"step": step}, indent=2) + "\n")
+        save_file({name: each.contiguous() for name, each in weights.items()}, aside / MODEL_FILE)
+        save_file(_flat(moments.get("state", {})), aside / OPTIMIZER_FILE)
+        content = state | {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "optimizer": moments.get("param_groups", []),
+        }
+        write_text_aside(aside / STATE_FILE, json.dumps(content, indent=2) + "\n")
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
         for old in list_checkpoints(folder)[:-limit]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return final
+
+
+def load_checkpoint(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, path: Path
+) -> dict[str, Any]:
+    """Restore the model, the optimizer and the random states; returns the trainer's own state.
+
+    Raises:
+        CheckpointError: a file of the checkpoint is missing or broken, or was written by an earlier version.
+    """
+    if (path / "optimizer.bin").exists():
+        raise CheckpointError(
+            f"checkpoint '{path}' was written by an earlier version of nextscale, whose files can run code: "
+            "finish that run with that version, or begin a new one"
+        )
+    try:
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        if state["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format_version {state['format_version']}, expected {FORMAT_VERSION}")
+        weights: Any = load_file(path / MODEL_FILE)
+        check_tensors(weights, accelerator.unwrap_model(model), path / MODEL_FILE)
+        set_model_state_dict(model, weights, options=WHOLE)
+        if groups := state["optimizer"]:
+            moments: Any = {"state": _nested(load_file(path / OPTIMIZER_FILE)), "param_groups": groups}
+            set_optimizer_state_dict(model, optimizer, moments, options=WHOLE)
+        random_file = path / f"random-{accelerator.process_index}.safetensors"
+        if random_file.exists():  # not, where the run goes on with more processes than it had
+            _set_random_state(load_file(random_file))
+    except CheckpointError:
+        raise
+    except Exception as error:  # of a damaged file, whatever its bytes lead to
+        raise CheckpointError(f"checkpoint '{path}' cannot be read: {first_sentence(error)}") from error
+    return state
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -66,25 +145,58 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
     return path
 
 
-def load_checkpoint(accelerator: Accelerator, path: Path) -> dict:
-    """Restore the model, the optimizer and the learning-rate schedule; returns the trainer's own state.
+def check_finite(model: nn.Module) -> None:
+    """Check that a model may be written.
 
     Raises:
-        CheckpointError: a file of the checkpoint is missing or broken.
+        CheckpointError: names the first parameter that holds NaN or infinity.
     """
-    try:
-        state = _with_controllers(json.loads((path / STATE_FILE).read_text()))
-        accelerator.load_state(str(path))
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"checkpoint '{path}' cannot be read: {reason}") from error
+    for name, each in model.named_parameters():
+        if not each.isfinite().all():
+            raise CheckpointError(
+                f"the model was not saved: '{name}' holds NaN or infinity; earlier checkpoints are untouched"
+            )
+
+
+def _flat(state: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {
+        f"{parameter}/{name}": torch.as_tensor(value).contiguous()
+        for parameter, values in state.items()
+        for name, value in values.items()
+    }
+
+
+def _nested(flat: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    state: dict[str, dict[str, Tensor]] = {}
+    for key, value in flat.items():
+        parameter, _, name = key.rpartition("/")
+        state.setdefault(parameter, {})[name] = value
     return state
 
 
-def _with_controllers(state: dict) -> dict:
-    """A trainer's state as it is written now; an earlier one had each controller under a key of its own."""
-    if "controllers" in state:
-        return state
-    names = [name for name in ("constraints", "entropy_floor") if name in state]
-    controllers = {name: state[name] for name in names} | {"watch": {"first": state["first_evaluation"]}}
-    return {"step": state["step"], "seconds": state["seconds"], "controllers": controllers}
+def _random_state() -> dict[str, Tensor]:
+    """Of torch, numpy and Python. Our own randomness is passed in; a user's reward may draw from these."""
+    version, numbers, gauss = random.getstate()
+    words: Any = np.random.get_state(legacy=True)
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(numbers),
+        "python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
+        "numpy": torch.tensor(words[1].astype(np.int64)),
+        "numpy_gauss": torch.tensor([words[2], words[3], words[4]], dtype=torch.float64),
+    }
+    assert version == 3, version
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return state | {f"cuda_{i}": each for i, each in enumerate(devices)}
+
+
+def _set_random_state(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["torch"])
+    gauss = state["python_gauss"].item()
+    random.setstate((3, tuple(state["python"].tolist()), None if gauss != gauss else gauss))
+    position, has_gauss, numpy_gauss = state["numpy_gauss"].tolist()
+    words = state["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", words, int(position), int(has_gauss), numpy_gauss))
+    devices = [state[name] for name in sorted(state) if name.startswith("cuda_")]
+    if torch.cuda.is_available() and len(devices) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(devices)

@@ -29,7 +29,7 @@ class RunConfig(Record):
     diversity_clip: str | None = None
     """CLIP model whose embeddings measure diversity: "toy", a folder or a hub repository."""
     save_steps: int = Field(default=50, ge=0, json_schema_extra=FREE_ON_RESUME)
-    """Steps between checkpoints. 0 saves only the final model."""
+    """Steps between checkpoints. 0 saves one at the end alone."""
     save_total_limit: int = Field(default=2, ge=1, json_schema_extra=FREE_ON_RESUME)
     """Number of checkpoints to keep."""
     resume: str | None = Field(default=None, json_schema_extra=FREE_ON_RESUME)
@@ -40,7 +40,9 @@ class RunConfig(Record):
     """Autocast for all networks, rewards included; output head and log-softmax stay in float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: saves memory, takes about a third longer."""
-    report_to: Literal["tensorboard", "none"] = Field(default="tensorboard", json_schema_extra=FREE_ON_RESUME)
-    """Tracker that gets the metrics besides metrics.jsonl."""
+    max_skipped_updates: int = Field(default=3, ge=1)
+    """Updates in a row that may be skipped because the gradient is not finite; one more ends the run."""
+    report_to: str | tuple[str, ...] = Field(default="tensorboard", json_schema_extra=FREE_ON_RESUME)
+    """Trackers that get the metrics besides metrics.jsonl: one or several of Accelerate's, or "none"."""
     disable_tqdm: bool = Field(default=False, json_schema_extra=FREE_ON_RESUME)
     """Hide the progress bar."""

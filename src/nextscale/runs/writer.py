@@ -1,6 +1,7 @@
 """A run folder as its run writes it."""
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -110,11 +111,12 @@ class RunFolder(RunPaths):
                 break  # cut short by an interruption; nothing whole follows
         write_text_aside(self.metrics, "".join(kept) if last else "")
 
-    def append_metrics(self, metrics: dict[str, float]) -> None:
-        """Append a line to `metrics.jsonl`."""
+    def append_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Append a line to `metrics.jsonl`; a number that is not finite, which JSON has not, becomes null."""
         if self.is_main:
+            line = {name: each if math.isfinite(each) else None for name, each in metrics.items()}
             with self.metrics.open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
+                file.write(json.dumps(line) + "\n")
 
     def save_grid(self, step: int, images: Tensor, row_names: list[str]) -> None:
         """Write images as one picture, and the names of its rows.

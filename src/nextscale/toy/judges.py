@@ -7,6 +7,7 @@ Shapes: B images · K kinds
 """
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -54,17 +55,19 @@ def judge(model: Judge, images: Tensor) -> Tensor:
     return model(images).argmax(-1)
 
 
-def judge_metrics(images: Tensor, conditions: Sequence[Condition]) -> dict[str, float]:
+@cache
+def _shipped(kind: str, device: torch.device) -> Judge:
+    return load_judge(kind).to(device)
+
+
+def judge_images(images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
     """What the shipped judges say of images that were asked to show these classes.
 
     Returns:
-        `judge/class_accuracy`, the share of images in which the class judge sees the class asked for, and
-        `judge/style/{style}`, the share of images that the style judge calls so.
+        (B,) values, 1 or 0: `judge/class_accuracy`, whether the class judge sees the class asked for, and
+        `judge/style/{style}`, whether the style judge calls the image so. Their means are shares of images.
     """
-    seen = judge(load_judge("class").to(images.device), images).cpu()
-    styles = judge(load_judge("style").to(images.device), images).cpu()
+    seen, styles = (judge(_shipped(kind, images.device), images).cpu() for kind in ("class", "style"))
     asked = torch.tensor([condition.label for condition in conditions])
-    metrics = {"judge/class_accuracy": (seen == asked).float().mean().item()}
-    for index, style in enumerate(STYLES):
-        metrics[f"judge/style/{style}"] = (styles == index).float().mean().item()
-    return metrics
+    shares = {f"judge/style/{style}": (styles == index).float() for index, style in enumerate(STYLES)}
+    return {"judge/class_accuracy": (seen == asked).float(), **shares}

@@ -92,6 +92,33 @@ def test_async_rewards_keep_their_loop():
     assert loops[0] is loops[1] and not loops[0].is_closed()
 
 
+@pytest.mark.parametrize("is_in_task", [False, True])
+def test_an_async_reward_that_exits_has_failed(is_in_task: bool):
+    """And the loop lives on, for other rewards and later steps."""
+
+    async def exits() -> None:
+        await asyncio.sleep(0)
+        sys.exit(0)
+
+    async def reward(images: Tensor, conditions: list) -> None:
+        await (asyncio.gather(exits(), asyncio.sleep(0.01)) if is_in_task else exits())
+
+    for _ in range(2):
+        rewards = RewardSet({"red": red, "mine": reward}, timeouts={"mine": 60})
+        with pytest.raises(RewardError, match=r"^reward 'mine' raised SystemExit: 0 \(.*test_waiting\.py:"):
+            rewards.scores(IMAGES, CONDITIONS)
+    assert score("red", red, IMAGES, CONDITIONS, 60).tolist() == RED
+
+
+def test_an_interrupt_in_an_async_reward_is_one():
+    async def reward(images: Tensor, conditions: list) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score("mine", reward, IMAGES, CONDITIONS, 60)
+    assert score("red", red, IMAGES, CONDITIONS, 60).tolist() == RED
+
+
 def test_what_is_left_is_cancelled_when_one_fails():
     cancelled = threading.Event()
 
@@ -149,7 +176,7 @@ def test_a_timeout_changes_nothing_of_what_a_reward_sees():
         (False, torch.bfloat16),
         (False, torch.float32),
     ]
-    assert all(each[2] is IMAGES and each[3] is CONDITIONS for each in seen)
+    assert all(torch.equal(each[2], IMAGES) and each[3] == CONDITIONS for each in seen)
 
 
 HANGING = """

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import RewardError
-from nextscale.rewards.asking.waiting import begin, is_async, wait_for
+from nextscale.rewards.asking.waiting import begin, call, is_async, wait_for
 
 # Where code lies that the user did not write: this package, Python's library, installed packages.
 LIBRARIES = (
@@ -43,10 +43,10 @@ def ask(
     try:
         if begun is None and (timeout is not None or is_async(reward)):
             begun = begin(reward, images, conditions)
-        return reward(images, conditions) if begun is None else wait_for(begun, timeout)
+        return call(reward, images, conditions) if begun is None else wait_for(begun, timeout)
     except RewardError as error:
         raise RewardError(f"reward '{name}': {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a run that ends by a reward's exit(0) would look finished
         told = f"{type(error).__name__}: {error}".removesuffix(": ")
         raise RewardError(f"reward '{name}' raised {told}{user_line(error)}") from error
 

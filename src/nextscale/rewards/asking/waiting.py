@@ -6,6 +6,7 @@ import inspect
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -21,13 +22,19 @@ def is_async(reward: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)
 
 
+def call(reward: Callable[..., Any], images: Tensor, conditions: Sequence[Condition]) -> Any:
+    """What a reward answers, or for an async one what is to be awaited. It gets copies: whatever it does to
+    them, the other rewards, the judges and training see what was drawn."""
+    return reward(images.clone(), list(conditions))
+
+
 def begin(reward: Callable[..., Any], images: Tensor, conditions: Sequence[Condition]) -> "Future[Any]":
     """Call a reward in another thread, with gradients off: an async one on the event loop that all of them
     share, any other one in a thread of its own, with this thread's autocast and device."""
     if is_async(reward):
 
         async def ask() -> Any:
-            return await reward(images, conditions)
+            return await call(reward, images, conditions)
 
         return asyncio.run_coroutine_threadsafe(ask(), _event_loop())
     # Torch keeps all of these per thread.
@@ -36,7 +43,7 @@ def begin(reward: Callable[..., Any], images: Tensor, conditions: Sequence[Condi
 
     def run() -> Any:
         with torch.no_grad(), torch.autocast(kind, dtype, enabled=is_cast), torch.cuda.device(index):
-            return reward(images, conditions)
+            return call(reward, images, conditions)
 
     return start_thread(run)
 
@@ -80,7 +87,11 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
     def run() -> None:
         torch.set_grad_enabled(False)
-        loop.run_forever()
+        while True:
+            # A task that exits, or is interrupted, hands its error to who awaits it, and ends the loop as
+            # well: without the loop, no answer would ever come.
+            with suppress(SystemExit, KeyboardInterrupt):
+                loop.run_forever()
 
     threading.Thread(target=run, daemon=True).start()
     return loop

@@ -1,0 +1,352 @@
+"""What goes wrong in a run, and what is left of it then."""
+
+import json
+import pickle
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from nextscale.base.errors import CheckpointError, ConfigError, RewardError, TrainingError
+from nextscale.base.interrupt import Interrupted, StopOnSignal
+from nextscale.losses import LOSSES, LossOutput, grpo_loss
+from nextscale.pipeline import VARPipeline
+from nextscale.runs.launch import make_accelerator
+from test_trainer import MakePipeline, brightness, make_trainer, metrics_of, redness
+
+
+def weights_of(pipe: VARPipeline) -> Tensor:
+    return torch.cat([each.detach().flatten() for each in pipe.transformer.parameters()])
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, *updates: int) -> None:
+    """Make the loss NaN in these updates, counted from 1."""
+    done = 0
+
+    def loss(q: Any, config: Any) -> LossOutput:
+        nonlocal done
+        done += 1
+        output = grpo_loss(q, config)
+        return LossOutput(output.loss * float("nan"), output.metrics) if done in updates else output
+
+    monkeypatch.setitem(LOSSES, "spoilt", loss)
+
+
+# ---- numbers that are not finite
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted(
+    tiny_pipeline: VARPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, 2)
+    options = {"loss_type": "spoilt", "entropy_floor": 0.9, "max_steps": 3}
+    trainer = make_trainer(tiny_pipeline, tmp_path / "run", **options)
+    trainer.open()
+    trainer.step(1)
+    before = weights_of(tiny_pipeline)
+    metrics = trainer.step(2)
+    assert torch.equal(weights_of(tiny_pipeline), before) and metrics["skipped_updates"] == 1
+    trainer.log(2, metrics)
+    assert metrics_of(tmp_path / "run")[0]["grad_norm"] is None  # JSON has no NaN
+    assert trainer.step(3)["skipped_updates"] == 0
+    assert not torch.equal(weights_of(tiny_pipeline), before)
+
+
+def test_several_in_a_row_end_the_run_with_a_checkpoint_from_before(
+    tiny_pipeline: VARPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, 2, 3, 4)
+    options = {"loss_type": "spoilt", "max_skipped_updates": 2, "max_steps": 9}
+    trainer = make_trainer(tiny_pipeline, tmp_path / "run", **options)
+    with pytest.raises(TrainingError, match=r"in 3 updates in a row.*gradient 'pos_start'.*learning_rate"):
+        trainer.train()
+    saved = load_file(tmp_path / "run" / "checkpoints" / "step-000003" / "model.safetensors")
+    assert all(each.isfinite().all() for name, each in saved.items() if "bias_for" not in name)
+    assert [each["skipped_updates"] for each in metrics_of(tmp_path / "run")] == [0, 1, 1]
+
+
+def test_the_reward_at_fault_is_named(tiny_pipeline: VARPipeline, tmp_path: Path) -> None:
+    """Each score is finite, but not how far they lie apart."""
+
+    def huge(images: Tensor, conditions: list) -> Tensor:
+        return torch.where(torch.arange(len(images)) % 2 == 0, 3e38, -3e38)
+
+    rewards = {"red": redness, "huge": huge}
+    trainer = make_trainer(tiny_pipeline, tmp_path / "run", rewards, max_skipped_updates=1, max_steps=9)
+    with pytest.raises(TrainingError, match="not finite first: reward 'huge'"):
+        trainer.train()
+
+
+def test_weights_that_are_not_finite_are_never_written(
+    tiny_pipeline: VARPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tiny_pipeline, tmp_path / "run", save_steps=1, max_steps=2)
+    finish = trainer.finish_step
+
+    def break_a_weight(metrics: dict[str, float]) -> None:
+        if trainer.step_done == 1:
+            with torch.no_grad():
+                tiny_pipeline.transformer.head.bias[0] = float("nan")
+        finish(metrics)
+
+    monkeypatch.setattr(trainer, "finish_step", break_a_weight)
+    with pytest.raises(CheckpointError, match=r"not saved: 'head\.bias' holds NaN"):
+        trainer.train()
+    assert [each.name for each in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]
+    assert not (tmp_path / "run" / "final").exists()
+
+
+# ---- what a trainer leaves behind
+
+
+def test_a_trainer_leaves_nothing_behind(tiny_pipeline: VARPipeline, tmp_path: Path) -> None:
+    options = {"mixed_precision": "bf16", "gradient_checkpointing": True, "max_steps": 1}
+    make_trainer(tiny_pipeline, tmp_path / "run", **options).train()
+    fresh = VARPipeline.from_pretrained(tmp_path / "run" / "final")
+    ours, theirs = (pipe([0, 1], num_images_per_label=4, seed=3) for pipe in (tiny_pipeline, fresh))
+    assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.log_probs, theirs.log_probs)
+    assert not tiny_pipeline.transformer.gradient_checkpointing
+    again = make_trainer(tiny_pipeline, tmp_path / "again", max_steps=1)
+    again.train()
+    assert metrics_of(tmp_path / "again")[0]["sampling/sampling_logp_difference/max"] < 1e-4
+
+
+def test_weights_of_16_bits_are_refused(tiny_pipeline: VARPipeline, tmp_path: Path) -> None:
+    tiny_pipeline.transformer.bfloat16()
+    with pytest.raises(ConfigError, match=r"is bfloat16, in which most updates round to nothing.*float32"):
+        make_trainer(tiny_pipeline, tmp_path / "run")
+
+
+# ---- an evaluation that fails
+
+
+def test_the_last_evaluation_is_made_up_for(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    failing = {"evaluations": 0}
+
+    def held(images: Tensor, conditions: list) -> Tensor:
+        failing["evaluations"] += 1
+        if failing["evaluations"] == 2:
+            raise OSError("gone")
+        return brightness(images, conditions)
+
+    from nextscale.rewards import RewardSet
+
+    rewards = RewardSet({"red": redness, "held": held}, held_out=["held"])
+    options: dict[str, Any] = {"eval_steps": 2, "eval_num_images": 4, "per_device_eval_batch_size": 64}
+    with pytest.raises(RewardError, match="'held' raised OSError: gone"):
+        make_trainer(make_pipeline(num_classes=1), tmp_path / "run", rewards, **options).train()
+    assert "eval_reward" not in metrics_of(tmp_path / "run")[-1]
+    make_trainer(make_pipeline(num_classes=1), tmp_path / "run", rewards, resume="auto", **options).train()
+    last = metrics_of(tmp_path / "run")[-1]
+    assert last["step"] == 2 and "eval_rewards/held/mean" in last
+
+
+# ---- stopping, resuming
+
+
+def test_ctrl_c_in_python_ends_train_after_a_checkpoint(tiny_pipeline: VARPipeline, tmp_path: Path) -> None:
+    def interrupts(images: Tensor, conditions: list) -> Tensor:
+        signal.raise_signal(signal.SIGINT)
+        return redness(images, conditions)
+
+    with pytest.raises(
+        KeyboardInterrupt, match=r'stopped after step 1;.*RunConfig\(resume="auto"'
+    ) as stopped:
+        make_trainer(tiny_pipeline, tmp_path / "run", interrupts, max_steps=5).train()
+    assert isinstance(stopped.value, Interrupted) and stopped.value.signal_number == signal.SIGINT
+    assert (tmp_path / "run" / "checkpoints" / "step-000001").is_dir()
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_one_keystroke_counts_once_and_the_second_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher passes on the Ctrl-C that its processes got from the terminal as well."""
+    now = [10.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    ended: list[int] = []
+    with StopOnSignal() as stop:
+        signal.raise_signal(signal.SIGINT)
+        now[0] += 0.2
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested == signal.SIGINT
+        now[0] += 2.0
+        with monkeypatch.context() as patched:
+            patched.setattr(signal, "signal", lambda number, handler: ended.append(handler))
+            patched.setattr(signal, "raise_signal", ended.append)
+            stop._request(signal.SIGINT, None)
+    assert ended == [signal.SIG_DFL, signal.SIGINT]
+
+
+def test_a_finished_run_says_so(
+    make_pipeline: MakePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_trainer(make_pipeline(), tmp_path / "run").train()
+    records, final = metrics_of(tmp_path / "run"), (tmp_path / "run" / "final" / "config.json").read_bytes()
+    make_trainer(make_pipeline(), tmp_path / "run", resume="auto").train()
+    assert "all 2 steps are done; raise run.max_steps to go on" in capsys.readouterr().err
+    assert metrics_of(tmp_path / "run") == records
+    assert (tmp_path / "run" / "final" / "config.json").read_bytes() == final
+    make_trainer(make_pipeline(), tmp_path / "run", resume="auto", max_steps=3).train()
+    assert [each["step"] for each in metrics_of(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_tensorboard_has_each_step_once_after_a_resume(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"report_to": "tensorboard", "save_steps": 2, "max_steps": 4}
+    trainer = make_trainer(make_pipeline(), tmp_path / "run", **options)
+    finish = trainer.finish_step
+
+    def killed_in_step_4(metrics: dict[str, float]) -> None:
+        if trainer.step_done == 3:
+            raise SystemError("killed")
+        finish(metrics)
+
+    trainer.finish_step = killed_in_step_4  # type: ignore[method-assign]
+    with pytest.raises(SystemError):
+        trainer.train()
+    make_trainer(make_pipeline(), tmp_path / "run", resume="auto", **options).train()
+    events = EventAccumulator(str(tmp_path / "run"))
+    (folder,) = {path.parent for path in (tmp_path / "run").rglob("events.out*")}
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert [each.step for each in events.Scalars("reward")] == [1, 2, 3, 4]
+
+
+def test_a_constant_reward_warns_once(
+    tiny_pipeline: VARPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_trainer(tiny_pipeline, tmp_path / "run", lambda images, _: [1.0] * len(images), max_steps=3).train()
+    assert capsys.readouterr().err.count("the same reward, so there is nothing to learn") == 1
+
+
+# ---- what a checkpoint may hold
+
+
+@pytest.fixture
+def checkpoint(make_pipeline: MakePipeline, tmp_path: Path) -> Path:
+    make_trainer(make_pipeline(), tmp_path / "run").train()
+    return tmp_path / "run" / "checkpoints" / "step-000002"
+
+
+class Bomb:
+    def __reduce__(self) -> Any:
+        return (open, (str(self.path), "w"))
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+
+def test_a_checkpoint_is_tensors_and_json_alone(checkpoint: Path) -> None:
+    names = {"trainer_state.json", "model.safetensors", "optimizer.safetensors", "random-0.safetensors"}
+    assert {each.name for each in checkpoint.iterdir()} == names
+
+
+@pytest.mark.parametrize("name", ["custom_checkpoint_0.pkl", "random_states_0.pkl", "model.safetensors"])
+def test_no_code_in_a_checkpoint_runs(
+    name: str, checkpoint: Path, make_pipeline: MakePipeline, tmp_path: Path
+) -> None:
+    (checkpoint / name).write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    trainer = make_trainer(make_pipeline(), tmp_path / "run", resume="auto", max_steps=3)
+    if name == "model.safetensors":
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            trainer.train()
+    else:
+        trainer.train()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_sentence(
+    checkpoint: Path, make_pipeline: MakePipeline, tmp_path: Path
+) -> None:
+    (checkpoint / "optimizer.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    with pytest.raises(CheckpointError, match="an earlier version of nextscale, whose files can run code"):
+        make_trainer(make_pipeline(), tmp_path / "run", resume="auto", max_steps=3).train()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "optimizer.safetensors", "random-0.safetensors"])
+def test_a_damaged_file_is_told(
+    name: str, checkpoint: Path, make_pipeline: MakePipeline, tmp_path: Path
+) -> None:
+    (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:50])
+    with pytest.raises(CheckpointError, match=r"step-000002' cannot be read: "):
+        make_trainer(make_pipeline(), tmp_path / "run", resume="auto", max_steps=3).train()
+
+
+def test_a_checkpoint_of_another_model_is_told(
+    checkpoint: Path, make_pipeline: MakePipeline, tmp_path: Path
+) -> None:
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["head.bias"] = weights["head.bias"][:5].clone()
+    save_file(weights, checkpoint / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"'head\.bias' has shape \(5,\), expected"):
+        make_trainer(make_pipeline(), tmp_path / "run", resume="auto", max_steps=3).train()
+
+
+def test_a_rewards_random_numbers_go_on_where_they_stopped(
+    make_pipeline: MakePipeline, tmp_path: Path
+) -> None:
+    import random
+
+    import numpy as np
+
+    def noisy(images: Tensor, conditions: list) -> Tensor:
+        drawn.append([random.gauss(0, 1), float(np.random.rand()), torch.rand(1).item()])
+        return redness(images, conditions)
+
+    drawn: list[list[float]] = []
+    options: dict[str, Any] = {"save_steps": 2, "max_steps": 4}
+    make_trainer(make_pipeline(), tmp_path / "run", noisy, **options).train()
+    straight = drawn[2:]
+    for each in (tmp_path / "run" / "checkpoints").glob("step-000004/*"):
+        each.unlink()
+    drawn.clear()
+    make_trainer(make_pipeline(), tmp_path / "run", noisy, resume="auto", **options).train()
+    assert drawn == straight
+
+
+# ---- launchers
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "asks for mixed precision 'fp16', the run for 'no'"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "gradient accumulation over 4 steps"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP is not supported yet"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported yet"),
+        ({"WORLD_SIZE": "2"}, "started 2 processes, but this one is connected to 0 others"),
+    ],
+)
+def test_what_a_launcher_says_otherwise_is_refused(
+    variables: dict[str, str],
+    sentence: str,
+    tiny_pipeline: VARPipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=sentence):
+        make_trainer(tiny_pipeline, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_trackers_go_by_accelerates_names(tiny_pipeline: VARPipeline, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_pipeline, tmp_path / "run", report_to=["tensorboard"])
+    assert make_accelerator(trainer.run).log_with
+    with pytest.raises(ConfigError, match=r"tracker 'tensorbord' is unknown.*did you mean 'tensorboard'"):
+        make_trainer(tiny_pipeline, tmp_path / "other", report_to="tensorbord")
+
+
+def test_metrics_are_json_that_any_reader_takes(tiny_pipeline: VARPipeline, tmp_path: Path) -> None:
+    make_trainer(tiny_pipeline, tmp_path / "run").train()
+
+    def refuse(word: str) -> None:
+        raise ValueError(word)
+
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
