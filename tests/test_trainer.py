@@ -236,6 +236,29 @@ def test_accumulation_does_not_change_the_gradient(make_pipeline: MakePipeline, 
             assert (other[name] - expected).abs().max() / largest < 1e-4, name
 
 
+def test_uneven_parts_do_not_change_what_is_logged(
+    make_pipeline: MakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 images at once and as 5 + 5 + 5 + 1, under a loss that measures one number a part, too."""
+
+    def measured(q: Quantities, config: GRPOConfig) -> LossOutput:
+        output = LOSSES["grpo"](q, config)
+        return LossOutput(output.loss, output.metrics | {"mine": q.log_probs_BL.mean()})
+
+    monkeypatch.setitem(LOSSES, "measured", measured)
+    options = {"loss_type": "measured", "num_iterations": 2}
+    whole, uneven = (
+        make_trainer(make_pipeline(), tmp_path / str(size), per_device_train_batch_size=size, **options).step(
+            1
+        )
+        for size in (16, 5)
+    )
+    timing = ("time/", "step_time", "images_per_second")
+    assert {"loss", "mine"} <= whole.keys()
+    for name in (name for name in whole if not name.startswith(timing)):
+        assert uneven[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-5), name
+
+
 def test_gradient_checkpointing_gives_the_same_gradient(make_pipeline: MakePipeline, tmp_path: Path) -> None:
     plain, recomputed = (
         gradient(make_trainer(make_pipeline(), tmp_path / str(flag), gradient_checkpointing=flag))

@@ -79,9 +79,8 @@ class LossOutput:
 
     Attributes:
         loss: a mean over the images of the microbatch, to be minimised.
-        metrics: name to detached values of any shape, averaged over a step; the largest counts where a name
-        ends in
-            "/max", the smallest where it ends in "/min".
+        metrics: name to detached values of any shape, averaged over a step; where a name ends in "/max" the
+            largest counts, where it ends in "/min" the smallest.
     """
 
     loss: Tensor
@@ -187,7 +186,11 @@ class Objective:
         if self.sampling.is_filtered:
             removed_BLV = ~kept_tokens(logits_BLV, self.sampling)
             metrics["sampling/filtered_mass"] = (full_BLV.detach().exp() * removed_BLV).sum(-1)
-        return LossOutput(output.loss, {name: each.detach() for name, each in metrics.items()})
+        # One value an image: a step's mean over all values then weighs parts of unequal sizes by their images.
+        values = {
+            name: each.expand(len(batch.tokens)) if each.ndim == 0 else each for name, each in metrics.items()
+        }
+        return LossOutput(output.loss, {name: each.detach() for name, each in values.items()})
 
     def _kl(self, full_BLV: Tensor, batch: Microbatch) -> Tensor | None:
         if self.reference is None:
