@@ -1,5 +1,6 @@
 """The options of GRPO."""
 
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 from pydantic import Field
@@ -72,3 +73,35 @@ class GRPOConfig(Record):
             raise ConfigError(
                 f"num_groups {self.num_groups} cannot be shared by {num_processes} processes: use a multiple"
             )
+
+
+def check_grpo(grpo: GRPOConfig, weights: Mapping[str, float], constraints: Collection[str]) -> None:
+    """Check that every option that differs from its default has an effect on a run with these rewards.
+
+    Args:
+        weights: name to weight of the rewards that are trained on.
+        constraints: names of the constrained rewards.
+
+    Raises:
+        ConfigError: an option has none; says what it needs.
+    """
+    no_floor = grpo.entropy_floor is None, "without grpo.entropy_floor: set that too"
+    unbound = not constraints, "without a constraint: give a reward at_least or at_most"
+    kl_in_loss = grpo.beta > 0, f"with grpo.beta {grpo.beta}, which needs the KL: set grpo.beta to 0"
+    lone = list(weights.values()) == [1.0], "on a single reward of weight 1: give a second reward"
+    on_policy = (
+        grpo.num_iterations == 1 and grpo.loss_type == "grpo",
+        "with grpo.num_iterations 1, where all ratios are 1: set grpo.num_iterations to 2 or more",
+    )
+    for name, (is_idle, reason) in {
+        "entropy_floor_rate": no_floor,
+        "constraint_rate": unbound,
+        "constraint_start": unbound,
+        "measure_kl": kl_in_loss,
+        "multi_objective_aggregation": lone,
+        "epsilon": on_policy,
+        "epsilon_high": on_policy,
+    }.items():
+        value = getattr(grpo, name)
+        if is_idle and value != GRPOConfig.model_fields[name].default:
+            raise ConfigError(f"grpo.{name} {value} has no effect {reason}, or remove grpo.{name}")

@@ -186,7 +186,7 @@ class Objective:
         if self.sampling.is_filtered:
             removed_BLV = ~kept_tokens(logits_BLV, self.sampling)
             metrics["sampling/filtered_mass"] = (full_BLV.detach().exp() * removed_BLV).sum(-1)
-        # One value an image: a step's mean over all values then weighs parts of unequal sizes by their images.
+        # One value for each image: a step's mean then weighs parts of unequal sizes by their images.
         values = {
             name: each.expand(len(batch.tokens)) if each.ndim == 0 else each for name, each in metrics.items()
         }

@@ -25,7 +25,7 @@ from nextscale.base.metrics import Means
 from nextscale.base.statistics import deviation
 from nextscale.controllers import Constraints, Controller, EntropyFloor
 from nextscale.evaluation import Embedder, Judges, evaluate, score_metrics
-from nextscale.grpo import GRPOConfig
+from nextscale.grpo import GRPOConfig, check_grpo
 from nextscale.losses import Microbatch, Objective
 from nextscale.optimizer import OptimizerConfig, make_optimizer
 from nextscale.pipeline import VARPipeline
@@ -94,6 +94,7 @@ class GRPOTrainer:
         self.conditions = list(conditions)
         self.grpo.check_processes(self.accelerator.num_processes)
         self._check_held_out()
+        check_grpo(self.grpo, self.rewards.weights, self.rewards.constraints)
         self.folder = RunFolder(Path(self.run.output_dir), self.accelerator.is_main_process)
         self.folder.check(resume=bool(self.run.resume), overwrite=self.run.overwrite)
         self.config_yaml, self.command = config_yaml or self._default_config(pipe.source), command
