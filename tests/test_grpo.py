@@ -38,13 +38,18 @@ def brightness(images, conditions):
         ),
         ({"epsilon": 0.1}, r"epsilon 0\.1 has no effect .* set grpo\.num_iterations to 2"),
         ({"epsilon_high": 0.3}, r"epsilon_high 0\.3 has no effect .* set grpo\.num_iterations to 2"),
+        ({"kl_scale_weighting": "token", "beta": 0.0}, "kl_scale_weighting token has .* set grpo.beta"),
+        (
+            {"entropy_scale_weighting": (1, 1, 1, 2)},
+            r"entropy_scale_weighting \(1.* set grpo\.entropy_coef or",
+        ),
     ],
 )
 def test_an_option_without_effect_is_refused(
     options: dict[str, Any], says: str, tiny_pipeline: VARPipeline, tmp_path: Path
 ) -> None:
     run = RunConfig(output_dir=str(tmp_path / "run"), report_to="none")
-    (name,) = options
+    name = next(iter(options))
     with pytest.raises(ConfigError, match=rf"^grpo\.{says}.*, or remove grpo\.{name}$"):
         GRPOTrainer(tiny_pipeline, brightness, GRPOConfig(**options), run=run)
     assert not (tmp_path / "run").exists()
@@ -66,3 +71,10 @@ def test_packaged_recipes_have_no_option_without_effect(name: str) -> None:
     recipe = load_recipe(name)
     weights = {name: each.weight for name, each in recipe.rewards.items() if each.weight is not None}
     check_grpo(recipe.grpo, weights, [name for name, each in recipe.rewards.items() if each.constraint])
+
+
+def test_a_scale_whose_entropy_has_no_weight_cannot_have_a_floor() -> None:
+    options = {"entropy_floor": 0.5, "entropy_scale_weighting": (1.0, 0.0)}
+    with pytest.raises(ConfigError, match=r"entropy_floor cannot hold a scale whose weight in .* is 0: give"):
+        check_grpo(GRPOConfig(**options), {"a": 1.0}, ())
+    check_grpo(GRPOConfig(entropy_floor=0.5, scale_weighting=(1.0, 0.0)), {"a": 1.0}, ())

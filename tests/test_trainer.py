@@ -328,17 +328,21 @@ def test_every_grpo_option_changes_something(
         "loss_type": "reinforce",
         "scale_rewards": "none",
         "scale_weighting": "token",
+        "kl_scale_weighting": "token",
+        "entropy_scale_weighting": "token",
     }
 
     def weights(name: str, **options: Any) -> Tensor:
         pipe = make_pipeline()
         base = {"num_iterations": 3} if name.startswith("epsilon") or name == "clip" else {}
+        base |= {"entropy_coef": 0.1} if name.startswith("entropy") or name == "entropic" else {}
         make_trainer(pipe, tmp_path / name, **base | options).train()
         return torch.cat([each.detach().flatten() for each in pipe.transformer.parameters()])
 
-    plain, thrice = weights("plain"), weights("clip")
+    plain, thrice, entropic = weights("plain"), weights("clip"), weights("entropic")
     for name, value in changes.items():
         reference = thrice if name.startswith("epsilon") else plain
+        reference = entropic if name == "entropy_scale_weighting" else reference
         assert not torch.equal(weights(name, **{name: value}), reference), name
     # measure_kl shows in the log, not in the weights; the aggregation needs two rewards.
     unmeasured = make_trainer(make_pipeline(), tmp_path / "unmeasured", beta=0.0, measure_kl=False)

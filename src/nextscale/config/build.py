@@ -11,7 +11,7 @@ from nextscale.config.recipe import Recipe, to_yaml
 from nextscale.config.resume import check_folder
 from nextscale.evaluation import Embedder, Judges
 from nextscale.grpo import check_grpo
-from nextscale.losses import find_loss, token_weights
+from nextscale.losses import find_loss, loss_weights
 from nextscale.models import zoo
 from nextscale.pipeline import VARPipeline
 from nextscale.rewards import Reward, RewardSet
@@ -110,7 +110,7 @@ def check_fit(recipe: Recipe, pipe: VARPipeline) -> None:
     find_loss(recipe.grpo.loss_type)
     if recipe.grpo.class_labels:
         pipe.conditions(recipe.grpo.class_labels)
-    token_weights(pipe.transformer.schedule.lengths, recipe.grpo.scale_weighting)
+    loss_weights(pipe.transformer.schedule.lengths, recipe.grpo)
 
 
 def build_trainer(recipe: Recipe, command: Sequence[str] = ()) -> GRPOTrainer:
