@@ -139,6 +139,8 @@ def test_a_scale_without_weight_keeps_its_kl_and_its_entropy(make_pipeline: Make
         for name in ("kl", "entropy")
     )
     assert kl > 0.1
+    by_scale = [output.metrics[f"kl/scale_{k}"].mean().item() for k in range(1, 5)]
+    assert sum(by_scale) / 4 == pytest.approx(kl, rel=1e-5)
     assert output.loss.item() == pytest.approx(0.3 * kl - 0.2 * entropy, rel=1e-5)
 
 

@@ -215,11 +215,12 @@ class Objective:
 
     def _metrics(self, q: Quantities) -> dict[str, Tensor]:
         """What is measured whatever the loss is."""
-        scales = enumerate(q.entropy_BL.split(self.schedule.lengths, 1), 1)
         difference_BL = (q.log_probs_BL.detach() - q.old_log_probs_BL).abs()
-        metrics = {"entropy": q.entropy_BL, **{f"entropy/scale_{k}": each for k, each in scales}}
-        if q.kl_BL is not None:
-            metrics |= {"kl": q.kl_BL, "kl_per_image": q.kl_BL.sum(1)}
+        metrics: dict[str, Tensor] = {} if q.kl_BL is None else {"kl_per_image": q.kl_BL.sum(1)}
+        for name, values_BL in (("entropy", q.entropy_BL), ("kl", q.kl_BL)):
+            if values_BL is not None:
+                scales = enumerate(values_BL.split(self.schedule.lengths, 1), 1)
+                metrics |= {name: values_BL, **{f"{name}/scale_{k}": each for k, each in scales}}
         return metrics | {
             f"sampling/sampling_logp_difference/{each}": difference_BL for each in ("mean", "max")
         }
