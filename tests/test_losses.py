@@ -1,6 +1,7 @@
 """The objective against numbers worked out by hand."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,16 +12,24 @@ from nextscale.grpo import GRPOConfig
 from nextscale.losses import (
     LOSSES,
     LossOutput,
+    Microbatch,
+    Objective,
     Quantities,
     clipped_surrogate,
     find_loss,
     grpo_loss,
+    loss_weights,
     per_token,
     regularised,
     token_weights,
     weighted_mean,
 )
 from nextscale.models.scales import ScaleSchedule
+from nextscale.pipeline import VARPipeline
+from nextscale.policy import SamplingConfig
+from nextscale.reference import Reference
+
+MakePipeline = Callable[..., VARPipeline]
 
 
 def test_token_weights_by_hand() -> None:
@@ -28,6 +37,12 @@ def test_token_weights_by_hand() -> None:
     assert token_weights(lengths, "token").tolist() == pytest.approx([0.2] * 5)
     assert token_weights(lengths, "scale").tolist() == pytest.approx([0.5] + [0.125] * 4)
     assert token_weights(lengths, (3.0, 1.0)).tolist() == pytest.approx([0.75] + [0.0625] * 4)
+
+
+def test_an_error_names_the_weights_that_do_not_fit() -> None:
+    for option in ("scale_weighting", "kl_scale_weighting", "entropy_scale_weighting"):
+        with pytest.raises(ConfigError, match=f"^{option} needs 2 non-negative weights"):
+            loss_weights((1, 4), GRPOConfig(**{option: (1.0, 2.0, 3.0)}))
 
 
 @pytest.mark.parametrize("weighting", [(1.0,), (1.0, -1.0), (0.0, 0.0)])
@@ -58,6 +73,9 @@ def test_upper_bound_of_its_own() -> None:
     assert surrogate.objective_BL.item() == pytest.approx(1.4)
 
 
+WEIGHTS_L = torch.tensor([0.5, 0.25, 0.25])
+
+
 def quantities(**changes: Any) -> Quantities:
     """Two images of three tokens."""
     values: dict[str, Any] = {
@@ -66,7 +84,9 @@ def quantities(**changes: Any) -> Quantities:
         "advantages_BL": torch.tensor([[1.0], [-3.0]]),
         "kl_BL": torch.tensor([[1.0, 1.0, 1.0], [3.0, 1.0, 1.0]]),
         "entropy_BL": torch.full((2, 3), 0.5),
-        "weights_L": torch.tensor([0.5, 0.25, 0.25]),
+        "weights_L": WEIGHTS_L,
+        "kl_weights_L": WEIGHTS_L,
+        "entropy_weights_L": WEIGHTS_L,
         "entropy_coef": 0.0,
     }
     return Quantities(**values | changes)
@@ -82,6 +102,46 @@ def test_a_loss_is_surrogate_less_kl_plus_entropy_by_hand() -> None:
     by_token = quantities(entropy_coef=torch.tensor([0.2, 0.8, 0.0]))
     assert regularised(objective, by_token, beta=0.1).item() == pytest.approx(-(1.0 - 0.15 + 0.15))
     assert regularised(objective, quantities(kl_BL=None), beta=0.1).item() == pytest.approx(-1.0)
+
+
+def test_each_part_of_a_loss_has_its_own_weights_by_hand() -> None:
+    objective = torch.tensor([[1.0, 2.0, 4.0], [0.0, 0.0, 0.0]])
+    entropy = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 5.0]])
+    parts = quantities(
+        weights_L=torch.tensor([0.0, 1.0, 0.0]),
+        kl_weights_L=torch.tensor([1.0, 0.0, 0.0]),
+        entropy_BL=entropy,
+        entropy_weights_L=torch.tensor([0.0, 0.0, 1.0]),
+        entropy_coef=0.5,
+    )
+    # surrogate: (2 + 0) / 2; kl: (1 + 3) / 2; entropy: (3 + 5) / 2
+    assert regularised(objective, parts, beta=0.1).item() == pytest.approx(-(1.0 - 0.1 * 2 + 0.5 * 4))
+    # Equal weights give the same, whether they are one tensor or several.
+    several = quantities(
+        kl_weights_L=WEIGHTS_L.clone(), entropy_weights_L=WEIGHTS_L.clone(), entropy_coef=0.2
+    )
+    one = quantities(entropy_coef=0.2)
+    losses = [regularised(objective, each, beta=0.1).item() for each in (one, several)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_scale_without_weight_keeps_its_kl_and_its_entropy(make_pipeline: MakePipeline) -> None:
+    """Without advantages the loss is the regularisers': all scales alike, whatever scale_weighting says."""
+    pipe, sampling = make_pipeline(), SamplingConfig(guidance_scale=1.5)
+    schedule = pipe.transformer.schedule
+    drawn = pipe.draw(pipe.conditions([0, 1]), [(0,), (1,)], 2, sampling)
+    batch = Microbatch(drawn.conditioning, drawn.tokens, drawn.inputs, drawn.log_probs, torch.zeros(4))
+    reference = Reference.copy_of(make_pipeline(seed=1).transformer)
+    config = GRPOConfig(beta=0.3, entropy_coef=0.2, scale_weighting=(1.0, 1.0, 0.0, 0.0))
+    output = Objective(config, sampling, schedule, reference)(pipe.transformer, batch)
+    kl, entropy = (
+        sum(each.mean().item() for each in output.metrics[name].split(schedule.lengths, 1)) / 4
+        for name in ("kl", "entropy")
+    )
+    assert kl > 0.1
+    by_scale = [output.metrics[f"kl/scale_{k}"].mean().item() for k in range(1, 5)]
+    assert sum(by_scale) / 4 == pytest.approx(kl, rel=1e-5)
+    assert output.loss.item() == pytest.approx(0.3 * kl - 0.2 * entropy, rel=1e-5)
 
 
 def test_grpo_by_hand() -> None:

@@ -235,6 +235,29 @@ def test_accumulation_does_not_change_the_gradient(make_pipeline: MakePipeline, 
             assert (other[name] - expected).abs().max() / largest < 1e-4, name
 
 
+def test_uneven_parts_do_not_change_what_is_logged(
+    make_pipeline: MakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 images at once and as 5 + 5 + 5 + 1, under a loss that measures one number a part, too."""
+
+    def measured(q: Quantities, config: GRPOConfig) -> LossOutput:
+        output = LOSSES["grpo"](q, config)
+        return LossOutput(output.loss, output.metrics | {"mine": q.log_probs_BL.mean()})
+
+    monkeypatch.setitem(LOSSES, "measured", measured)
+    options = {"loss_type": "measured", "num_iterations": 2}
+    whole, uneven = (
+        make_trainer(make_pipeline(), tmp_path / str(size), per_device_train_batch_size=size, **options).step(
+            1
+        )
+        for size in (16, 5)
+    )
+    timing = ("time/", "step_time", "images_per_second")
+    assert {"loss", "mine"} <= whole.keys()
+    for name in (name for name in whole if not name.startswith(timing)):
+        assert uneven[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-5), name
+
+
 def test_gradient_checkpointing_gives_the_same_gradient(make_pipeline: MakePipeline, tmp_path: Path) -> None:
     plain, recomputed = (
         gradient(make_trainer(make_pipeline(), tmp_path / str(flag), gradient_checkpointing=flag))
@@ -304,17 +327,21 @@ def test_every_grpo_option_changes_something(
         "loss_type": "reinforce",
         "scale_rewards": "none",
         "scale_weighting": "token",
+        "kl_scale_weighting": "token",
+        "entropy_scale_weighting": "token",
     }
 
     def weights(name: str, **options: Any) -> Tensor:
         pipe = make_pipeline()
         base = {"num_iterations": 3} if name.startswith("epsilon") or name == "clip" else {}
+        base |= {"entropy_coef": 0.1} if name.startswith("entropy") or name == "entropic" else {}
         make_trainer(pipe, tmp_path / name, **base | options).train()
         return torch.cat([each.detach().flatten() for each in pipe.transformer.parameters()])
 
-    plain, thrice = weights("plain"), weights("clip")
+    plain, thrice, entropic = weights("plain"), weights("clip"), weights("entropic")
     for name, value in changes.items():
         reference = thrice if name.startswith("epsilon") else plain
+        reference = entropic if name == "entropy_scale_weighting" else reference
         assert not torch.equal(weights(name, **{name: value}), reference), name
     # measure_kl shows in the log, not in the weights; the aggregation needs two rewards.
     unmeasured = make_trainer(make_pipeline(), tmp_path / "unmeasured", beta=0.0, measure_kl=False)

@@ -1,5 +1,6 @@
 """The options of GRPO."""
 
+from collections.abc import Collection, Mapping
 from typing import Literal
 
 from pydantic import Field
@@ -9,7 +10,7 @@ from nextscale.base.records import Record
 
 ScaleRewards = Literal["group", "batch", "none"]
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
-ScaleWeighting = Literal["token", "scale"]
+ScaleWeighting = Literal["token", "scale"] | tuple[float, ...]
 
 
 class GRPOConfig(Record):
@@ -49,8 +50,13 @@ class GRPOConfig(Record):
     """What rewards are divided by: the standard deviation of their group, that of the batch, or nothing."""
     multi_objective_aggregation: Aggregation = "sum_then_normalize"
     """With several rewards: normalize their weighted sum, or normalize each in its group and then sum."""
-    scale_weighting: ScaleWeighting | tuple[float, ...] = "scale"
-    """Weights in the loss: "token" for equal tokens, "scale" for equal scales, or one weight per scale."""
+    scale_weighting: ScaleWeighting = "scale"
+    """Weights in the surrogate of the reward: "token" for equal tokens, "scale" for equal scales, or one
+    weight per scale."""
+    kl_scale_weighting: ScaleWeighting = "scale"
+    """Weights in the KL, likewise."""
+    entropy_scale_weighting: ScaleWeighting = "scale"
+    """Weights in the entropy bonus, that of the floor included, likewise."""
 
     @property
     def num_images(self) -> int:
@@ -72,3 +78,46 @@ class GRPOConfig(Record):
             raise ConfigError(
                 f"num_groups {self.num_groups} cannot be shared by {num_processes} processes: use a multiple"
             )
+
+
+def check_grpo(grpo: GRPOConfig, weights: Mapping[str, float], constraints: Collection[str]) -> None:
+    """Check that every option that differs from its default has an effect on a run with these rewards.
+
+    Args:
+        weights: name to weight of the rewards that are trained on.
+        constraints: names of the constrained rewards.
+
+    Raises:
+        ConfigError: an option has none, and what it needs; or a scale's entropy has a floor, but no weight.
+    """
+    no_kl = grpo.beta == 0, "with grpo.beta 0: set grpo.beta"
+    has_entropy = grpo.entropy_coef > 0 or grpo.entropy_floor is not None
+    no_entropy = not has_entropy, "without an entropy bonus: set grpo.entropy_coef or grpo.entropy_floor"
+    no_floor = grpo.entropy_floor is None, "without grpo.entropy_floor: set that too"
+    unbound = not constraints, "without a constraint: give a reward at_least or at_most"
+    kl_in_loss = grpo.beta > 0, f"with grpo.beta {grpo.beta}, which needs the KL: set grpo.beta to 0"
+    lone = list(weights.values()) == [1.0], "on a single reward of weight 1: give a second reward"
+    on_policy = (
+        grpo.num_iterations == 1 and grpo.loss_type == "grpo",
+        "with grpo.num_iterations 1, where all ratios are 1: set grpo.num_iterations to 2 or more",
+    )
+    for name, (is_idle, reason) in {
+        "entropy_floor_rate": no_floor,
+        "constraint_rate": unbound,
+        "constraint_start": unbound,
+        "measure_kl": kl_in_loss,
+        "multi_objective_aggregation": lone,
+        "epsilon": on_policy,
+        "epsilon_high": on_policy,
+        "kl_scale_weighting": no_kl,
+        "entropy_scale_weighting": no_entropy,
+    }.items():
+        value = getattr(grpo, name)
+        if is_idle and value != GRPOConfig.model_fields[name].default:
+            raise ConfigError(f"grpo.{name} {value} has no effect {reason}, or remove grpo.{name}")
+    weighting = grpo.entropy_scale_weighting
+    if grpo.entropy_floor is not None and not isinstance(weighting, str) and 0 in weighting:
+        raise ConfigError(
+            "grpo.entropy_floor cannot hold a scale whose weight in grpo.entropy_scale_weighting is 0: give "
+            "every scale a weight, or remove the floor"
+        )

@@ -80,8 +80,10 @@ class Quantities:
         advantages_BL: (B, L), or (B, 1) where all tokens of an image have the same.
         kl_BL: exact KL to the reference in nats, with gradient; None without a reference.
         entropy_BL: exact entropy in nats, with gradient.
-        weights_L: weight of each token in the mean over an image; they sum to 1.
-        entropy_coef: weight of the entropy, one for all tokens or (L,).
+        weights_L: weight of each token in the mean of the surrogate over an image; they sum to 1.
+        kl_weights_L: the same for the KL.
+        entropy_weights_L: the same for the entropy.
+        entropy_coef: coefficient of the entropy, one for all tokens or (L,).
     """
 
     log_probs_BL: Tensor
@@ -90,6 +92,8 @@ class Quantities:
     kl_BL: Tensor | None
     entropy_BL: Tensor
     weights_L: Tensor
+    kl_weights_L: Tensor
+    entropy_weights_L: Tensor
     entropy_coef: float | Tensor
 
 
@@ -99,9 +103,8 @@ class LossOutput:
 
     Attributes:
         loss: a mean over the images of the microbatch, to be minimised.
-        metrics: name to detached values of any shape, averaged over a step; the largest counts where a name
-        ends in
-            "/max", the smallest where it ends in "/min".
+        metrics: name to detached values of any shape, averaged over a step; where a name ends in "/max" the
+            largest counts, where it ends in "/min" the smallest.
     """
 
     loss: Tensor
@@ -174,7 +177,9 @@ class Objective:
         device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.sampling, self.schedule, self.reference = config, sampling, schedule, reference
-        self.weights_L = token_weights(schedule.lengths, config.scale_weighting).to(device)
+        with torch.device(device):
+            weights = loss_weights(schedule.lengths, config)
+        self.weights_L, self.kl_weights_L, self.entropy_weights_L = weights
         self.loss = find_loss(config.loss_type)
 
     def __call__(
@@ -200,6 +205,8 @@ class Objective:
             entropy_BL=exact_entropy(full_BLV),
             kl_BL=self._kl(full_BLV, batch),
             weights_L=self.weights_L,
+            kl_weights_L=self.kl_weights_L,
+            entropy_weights_L=self.entropy_weights_L,
             entropy_coef=self._entropy_coef(entropy_bonuses),
         )
         output = self.loss(quantities, self.config)
@@ -207,7 +214,11 @@ class Objective:
         if self.sampling.is_filtered:
             removed_BLV = ~kept_tokens(logits_BLV, self.sampling)
             metrics["sampling/filtered_mass"] = (full_BLV.detach().exp() * removed_BLV).sum(-1)
-        return LossOutput(output.loss, {name: each.detach() for name, each in metrics.items()})
+        # One value for each image: a step's mean then weighs parts of unequal sizes by their images.
+        values = {
+            name: each.expand(len(batch.tokens)) if each.ndim == 0 else each for name, each in metrics.items()
+        }
+        return LossOutput(output.loss, {name: each.detach() for name, each in values.items()})
 
     def _kl(self, full_BLV: Tensor, batch: Microbatch) -> Tensor | None:
         if self.reference is None:
@@ -224,11 +235,12 @@ class Objective:
 
     def _metrics(self, q: Quantities) -> dict[str, Tensor]:
         """What is measured whatever the loss is."""
-        scales = enumerate(q.entropy_BL.split(self.schedule.lengths, 1), 1)
         difference_BL = (q.log_probs_BL.detach() - q.old_log_probs_BL).abs()
-        metrics = {"entropy": q.entropy_BL, **{f"entropy/scale_{k}": each for k, each in scales}}
-        if q.kl_BL is not None:
-            metrics |= {"kl": q.kl_BL, "kl_per_image": q.kl_BL.sum(1)}
+        metrics: dict[str, Tensor] = {} if q.kl_BL is None else {"kl_per_image": q.kl_BL.sum(1)}
+        for name, values_BL in (("entropy", q.entropy_BL), ("kl", q.kl_BL)):
+            if values_BL is not None:
+                scales = enumerate(values_BL.split(self.schedule.lengths, 1), 1)
+                metrics |= {name: values_BL, **{f"{name}/scale_{k}": each for k, each in scales}}
         return metrics | {
             f"sampling/sampling_logp_difference/{each}": difference_BL for each in ("mean", "max")
         }
@@ -237,13 +249,33 @@ class Objective:
 # ---- the parts of a loss
 
 
-def token_weights(lengths: tuple[int, ...], weighting: ScaleWeighting | tuple[float, ...]) -> Tensor:
+def loss_weights(lengths: tuple[int, ...], config: GRPOConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """`token_weights` of the surrogate, of the KL and of the entropy; one tensor where the options are equal.
+
+    Raises:
+        ConfigError: as `token_weights` does.
+    """
+    made: dict[ScaleWeighting, Tensor] = {}
+
+    def weights_L(option: str) -> Tensor:
+        weighting = getattr(config, option)
+        if weighting not in made:
+            made[weighting] = token_weights(lengths, weighting, option)
+        return made[weighting]
+
+    return weights_L("scale_weighting"), weights_L("kl_scale_weighting"), weights_L("entropy_scale_weighting")
+
+
+def token_weights(
+    lengths: tuple[int, ...], weighting: ScaleWeighting, option: str = "scale_weighting"
+) -> Tensor:
     """(L,) float32 weight of each token in the mean over an image; they sum to 1.
 
     Args:
         lengths: tokens of each scale.
         weighting: "token" counts all tokens alike, so that the finest scale has most of the weight; "scale"
             gives every scale the same total; or the total weight of each scale, up to a factor.
+        option: its name, for the error.
 
     Raises:
         ConfigError: weights that are not one non-negative number a scale, with a positive sum.
@@ -255,9 +287,7 @@ def token_weights(lengths: tuple[int, ...], weighting: ScaleWeighting | tuple[fl
     else:
         totals = [float(total) for total in weighting]
     if len(totals) != len(lengths) or min(totals) < 0 or sum(totals) <= 0:
-        raise ConfigError(
-            f"scale_weighting needs {len(lengths)} non-negative weights, one a scale, got {weighting}"
-        )
+        raise ConfigError(f"{option} needs {len(lengths)} non-negative weights, one a scale, got {weighting}")
     each = [total / sum(totals) / length for total, length in zip(totals, lengths, strict=True)]
     return torch.cat([torch.full((length,), weight) for length, weight in zip(lengths, each, strict=True)])
 
@@ -316,13 +346,21 @@ def clipped_surrogate(
 
 
 def regularised(objective_BL: Tensor, q: Quantities, beta: float) -> Tensor:
-    """-(objective - beta KL + entropy_coef entropy), each a weighted mean over tokens and a mean over
-    images."""
+    """-(objective - beta KL + entropy_coef entropy), each a mean over images of a mean over tokens, with
+    weights of its own."""
+    parts: list[tuple[Tensor, Tensor]] = []
     if q.kl_BL is not None and beta:
-        objective_BL = objective_BL - beta * q.kl_BL
+        parts.append((-beta * q.kl_BL, q.kl_weights_L))
     if isinstance(q.entropy_coef, Tensor) or q.entropy_coef:
-        objective_BL = objective_BL + q.entropy_coef * q.entropy_BL
-    return -weighted_mean(objective_BL, q.weights_L)
+        parts.append((q.entropy_coef * q.entropy_BL, q.entropy_weights_L))
+    apart = 0.0
+    for values_BL, weights_L in parts:
+        # What has the objective's weights is added to it before the mean, which then rounds once.
+        if weights_L is q.weights_L:
+            objective_BL = objective_BL + values_BL
+        else:
+            apart = apart + weighted_mean(values_BL, weights_L)
+    return -(weighted_mean(objective_BL, q.weights_L) + apart)
 
 
 def weighted_mean(values_BL: Tensor, weights_L: Tensor) -> Tensor:

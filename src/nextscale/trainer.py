@@ -25,7 +25,7 @@ from nextscale.base.interrupt import Interrupted, StopOnSignal
 from nextscale.base.metrics import Means
 from nextscale.controllers import Constraints, Controller, EntropyFloor
 from nextscale.evaluation import Embedder, Judges, evaluate, step_metrics
-from nextscale.grpo import GRPOConfig
+from nextscale.grpo import GRPOConfig, check_grpo
 from nextscale.losses import Objective, microbatches
 from nextscale.optimizer import OptimizerConfig, make_optimizer
 from nextscale.pipeline import VARPipeline
@@ -93,6 +93,7 @@ class GRPOTrainer:
         self.grpo.check_processes(self.accelerator.num_processes)
         self._check_held_out()
         check_trainable(pipe.transformer)
+        check_grpo(self.grpo, self.rewards.weights, self.rewards.constraints)
         self.folder = RunFolder(Path(self.run.output_dir), self.accelerator.is_main_process)
         self.folder.check(resume=bool(self.run.resume), overwrite=self.run.overwrite)
         self.config_yaml, self.command = config_yaml or self._default_config(pipe.source), command

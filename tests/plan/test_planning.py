@@ -192,6 +192,8 @@ def test_a_recipe_of_a_published_model_is_checked_without_weights(name, monkeypa
         ("grpo.class_labels", "[0, 1000]", "class 1000 is out of range"),
         ("grpo.class_labels", "[volcano, volcan]", "no class 'volcan'; did you mean 'volcano'"),
         ("grpo.scale_weighting", "[1.0, 2.0]", "scale_weighting needs 10"),
+        ("grpo.constraint_rate", "2", "constraint_rate 2.0 has no effect without a constraint"),
+        ("grpo.loss_type", "grop", "did you mean 'grpo'"),
     ):
         with pytest.raises(ConfigError, match=says):
             rehearse(load_recipe(name, {key: value}), 1)

@@ -10,7 +10,8 @@ from nextscale.base.errors import ConfigError, NextscaleError
 from nextscale.config.recipe import Recipe, to_yaml
 from nextscale.config.resume import check_folder
 from nextscale.evaluation import Embedder, Judges
-from nextscale.losses import token_weights
+from nextscale.grpo import check_grpo
+from nextscale.losses import find_loss, loss_weights
 from nextscale.models import zoo
 from nextscale.pipeline import VARPipeline
 from nextscale.rewards import Reward, RewardSet
@@ -109,10 +110,14 @@ def build_parts(recipe: Recipe) -> Parts:
 
 
 def check_fit(recipe: Recipe, pipe: VARPipeline) -> None:
-    """Check that the model has the recipe's classes, and as many scales as it gives weights for."""
+    """Check that the model has the recipe's classes, and as many scales as it gives weights for, and that the
+    algorithm's options have an effect on its rewards."""
+    weights = {name: each.weight for name, each in recipe.rewards.items() if each.weight is not None}
+    check_grpo(recipe.grpo, weights, [name for name, each in recipe.rewards.items() if each.constraint])
+    find_loss(recipe.grpo.loss_type)
     if recipe.grpo.class_labels:
         pipe.conditions(recipe.grpo.class_labels)
-    token_weights(pipe.transformer.schedule.lengths, recipe.grpo.scale_weighting)
+    loss_weights(pipe.transformer.schedule.lengths, recipe.grpo)
 
 
 def build_trainer(recipe: Recipe, command: Sequence[str] = ()) -> GRPOTrainer:

@@ -1,0 +1,80 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nextscale.base.errors import ConfigError
+from nextscale.config.files import packaged_recipes
+from nextscale.config.recipe import load_recipe
+from nextscale.grpo import GRPOConfig, check_grpo
+from nextscale.pipeline import VARPipeline
+from nextscale.runs.config import RunConfig
+from nextscale.trainer import GRPOTrainer
+
+
+def brightness(images, conditions):
+    return images.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"entropy_floor_rate": 0.5}, r"entropy_floor_rate 0\.5 has no effect without .*: set that too"),
+        (
+            {"constraint_rate": 1.0},
+            r"constraint_rate 1\.0 has no effect .* give a reward at_least or at_most",
+        ),
+        (
+            {"constraint_start": 0.5},
+            r"constraint_start 0\.5 has no effect .* give a reward at_least or at_most",
+        ),
+        (
+            {"measure_kl": False},
+            r"measure_kl False has no effect with grpo\.beta 0\.02.* set grpo\.beta to 0",
+        ),
+        (
+            {"multi_objective_aggregation": "normalize_then_sum"},
+            r"multi_objective_aggregation normalize_then_sum has .* single reward",
+        ),
+        ({"epsilon": 0.1}, r"epsilon 0\.1 has no effect .* set grpo\.num_iterations to 2"),
+        ({"epsilon_high": 0.3}, r"epsilon_high 0\.3 has no effect .* set grpo\.num_iterations to 2"),
+        ({"kl_scale_weighting": "token", "beta": 0.0}, "kl_scale_weighting token has .* set grpo.beta"),
+        (
+            {"entropy_scale_weighting": (1, 1, 1, 2)},
+            r"entropy_scale_weighting \(1.* set grpo\.entropy_coef or",
+        ),
+    ],
+)
+def test_an_option_without_effect_is_refused(
+    options: dict[str, Any], says: str, tiny_pipeline: VARPipeline, tmp_path: Path
+) -> None:
+    run = RunConfig(output_dir=str(tmp_path / "run"), report_to="none")
+    name = next(iter(options))
+    with pytest.raises(ConfigError, match=rf"^grpo\.{says}.*, or remove grpo\.{name}$"):
+        GRPOTrainer(tiny_pipeline, brightness, GRPOConfig(**options), run=run)
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_with_what_they_need_are_accepted() -> None:
+    one = {"a": 1.0}
+    check_grpo(GRPOConfig(entropy_floor=0.5, entropy_floor_rate=0.5), one, ())
+    check_grpo(GRPOConfig(constraint_rate=1.0, constraint_start=0.5), one, ("b",))
+    check_grpo(GRPOConfig(measure_kl=False, beta=0.0), one, ())
+    check_grpo(GRPOConfig(epsilon=0.1, epsilon_high=0.3, num_iterations=2), one, ())
+    separately = GRPOConfig(multi_objective_aggregation="normalize_then_sum")
+    check_grpo(separately, {"a": 1.0, "b": 1.0}, ())
+    check_grpo(separately, {"a": 0.5}, ("b",))  # a weight that normalising the sum would undo
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_packaged_recipes_have_no_option_without_effect(name: str) -> None:
+    recipe = load_recipe(name)
+    weights = {name: each.weight for name, each in recipe.rewards.items() if each.weight is not None}
+    check_grpo(recipe.grpo, weights, [name for name, each in recipe.rewards.items() if each.constraint])
+
+
+def test_a_scale_whose_entropy_has_no_weight_cannot_have_a_floor() -> None:
+    options = {"entropy_floor": 0.5, "entropy_scale_weighting": (1.0, 0.0)}
+    with pytest.raises(ConfigError, match=r"entropy_floor cannot hold a scale whose weight in .* is 0: give"):
+        check_grpo(GRPOConfig(**options), {"a": 1.0}, ())
+    check_grpo(GRPOConfig(entropy_floor=0.5, scale_weighting=(1.0, 0.0)), {"a": 1.0}, ())
