@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,16 @@ def test_a_finished_run_says_so(
     assert (tmp_path / "run" / "final" / "config.json").read_bytes() == final
     make_trainer(make_pipeline(), tmp_path / "run", resume="auto", max_steps=3).train()
     assert [each["step"] for each in metrics_of(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_a_finished_run_without_a_checkpoint_says_so(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    """As an earlier release left it; begun again at step 0, its metrics would be lost without a word."""
+    make_trainer(make_pipeline(), tmp_path / "run").train()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    records = metrics_of(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"is finished and kept no checkpoint: train its model"):
+        make_trainer(make_pipeline(), tmp_path / "run", resume="auto")
+    assert metrics_of(tmp_path / "run") == records
 
 
 def test_tensorboard_has_each_step_once_after_a_resume(make_pipeline: MakePipeline, tmp_path: Path) -> None:

@@ -36,7 +36,13 @@ from nextscale.rewards.asking.processes import fail_together
 from nextscale.rewards.protocol import Reward, require_scores
 from nextscale.rewards.reward_set import RewardSet
 from nextscale.rollout import Rollout, collect, step_conditions
-from nextscale.runs.checkpoint import check_finite, find_checkpoint, load_checkpoint, save_checkpoint
+from nextscale.runs.checkpoint import (
+    check_finite,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from nextscale.runs.config import RunConfig
 from nextscale.runs.diagnosis import diagnose
 from nextscale.runs.environment import environment
@@ -96,6 +102,7 @@ class GRPOTrainer:
         check_grpo(self.grpo, self.rewards.weights, self.rewards.constraints)
         self.folder = RunFolder(Path(self.run.output_dir), self.accelerator.is_main_process)
         self.folder.check(resume=bool(self.run.resume), overwrite=self.run.overwrite)
+        self._check_continuable()
         self.config_yaml, self.command = config_yaml or self._default_config(pipe.source), command
         self.sources = sources or {}
 
@@ -257,6 +264,7 @@ class GRPOTrainer:
                 assert grad_norm is not None  # as it is for all but XLA
                 if math.isfinite(grad_norm):
                     self.optimizer.step()
+                    self.scheduler.step()
                     self.num_skipped = 0
                 else:
                     num_skipped += 1
@@ -265,7 +273,6 @@ class GRPOTrainer:
                         raise TrainingError(
                             diagnose(self.pipe.transformer, scores, output.metrics, self.num_skipped)
                         )
-                self.scheduler.step()
                 self.optimizer.zero_grad()
 
         # Adapt the entropy bonuses to what the update measured, over all processes.
@@ -452,6 +459,14 @@ class GRPOTrainer:
         """Tell the user something, once however many processes there are."""
         if self.accelerator.is_main_process:
             tqdm.write(sentence, file=sys.stderr)
+
+    def _check_continuable(self) -> None:
+        is_lost = self.run.resume == "auto" and not list_checkpoints(self.folder.checkpoints)
+        if is_lost and self.folder.final.exists():
+            raise ConfigError(
+                f"the run in '{self.folder.path}' is finished and kept no checkpoint: train its "
+                f"model, '{self.folder.final}', in another folder, or replace it with run.overwrite"
+            )
 
     def _check_held_out(self) -> None:
         if self.rewards.held_out and not self.run.eval_steps:
