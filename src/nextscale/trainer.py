@@ -269,10 +269,15 @@ class GRPOTrainer:
         """(N, G) advantages of this process's images."""
         rewards_KNG = torch.stack([rollout.scores[name] for name in self.rewards.weights])
         weights_K = torch.tensor(list(self.rewards.weights.values()))
+        grpo, coefficients = self.grpo, self.constraints.coefficients
         advantages_NG = combined_advantages(
-            rewards_KNG, weights_K, self.grpo.scale_rewards, self.grpo.multi_objective_aggregation
+            rewards_KNG,
+            weights_K,
+            grpo.scale_rewards,
+            grpo.multi_objective_aggregation,
+            grpo.advantage_epsilon,
         )
-        advantages_NG = add_constraints(advantages_NG, rollout.scores, self.constraints.coefficients)
+        advantages_NG = add_constraints(advantages_NG, rollout.scores, coefficients, grpo.advantage_epsilon)
         return advantages_NG.to(self.accelerator.device)
 
     def microbatches(
