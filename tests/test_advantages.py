@@ -1,4 +1,5 @@
 import math
+import statistics
 
 import pytest
 import torch
@@ -8,11 +9,11 @@ from nextscale.advantages import add_constraints, combined_advantages, group_adv
 NAN = math.nan
 
 
-def by_hand(group, epsilon=1e-4):
-    """The advantages of one group of plain numbers, in float64."""
+def by_hand(group, *others, epsilon=1e-4):
+    """The advantages of one group of plain numbers, among others, in float64."""
     mean = sum(group) / len(group)
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in group) / (len(group) - 1))
-    return [(value - mean) / (deviation + epsilon) for value in group]
+    spread = math.sqrt(statistics.mean(statistics.variance(each) for each in (group, *others)))
+    return [(value - mean) / (statistics.stdev(group) + epsilon * spread) for value in group]
 
 
 def rewards_of(*groups):
@@ -31,7 +32,7 @@ def test_the_group_advantage_by_hand():
         group_advantages(rewards_of([1.0, 2.0, 3.0]), epsilon=0.0), torch.tensor([[-1.0, 0.0, 1.0]])
     )
     groups = [[0.3, 0.9, -1.0, 2.0], [10.0, 10.5, 9.0, 11.0]]
-    expected = torch.tensor([by_hand(group) for group in groups])
+    expected = torch.tensor([by_hand(*groups), by_hand(*reversed(groups))])
     torch.testing.assert_close(group_advantages(rewards_of(*groups)), expected)
 
 
@@ -43,7 +44,8 @@ def test_without_scaling_it_is_the_distance_to_the_groups_mean():
 def test_the_batchs_deviation_is_that_of_all_rewards():
     rewards = rewards_of([1.0, 2.0, 6.0], [0.0, 0.0, 3.0])
     deviation = torch.tensor([1.0, 2.0, 6.0, 0.0, 0.0, 3.0]).std()
-    expected = torch.tensor([[-2.0, -1.0, 3.0], [-1.0, -1.0, 2.0]]) / (deviation + 1e-4)
+    spread = math.sqrt((7 + 3) / 2)
+    expected = torch.tensor([[-2.0, -1.0, 3.0], [-1.0, -1.0, 2.0]]) / (deviation + 1e-4 * spread)
     torch.testing.assert_close(group_advantages(rewards, "batch"), expected)
 
 
@@ -52,7 +54,9 @@ def test_equal_rewards_give_exactly_zero(scale_rewards):
     for size in range(2, 17):
         for value in (0.0, 0.1, 1 / 3, 0.3, 5.7, -2.3, 1000.1, 1e-3, 21.37):
             rewards = torch.full((3, size), value)
-            assert torch.equal(group_advantages(rewards, scale_rewards), torch.zeros(3, size)), (size, value)
+            for epsilon in (1e-4, 0.0):
+                advantages = group_advantages(rewards, scale_rewards, epsilon)
+                assert torch.equal(advantages, torch.zeros(3, size)), (size, value)
 
 
 @pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
@@ -88,10 +92,27 @@ def test_a_scale_of_a_groups_rewards_changes_nothing():
     rewards, scales = random_rewards(3, 6), torch.tensor([[10.0], [1.0], [0.1]])
     scaled = group_advantages(rewards * scales, epsilon=0.0)
     torch.testing.assert_close(scaled, group_advantages(rewards, epsilon=0.0))
-    torch.testing.assert_close(
-        group_advantages(rewards * scales), group_advantages(rewards), rtol=0, atol=5e-3
-    )
+    first, second, third = (rewards * scales).tolist()  # epsilon damps the third, a hundredth of the first
+    expected = [by_hand(first, second, third), by_hand(second, third, first), by_hand(third, first, second)]
+    torch.testing.assert_close(group_advantages(rewards * scales), torch.tensor(expected))
     assert not torch.allclose(group_advantages(rewards * scales, "none"), group_advantages(rewards, "none"))
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch"])
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+@pytest.mark.parametrize("factor", [1e-4, 1e4, 1e-30])
+def test_the_unit_of_all_rewards_changes_nothing(scale_rewards, aggregation, factor):
+    rewards, weights = random_rewards(2, 4, 8), torch.tensor([1.0, 0.5])
+    advantages, scaled = (
+        add_constraints(
+            combined_advantages(each, weights, scale_rewards, aggregation), {"bound": each[1]}, {"bound": 2.0}
+        )
+        for each in (rewards, factor * rewards)
+    )
+    if factor == 1e-30:  # its squares are 0 in float32: as good as equal
+        assert torch.equal(scaled, torch.zeros(4, 8))
+    else:
+        torch.testing.assert_close(scaled, advantages, rtol=1e-6, atol=1e-6)
 
 
 def test_small_differences_of_large_rewards_survive():
@@ -105,18 +126,20 @@ def test_small_differences_of_large_rewards_survive():
 
 @pytest.mark.parametrize("scale_rewards", ["group", "none"])
 def test_an_unscored_image_gets_zero_and_does_not_count(scale_rewards):
-    advantages = group_advantages(rewards_of([1.0, NAN, 2.0, 6.0], [0.0, 1.0, 2.0, 3.0]), scale_rewards)
-    without = group_advantages(rewards_of([1.0, 2.0, 6.0]), scale_rewards)
+    first, second = [1.0, 2.0, 6.0], [0.0, 1.0, 2.0, 3.0]
+    advantages = group_advantages(rewards_of([1.0, NAN, 2.0, 6.0], second), scale_rewards)
     assert advantages[0, 1] == 0
-    torch.testing.assert_close(advantages[0, [0, 2, 3]], without[0])
-    torch.testing.assert_close(
-        advantages[1:], group_advantages(rewards_of([0.0, 1.0, 2.0, 3.0]), scale_rewards)
-    )
+    if scale_rewards == "group":
+        expected = by_hand(first, second), by_hand(second, first)
+    else:
+        expected = [-2.0, -1.0, 3.0], [-1.5, -0.5, 0.5, 1.5]
+    torch.testing.assert_close(advantages[0, [0, 2, 3]], torch.tensor(expected[0]))
+    torch.testing.assert_close(advantages[1], torch.tensor(expected[1]))
 
 
 def test_an_unscored_image_does_not_count_in_the_batchs_deviation():
     advantages = group_advantages(rewards_of([1.0, NAN, 2.0], [0.0, 1.0, 5.0]), "batch")
-    deviation = torch.tensor([1.0, 2.0, 0.0, 1.0, 5.0]).std() + 1e-4
+    deviation = torch.tensor([1.0, 2.0, 0.0, 1.0, 5.0]).std() + 1e-4 * math.sqrt((0.5 + 7) / 2)
     torch.testing.assert_close(advantages, torch.tensor([[-0.5, 0.0, 0.5], [-2.0, -1.0, 3.0]]) / deviation)
 
 
@@ -153,7 +176,7 @@ def test_sum_then_normalize_by_hand():
 def test_normalize_then_sum_by_hand():
     advantages = combined_advantages(TWO, torch.tensor([1.0, 0.5]), aggregation="normalize_then_sum")
     # (-1, 0, 1) and half of (1, -1, 0)
-    torch.testing.assert_close(advantages, torch.tensor([[-0.5, -0.5, 1.0]]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(advantages, torch.tensor([[-0.5, -0.5, 1.0]]), rtol=0, atol=2e-4)
 
 
 def test_a_rewards_unit_counts_only_when_summed_first():
@@ -172,6 +195,18 @@ def test_one_reward_of_weight_1_is_the_group_advantage(scale_rewards):
     for aggregation in ("sum_then_normalize", "normalize_then_sum"):
         combined = combined_advantages(rewards[None], one, scale_rewards, aggregation)
         torch.testing.assert_close(combined, group_advantages(rewards, scale_rewards))
+
+
+def test_epsilon_reaches_both_aggregations_and_the_constraints():
+    """With the epsilon 1, every single group's divisor is twice its deviation."""
+    weights = torch.tensor([1.0, 0.5])
+    for aggregation in ("sum_then_normalize", "normalize_then_sum"):
+        full, half = (combined_advantages(TWO, weights, "group", aggregation, each) for each in (0.0, 1.0))
+        torch.testing.assert_close(half, full / 2)
+    full, half = (
+        add_constraints(torch.zeros(1, 3), {"a": TWO[0]}, {"a": 3.0}, epsilon) for epsilon in (0.0, 1.0)
+    )
+    torch.testing.assert_close(half, full / 2)
 
 
 def test_the_scaling_reaches_both_aggregations():
@@ -210,11 +245,15 @@ def test_equal_rewards_of_several_kinds_give_exactly_zero(aggregation):
 def test_constraints_add_their_own_normalised_advantages():
     objective = rewards_of([-1.0, 0.0, 1.0], [0.5, 0.5, -1.0])
     kept, low = [[30.0, 10.0, 20.0], [1.0, 1.0, 1.0]], [[0.3, 0.1, 0.2], [0.1, 0.4, 0.7]]
+
+    def each(groups):
+        return by_hand(*groups), by_hand(*reversed(groups))
+
     rewards = {"kept": torch.tensor(kept), "low": torch.tensor(low), "trained": random_rewards(2, 3)}
     expected = torch.tensor(
         [
-            [a + 2.0 * k - 0.5 * b for a, k, b in zip(row, by_hand(keep), by_hand(below), strict=True)]
-            for row, keep, below in zip(objective.tolist(), kept, low, strict=True)
+            [a + 2.0 * k - 0.5 * b for a, k, b in zip(row, keep, below, strict=True)]
+            for row, keep, below in zip(objective.tolist(), each(kept), each(low), strict=True)
         ]
     )
     found = add_constraints(objective, rewards, {"kept": 2.0, "low": -0.5})

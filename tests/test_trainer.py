@@ -277,7 +277,7 @@ def test_a_group_does_not_depend_on_who_draws_it(make_pipeline: MakePipeline, tm
 def test_resumed_is_straight_bit_for_bit(make_pipeline: MakePipeline, tmp_path: Path) -> None:
     options: dict[str, Any] = {"save_steps": 2, "lr_scheduler_type": "cosine", "warmup_steps": 1}
     options |= {"num_iterations": 2, "entropy_floor": 1.0, "entropy_floor_rate": 10.0, "max_steps": 4}
-    options |= {"eval_steps": 4, "eval_num_images": 16, "constraint_rate": 3.0}
+    options |= {"eval_steps": 4, "eval_num_images": 16, "constraint_rate": 0.5, "constraint_start": 2.0}
     rewards = RewardSet(
         {"red": redness, "bright": brightness, "other": lambda *given: -redness(*given)},
         constraints={"bright": AtMost("base")},
@@ -326,6 +326,7 @@ def test_every_grpo_option_changes_something(
         "entropy_coef": 0.1,
         "loss_type": "reinforce",
         "scale_rewards": "none",
+        "advantage_epsilon": 0.5,
         "scale_weighting": "token",
         "kl_scale_weighting": "token",
         "entropy_scale_weighting": "token",

@@ -17,24 +17,29 @@ def group_advantages(
 ) -> Tensor:
     """(N, G) advantages: reward minus the group's mean, divided by a standard deviation.
 
-    An image with reward NaN (not scored) gets advantage 0 and is left out of the mean and deviation. So is
-    every image of a group with fewer than two scores.
+    Multiplying all rewards by a positive number changes nothing, except with "none". An image with reward NaN
+    (not scored) gets advantage 0 and is left out of the mean and deviation. So is every image of a group with
+    fewer than two scores.
 
     Args:
-        rewards_NG: one reward per image.
+        rewards_NG: one reward per image of a whole step.
         scale_rewards: divide by the group's standard deviation, by the batch's, or not at all (Dr. GRPO).
-        epsilon: added to the standard deviation.
+        epsilon: added to the standard deviation, in units of the root mean square of the groups'
+        deviations, so
+            that a group that varies far less than the others counts less.
 
     Source: GRPO (arXiv 2402.03300), equation 3; Dr. GRPO (arXiv 2503.20783) for "none".
     """
     is_lone_NG = (~rewards_NG.isnan()).sum(1, keepdim=True) < 2
     rewards_NG = rewards_NG.masked_fill(is_lone_NG, float("nan"))
     centred_NG = centred(rewards_NG)
-    if scale_rewards == "group":
-        return centred_NG / (deviation(rewards_NG) + epsilon)
-    if scale_rewards == "batch":
-        return centred_NG / (deviation(rewards_NG.flatten()) + epsilon)
-    return centred_NG
+    if scale_rewards == "none":
+        return centred_NG
+    deviation_N1 = deviation(rewards_NG)
+    spread = deviation_N1[~is_lone_NG].square().mean().sqrt()
+    divisor = deviation_N1 if scale_rewards == "group" else deviation(rewards_NG.flatten())
+    divisor = divisor + epsilon * spread
+    return torch.where(divisor > 0, centred_NG / divisor, 0.0)  # all rewards equal, or none: 0
 
 
 def combined_advantages(
@@ -42,21 +47,29 @@ def combined_advantages(
     weights_K: Tensor,
     scale_rewards: ScaleRewards = "group",
     aggregation: Aggregation = "sum_then_normalize",
+    epsilon: float = 1e-4,
 ) -> Tensor:
     """(N, G) advantages of several weighted rewards.
 
     `sum_then_normalize` first adds up the weighted rewards, so a reward's influence depends on its spread;
     `normalize_then_sum` first normalises each within its groups, so that only its weight matters.
+
+    Args:
+        rewards_KNG: those of a whole step.
+        epsilon: see `group_advantages`.
     """
     weights_K11 = weights_K.to(rewards_KNG)[:, None, None]
     if aggregation == "sum_then_normalize":
-        return group_advantages((weights_K11 * rewards_KNG).sum(0), scale_rewards)
-    each_KNG = torch.stack([group_advantages(rewards_NG, scale_rewards) for rewards_NG in rewards_KNG])
+        return group_advantages((weights_K11 * rewards_KNG).sum(0), scale_rewards, epsilon)
+    each_KNG = torch.stack([group_advantages(each_NG, scale_rewards, epsilon) for each_NG in rewards_KNG])
     return (weights_K11 * each_KNG).sum(0)
 
 
 def add_constraints(
-    advantages_NG: Tensor, rewards: Mapping[str, Tensor], coefficients: Mapping[str, float]
+    advantages_NG: Tensor,
+    rewards: Mapping[str, Tensor],
+    coefficients: Mapping[str, float],
+    epsilon: float = 1e-4,
 ) -> Tensor:
     """(N, G) advantages of the Lagrangian: those of the objectives plus those of the constrained rewards.
 
@@ -67,7 +80,8 @@ def add_constraints(
         advantages_NG: of the objectives.
         rewards: name to scores (N, G); includes all constrained rewards.
         coefficients: name of a constrained reward to its multiplier, negative for an upper bound.
+        epsilon: see `group_advantages`.
     """
     for name, coefficient in coefficients.items():
-        advantages_NG = advantages_NG + coefficient * group_advantages(rewards[name])
+        advantages_NG = advantages_NG + coefficient * group_advantages(rewards[name], epsilon=epsilon)
     return advantages_NG

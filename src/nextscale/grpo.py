@@ -48,6 +48,9 @@ class GRPOConfig(Record):
     """The constraints' multipliers before the first step."""
     scale_rewards: ScaleRewards = "group"
     """What rewards are divided by: the standard deviation of their group, that of the batch, or nothing."""
+    advantage_epsilon: float = Field(default=1e-4, ge=0)
+    """Added to that deviation, in units of the rewards' own spread within groups: damps groups that hardly
+    vary."""
     multi_objective_aggregation: Aggregation = "sum_then_normalize"
     """With several rewards: normalize their weighted sum, or normalize each in its group and then sum."""
     scale_weighting: ScaleWeighting = "scale"
@@ -96,6 +99,10 @@ def check_grpo(grpo: GRPOConfig, weights: Mapping[str, float], constraints: Coll
     no_floor = grpo.entropy_floor is None, "without grpo.entropy_floor: set that too"
     unbound = not constraints, "without a constraint: give a reward at_least or at_most"
     kl_in_loss = grpo.beta > 0, f"with grpo.beta {grpo.beta}, which needs the KL: set grpo.beta to 0"
+    unscaled = (
+        grpo.scale_rewards == "none" and not constraints,
+        "with grpo.scale_rewards none: set that to group or batch",
+    )
     lone = list(weights.values()) == [1.0], "on a single reward of weight 1: give a second reward"
     on_policy = (
         grpo.num_iterations == 1 and grpo.loss_type == "grpo",
@@ -106,6 +113,7 @@ def check_grpo(grpo: GRPOConfig, weights: Mapping[str, float], constraints: Coll
         "constraint_rate": unbound,
         "constraint_start": unbound,
         "measure_kl": kl_in_loss,
+        "advantage_epsilon": unscaled,
         "multi_objective_aggregation": lone,
         "epsilon": on_policy,
         "epsilon_high": on_policy,

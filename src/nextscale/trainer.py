@@ -344,10 +344,15 @@ class GRPOTrainer:
         """
         rewards_KNG = torch.stack([scores[name] for name in self.rewards.weights])
         weights_K = torch.tensor(list(self.rewards.weights.values()))
+        grpo, coefficients = self.grpo, self.constraints.coefficients
         advantages_NG = combined_advantages(
-            rewards_KNG, weights_K, self.grpo.scale_rewards, self.grpo.multi_objective_aggregation
+            rewards_KNG,
+            weights_K,
+            grpo.scale_rewards,
+            grpo.multi_objective_aggregation,
+            grpo.advantage_epsilon,
         )
-        advantages_NG = add_constraints(advantages_NG, scores, self.constraints.coefficients)
+        advantages_NG = add_constraints(advantages_NG, scores, coefficients, grpo.advantage_epsilon)
         mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         return advantages_NG[mine].to(self.accelerator.device)
 
