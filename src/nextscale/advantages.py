@@ -36,10 +36,12 @@ def group_advantages(
     if scale_rewards == "none":
         return centred_NG
     deviation_N1 = deviation(rewards_NG)
-    spread = deviation_N1[~is_lone_NG].square().mean().sqrt()
+    spreads = deviation_N1[~is_lone_NG]
+    spread = spreads.square().mean().sqrt() if len(spreads) else 0.0
     divisor = deviation_N1 if scale_rewards == "group" else deviation(rewards_NG.flatten())
     divisor = divisor + epsilon * spread
-    return torch.where(divisor > 0, centred_NG / divisor, 0.0)  # all rewards equal, or none: 0
+    # All rewards equal, or none: 0. What overflows stays NaN: the trainer stops and says which it was.
+    return torch.where(divisor == 0, 0.0, centred_NG / divisor)
 
 
 def combined_advantages(
