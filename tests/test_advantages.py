@@ -265,3 +265,14 @@ def test_an_image_that_a_constraint_did_not_score_keeps_its_advantage():
     objective = rewards_of([-1.0, 0.0, 1.0])
     found = add_constraints(objective, {"kept": rewards_of([NAN, 2.0, 1.0])}, {"kept": 10.0})
     assert found[0, 0] == -1.0 and found[0, 1] > 5 and found[0, 2] < -5
+
+
+@pytest.mark.parametrize("scale_rewards", ["group", "batch"])
+def test_rewards_that_differ_by_rounding_alone_are_equal(scale_rewards) -> None:
+    rounded = 0.3 + 3e-8 * torch.randint(0, 2, (4, 8), generator=torch.Generator().manual_seed(0))
+    assert rounded.std() > 0
+    advantages = group_advantages(rounded, scale_rewards)
+    assert advantages.abs().max() == 0
+    varied = rounded.clone()
+    varied[0] += torch.linspace(0, 0.1, 8)  # beside a group that varies, the others hardly count
+    assert group_advantages(varied, scale_rewards)[1:].abs().max() < 0.02

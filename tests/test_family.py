@@ -133,3 +133,14 @@ def test_a_family_without_classes_says_what_to_do(pipe: VARPipeline, tmp_path: P
 def test_a_class_conditional_model_refuses_a_prompt(tiny_pipeline: VARPipeline) -> None:
     with pytest.raises(ConfigError, match="'two moons' has no class label"):
         tiny_pipeline.transformer.encode_conditions(PROMPTS[1:2])
+
+
+def test_conditions_and_class_labels_exclude_each_other(tiny_pipeline: VARPipeline, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"grpo\.class_labels has no effect beside `conditions`"):
+        GRPOTrainer(
+            tiny_pipeline,
+            redness,
+            GRPOConfig(class_labels=(1,)),
+            conditions=PROMPTS,
+            run=RunConfig(output_dir=str(tmp_path / "run")),
+        )

@@ -36,10 +36,14 @@ def group_advantages(
     if scale_rewards == "none":
         return centred_NG
     deviation_N1 = deviation(rewards_NG)
+    # A spread of a few roundings is none: divided by it, they would be noise of full size.
+    rounding = 8 * torch.finfo(rewards_NG.dtype).eps * rewards_NG.nan_to_num().abs().max()
+    deviation_N1 = deviation_N1.masked_fill(deviation_N1 <= rounding, 0.0)
     spreads = deviation_N1[~is_lone_NG]
     spread = spreads.square().mean().sqrt() if len(spreads) else 0.0
-    divisor = deviation_N1 if scale_rewards == "group" else deviation(rewards_NG.flatten())
-    divisor = divisor + epsilon * spread
+    batch_1 = deviation(rewards_NG.flatten())
+    batch_1 = batch_1.masked_fill(batch_1 <= rounding, 0.0)
+    divisor = (deviation_N1 if scale_rewards == "group" else batch_1) + epsilon * spread
     # All rewards equal, or none: 0. What overflows stays NaN: the trainer stops and says which it was.
     return torch.where(divisor == 0, 0.0, centred_NG / divisor)
 

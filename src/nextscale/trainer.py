@@ -92,6 +92,8 @@ class GRPOTrainer:
         self.sampling, self.optimizer_config = sampling or pipe.sampling, optimizer or OptimizerConfig()
         self.rewards, self.judges, self.embed = RewardSet.of(rewards), judges, embed
         self.accelerator = make_accelerator(self.run)
+        if conditions is not None and self.grpo.class_labels:
+            raise ConfigError("grpo.class_labels has no effect beside `conditions`: give one of them")
         if conditions is None:
             labels = self.grpo.class_labels
             conditions = pipe.conditions(labels) if labels else pipe.all_conditions()
