@@ -2,11 +2,10 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import pydantic
 from pydantic_core import PydanticCustomError
-from typing_extensions import Self
 
 from nextscale.base.errors import ConfigError
 

@@ -3,9 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypedDict
-
-from typing_extensions import Unpack
+from typing import TypedDict, Unpack
 
 from nextscale.base.errors import CheckpointError, first_sentence
 

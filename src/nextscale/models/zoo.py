@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import torch
-from typing_extensions import Unpack
 
 from nextscale.base.errors import CheckpointError, ConfigError
 from nextscale.base.records import did_you_mean

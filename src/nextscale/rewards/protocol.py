@@ -1,13 +1,12 @@
 """What a reward is: a callable, and the record that describes one in a recipe."""
 
 from collections.abc import Awaitable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
-from typing_extensions import Self
 
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import RewardError

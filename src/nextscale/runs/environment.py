@@ -4,7 +4,7 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 import torch
 
@@ -24,7 +24,7 @@ def environment(device: torch.device, command: Sequence[str], num_processes: int
         "torch": torch.__version__,
         "nextscale": sys.modules["nextscale"].__version__,  # an import would run upward
         "python": platform.python_version(),
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(_without_folders(word) for word in command),
     }
 

@@ -6,13 +6,12 @@ Shapes: B images · N texts · P prompts · E width of the embedding
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPModel
-from typing_extensions import Self
 
 from nextscale.base.conditions import Condition
 from nextscale.models import zoo
