@@ -116,22 +116,20 @@ class GRPOTrainer:
             self.grpo, self.sampling, transformer.schedule, reference, self.accelerator.device
         )
 
-        grpo_ = self.grpo
-        self.constraints = Constraints(
-            self.rewards.constraints, grpo_.constraint_rate, grpo_.constraint_start
-        )
+        grpo = self.grpo
+        self.constraints = Constraints(self.rewards.constraints, grpo.constraint_rate, grpo.constraint_start)
         self.watch = HackingWatch(self.rewards.held_out)
         self.entropy_floor: EntropyFloor | None = None
         self.controllers: dict[str, Controller] = {"constraints": self.constraints, "watch": self.watch}
-        if grpo_.entropy_floor is not None:
+        if grpo.entropy_floor is not None:
             num_scales = transformer.schedule.num_scales
-            self.entropy_floor = EntropyFloor(grpo_.entropy_floor, grpo_.entropy_floor_rate, num_scales)
+            self.entropy_floor = EntropyFloor(grpo.entropy_floor, grpo.entropy_floor_rate, num_scales)
             self.controllers["entropy_floor"] = self.entropy_floor
 
-        optimizer_, self.scheduler = make_optimizer(
+        adamw, self.scheduler = make_optimizer(
             transformer, self.optimizer_config, self.run.max_steps * self.grpo.num_iterations
         )
-        self.model, self.optimizer = self.accelerator.prepare(transformer, optimizer_)
+        self.model, self.optimizer = self.accelerator.prepare(transformer, adamw)
         self.step_done, self.seconds_done = 0, 0.0
         self.step_evaluated: int | None = None
         self.saved: tuple[int, int | None] | None = None  # the two, when the last checkpoint was written
