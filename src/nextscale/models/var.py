@@ -87,7 +87,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x_BlC: Tensor, bias_ll: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
-        qkv = F.linear(x_BlC, self.mat_qkv.weight, torch.cat([self.q_bias, self.zero_k_bias, self.v_bias]))
+        qkv = self.mat_qkv(x_BlC)  # called, not read for its weight: it may carry an adapter
+        qkv = qkv + torch.cat([self.q_bias, self.zero_k_bias, self.v_bias]).to(qkv.dtype)
         q_BHld, k_BHld, v_BHld = rearrange(qkv, "B l (n H d) -> n B H l d", n=3, H=self.num_heads)
         scale_1H11 = self.scale_mul_1H11.clamp_max(MAX_LOG_ATTENTION_SCALE).exp()
         q_BHld = (F.normalize(q_BHld, dim=-1) * scale_1H11).to(v_BHld.dtype)
