@@ -77,8 +77,8 @@ def make_accelerator(run: RunConfig) -> Accelerator:
             project_config=project,
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(seconds=run.ddp_timeout)),
-                # Buckets that are the gradients, not copies of them; and no buffer ever changes.
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+                # What it reduces are the gradients themselves, not copies of them.
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )
     if accelerator.distributed_type == DistributedType.FSDP:

@@ -5,6 +5,7 @@ a model's layers as Hugging Face's models do; its launcher's settings are read a
 """
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -40,6 +41,8 @@ class Sharded:
             original.get_submodule(parent).register_parameter(leaf, emptied)
             del each
         del held
+        # It warns of outputs that may be changed in place; nothing changes those of a part.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         for part in self.model.parts():
             fully_shard(part, reshard_after_forward=reshard_after_forward)
         # What is in no part is gathered for the whole of a pass.
