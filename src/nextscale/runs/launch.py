@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
@@ -60,7 +60,6 @@ def make_accelerator(run: RunConfig) -> Accelerator:
     for variable, sentence in REFUSED.items():
         if _says_yes(variable):
             raise ConfigError(sentence)
-    started = int(os.environ.get("WORLD_SIZE", "1"))
     if _says_yes("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
         # The variables that `accelerate launch --cpu --num_processes 2` sets, in the one process it starts.
         raise ConfigError(
@@ -83,15 +82,34 @@ def make_accelerator(run: RunConfig) -> Accelerator:
         )
     if accelerator.distributed_type == DistributedType.FSDP:
         raise ConfigError("an Accelerator of your own has set up FSDP: make the trainer first")
-    if accelerator.num_processes != started:
-        raise ConfigError(
-            f"the launcher started {started} processes, but this one is connected to "
-            f"{accelerator.num_processes - 1} others: on a CPU, set ACCELERATE_USE_CPU=true; on GPUs, start "
-            "no more processes than there are GPUs"
-        )
-    if is_fsdp and started == 1:
+    _check_connected(accelerator.num_processes)
+    if is_fsdp and accelerator.num_processes == 1:
         raise ConfigError("FSDP has nothing to spread over in one process: start several, or set run.fsdp false")
     return accelerator
+
+
+def join_processes(device: str | None) -> PartialState:
+    """What a command that trains nothing knows of its processes, and the device of this one.
+
+    Args:
+        device: what was asked for; a GPU, if there is one, by default.
+
+    Raises:
+        ConfigError: a launcher started several processes, but this one is left alone.
+    """
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    _check_connected(state.num_processes)
+    return state
+
+
+def _check_connected(num_processes: int) -> None:
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_processes != started:
+        raise ConfigError(
+            f"the launcher started {started} processes, but this one is connected to {num_processes - 1} "
+            "others: on a CPU, set ACCELERATE_USE_CPU=true; on GPUs, start no more processes than there are "
+            "GPUs"
+        )
 
 
 def asks_for_fsdp(run: RunConfig) -> bool:
