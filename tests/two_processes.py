@@ -16,6 +16,7 @@ from test_trainer import brightness, gradient, make_trainer, redness
 
 folder = Path(sys.argv[1])
 
+
 def bounded() -> RewardSet:
     return RewardSet(
         {"red": redness, "bright": brightness, "dark": brightness, "held": redness},

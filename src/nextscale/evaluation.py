@@ -93,7 +93,8 @@ def evaluate(
     num_processes = PartialState().num_processes
     if total < num_processes:
         raise ConfigError(
-            f"{num_processes} processes cannot share the {total} images of an evaluation: draw at least that many"
+            f"{num_processes} processes cannot share the {total} images of an evaluation: draw at least "
+            "that many"
         )
 
     def in_grid(images: range) -> list[int]:

@@ -79,8 +79,8 @@ class GRPOConfig(Record):
         """
         if not 1 <= num_processes <= self.num_images:
             raise ConfigError(
-                f"{num_processes} processes cannot share the {self.num_images} images of a step: start at most "
-                "that many, or raise grpo.num_groups or grpo.num_generations"
+                f"{num_processes} processes cannot share the {self.num_images} images of a step: start at "
+                "most that many, or raise grpo.num_groups or grpo.num_generations"
             )
 
 

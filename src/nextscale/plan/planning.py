@@ -146,8 +146,8 @@ def make_plan(
     if is_sharded:
         for name in ("rollout", "decode", "reward"):
             phases[name] += whole  # gathered once for all scales and batches
-        # A pass over the model holds what is in no block, and two blocks, one at work and one on its way; each
-        # with its gradient.
+        # A pass over the model holds what is in no block, and two blocks, one at work and one on its way;
+        # each with its gradient.
         block = _block_size(transformer)
         others = sizes["transformer"].parameters - transformer.depth * block
         phases["update"] += 2 * FLOAT32 * (others + 2 * block)

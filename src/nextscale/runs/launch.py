@@ -31,7 +31,8 @@ REFUSED = {
 """Settings of Accelerate's launcher, as it hands them on, that a run cannot follow."""
 REFUSED_OF_FSDP = {
     "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params is not supported: leave it out",
-    "FSDP_ACTIVATION_CHECKPOINTING": "set run.gradient_checkpointing in place of fsdp_activation_checkpointing",
+    "FSDP_ACTIVATION_CHECKPOINTING": "set run.gradient_checkpointing in place of "
+    "fsdp_activation_checkpointing",
 }
 
 
@@ -84,7 +85,9 @@ def make_accelerator(run: RunConfig) -> Accelerator:
         raise ConfigError("an Accelerator of your own has set up FSDP: make the trainer first")
     _check_connected(accelerator.num_processes)
     if is_fsdp and accelerator.num_processes == 1:
-        raise ConfigError("FSDP has nothing to spread over in one process: start several, or set run.fsdp false")
+        raise ConfigError(
+            "FSDP has nothing to spread over in one process: start several, or set run.fsdp false"
+        )
     return accelerator
 
 
@@ -131,8 +134,8 @@ def asks_for_fsdp(run: RunConfig) -> bool:
     policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
     if wrapped != "None" or policy != "TRANSFORMER_BASED_WRAP":
         raise ConfigError(
-            f"the launcher says how to wrap for FSDP ({policy}, {wrapped}), but a model says itself what it is "
-            "sharded by: set neither fsdp_auto_wrap_policy nor fsdp_transformer_layer_cls_to_wrap"
+            f"the launcher says how to wrap for FSDP ({policy}, {wrapped}), but a model says itself what it "
+            "is sharded by: set neither fsdp_auto_wrap_policy nor fsdp_transformer_layer_cls_to_wrap"
         )
     return True
 

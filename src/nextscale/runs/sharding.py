@@ -1,7 +1,8 @@
 """FSDP2: a model whose parameters are spread over all processes, by torch's own `fully_shard`.
 
 The same code runs on GPUs and, with gloo, on CPUs. Accelerate's FSDP2 exists on accelerators alone, and names
-a model's layers as Hugging Face's models do; its launcher's settings are read all the same (`runs/launch.py`).
+a model's layers as Hugging Face's models do; its launcher's settings are read all the same
+(`runs/launch.py`).
 """
 
 import copy
