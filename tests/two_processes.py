@@ -18,8 +18,9 @@ folder = Path(sys.argv[1])
 
 
 def bounded() -> RewardSet:
+    rewards: Any = {"red": redness, "bright": brightness, "dark": brightness, "held": redness}
     return RewardSet(
-        {"red": redness, "bright": brightness, "dark": brightness, "held": redness},
+        rewards,
         constraints={"bright": AtLeast(0.6), "dark": AtMost("base")},
         held_out=["held"],
     )
