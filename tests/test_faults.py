@@ -17,7 +17,8 @@ from nextscale.base.errors import CheckpointError, ConfigError, RewardError, Tra
 from nextscale.base.interrupt import Interrupted, StopOnSignal
 from nextscale.losses import LOSSES, LossOutput, grpo_loss
 from nextscale.pipeline import VARPipeline
-from nextscale.runs.launch import make_accelerator
+from nextscale.runs.config import RunConfig
+from nextscale.runs.launch import asks_for_fsdp, make_accelerator, reshards_after_forward
 from test_trainer import MakePipeline, brightness, make_trainer, metrics_of, redness
 
 
@@ -321,14 +322,24 @@ def test_a_rewards_random_numbers_go_on_where_they_stopped(
 
 # ---- launchers
 
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
 
 @pytest.mark.parametrize(
     ("variables", "sentence"),
     [
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "asks for mixed precision 'fp16', the run for 'no'"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "gradient accumulation over 4 steps"),
-        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP is not supported yet"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported yet"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM is not supported"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism_config is not supported"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP 1 is not supported: set fsdp_version 2"),
+        (FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params is not supported"),
+        (FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "set run.gradient_checkpointing in place of"),
+        (FSDP2 | {"FSDP_TRANSFORMER_CLS_TO_WRAP": "Block"}, "a model says itself what it is sharded by"),
+        (FSDP2 | {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "a model says itself what it is sharded by"),
+        (FSDP2, "FSDP has nothing to spread over in one process"),
+        ({"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1"}, "starts one process alone"),
         ({"WORLD_SIZE": "2"}, "started 2 processes, but this one is connected to 0 others"),
     ],
 )
@@ -344,6 +355,17 @@ def test_what_a_launcher_says_otherwise_is_refused(
     with pytest.raises(ConfigError, match=sentence):
         make_trainer(tiny_pipeline, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_run_and_its_launcher_agree_on_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [asks_for_fsdp(RunConfig(fsdp=each)) for each in (None, False, True)] == [False, False, True]
+    for name, value in FSDP2.items():
+        monkeypatch.setenv(name, value)
+    assert asks_for_fsdp(RunConfig()) and asks_for_fsdp(RunConfig(fsdp=True)) and reshards_after_forward()
+    with pytest.raises(ConfigError, match="the launcher asks for FSDP, the run for none"):
+        asks_for_fsdp(RunConfig(fsdp=False))
+    monkeypatch.setenv("FSDP_RESHARD_AFTER_FORWARD", "false")
+    assert not reshards_after_forward()
 
 
 def test_trackers_go_by_accelerates_names(tiny_pipeline: VARPipeline, tmp_path: Path) -> None:

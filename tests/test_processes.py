@@ -1,14 +1,19 @@
-"""One process with 4 groups = two processes with 2 each: the same images, the same gradient. What stops one
-process stops both."""
+"""Any number of processes draws the same images and trains the same model, sharded or not. What stops one
+process stops all."""
 
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+from conftest import random_pipeline
+from test_trainer import brightness, make_trainer, metrics_of, redness
 
 TESTS = Path(__file__).parent
 
@@ -25,33 +30,49 @@ def run(num_processes: int, script: str, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def launch(folder: Path, num_processes: int) -> list[dict[str, torch.Tensor]]:
+def launch(folder: Path, num_processes: int) -> list[dict[str, Any]]:
     run(num_processes, "two_processes.py", str(folder))
     return [torch.load(folder / f"{num_processes}-{rank}.pt") for rank in range(num_processes)]
+
+
+def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    assert found.keys() == expected.keys()
+    return max((found[name] - expected[name]).abs().max().item() for name in expected)
 
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
+def test_any_number_of_processes_equals_one(tmp_path: Path) -> None:
+    """Of 16 images in groups of 4, three processes have 6, 5 and 5: groups and microbatches are cut
+    anywhere."""
     (one,) = launch(tmp_path, 1)
-    first, second = launch(tmp_path, 2)
-    # Process r has groups r, r + 2, ...; a group is 4 images.
-    groups = one.pop("tokens").split(4)
-    assert torch.equal(torch.cat(groups[0::2]), first.pop("tokens"))
-    assert torch.equal(torch.cat(groups[1::2]), second.pop("tokens"))
-    for scale_rewards in ("group", "batch", "none"):
-        whole, *shares = (each.pop(f"{scale_rewards}/advantages") for each in (one, first, second))
-        for rank, share in enumerate(shares):  # batches of other sizes round the pixels otherwise
-            torch.testing.assert_close(share, whole[rank::2], rtol=0, atol=1e-4)
-    for name, expected in one.items():
-        largest = expected.abs().max().clamp_min(1e-8)
-        assert torch.equal(first[name], second[name]), name
-        difference = (first[name] - expected).abs()
-        if "/trained/" in name:  # AdamW turns rounding into a step where a gradient is next to nothing
-            assert difference.mean() < 1e-8, name
-        else:
-            assert difference.max() / largest < 1e-4, name
+    for number in (2, 3):
+        several = launch(tmp_path, number)
+        for name in ("tokens", "images", *(name for name in one if name.startswith("advantages/"))):
+            assert torch.equal(torch.cat([each[name] for each in several]), one[name]), name
+        # The transformer's products, and they alone, round by the size of their batch.
+        log_probs = torch.cat([each["log_probs"] for each in several])
+        torch.testing.assert_close(log_probs, one["log_probs"], rtol=0, atol=1e-5)
+        for each in several:
+            assert each["evaluation"] == one["evaluation"] and "eval_diversity" in one["evaluation"]
+            torch.testing.assert_close(each["coefficients"], one["coefficients"], rtol=0, atol=1e-6)
+            for name, expected in one["gradient"].items():
+                largest = expected.abs().max().clamp_min(1e-8)
+                assert (each["gradient"][name] - expected).abs().max() / largest < 1e-5, name
+            for case, expected in one["trained"].items():
+                assert largest_difference(each["trained"][case], expected) < 1e-6, case
+
+    # Sharded, the model is the same, and its checkpoints are those of any other run.
+    two = torch.load(tmp_path / "2-1.pt")["trained"]
+    for case in ("sharded", "recomputed"):
+        assert largest_difference(two[case], two["group"]) < 1e-5, case
+    pair = {"red": redness, "bright": brightness}
+    for name in ("group-1", "sharded-2"):
+        pipe, options = random_pipeline(), {"learning_rate": 1e-5, "max_steps": 4, "resume": "auto"}
+        make_trainer(pipe, tmp_path / name, pair, **options).train()
+        assert metrics_of(tmp_path / name)[-1]["step"] == 4
+        assert largest_difference(dict(pipe.transformer.named_parameters()), two["resumed"]) < 1e-5, name
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])

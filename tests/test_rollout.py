@@ -26,7 +26,7 @@ def test_rewards_see_the_images_batch_by_batch(tiny_pipeline: VARPipeline) -> No
     conditions, rewards = tiny_pipeline.conditions([0, 2, 3]), RewardSet({"a": only_class_3})
     whole, parts = (collect(tiny_pipeline, conditions, SEEDS, 4, POLICY, rewards, size) for size in (None, 5))
     assert sizes == [12, 5, 5, 2]
-    assert whole.scores["a"].shape == parts.scores["a"].shape == (3, 4)
+    assert whole.scores["a"].shape == parts.scores["a"].shape == (12,)
     torch.testing.assert_close(parts.scores, whole.scores, rtol=0, atol=1e-5, equal_nan=True)
     assert set(parts.seconds) == {"rollout", "decode", "reward"}
 

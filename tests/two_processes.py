@@ -1,45 +1,79 @@
-"""Run under torchrun by test_processes.py: draws a step's groups, takes its gradient, trains twice, writes
-it all."""
+"""Run under torchrun by test_processes.py: draws a step's images, measures the model, takes its gradient,
+trains by several options, and writes it all."""
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch.nn.parallel import DistributedDataParallel
 
 from conftest import random_pipeline
 from nextscale.rewards import AtLeast, AtMost, RewardSet
+from test_evaluation import embed
 from test_trainer import brightness, gradient, make_trainer, redness
 
 folder = Path(sys.argv[1])
-rewards = RewardSet(
-    {"red": redness, "bright": brightness, "dark": brightness, "held": redness},
-    constraints={"bright": AtLeast(0.6), "dark": AtMost("base")},
-    held_out=["held"],
-)
-options = {"per_device_train_batch_size": 3, "eval_steps": 1, "eval_num_images": 16, "constraint_start": 1.0}
-trainer = make_trainer(random_pipeline(), folder / "run", rewards, **options)
+
+
+def bounded() -> RewardSet:
+    rewards: Any = {"red": redness, "bright": brightness, "dark": brightness, "held": redness}
+    return RewardSet(
+        rewards,
+        constraints={"bright": AtLeast(0.6), "dark": AtMost("base")},
+        held_out=["held"],
+    )
+
+
+options = {"per_device_train_batch_size": 3, "eval_steps": 1, "eval_num_images": 22, "constraint_start": 1.0}
+trainer = make_trainer(random_pipeline(), folder / "run", bounded(), **options)
+state = PartialState()
+number = state.num_processes
+trainer.embed = embed
 trainer.open()
 evaluation = trainer.evaluate()
-taken = gradient(trainer)
-state = PartialState()
-content = {
-    "tokens": trainer.rollout(1).tokens,
-    "evaluation": torch.tensor([evaluation["eval_rewards/held/mean"], trainer.constraints.bounds["dark"]]),
-    "coefficients": torch.tensor(list(trainer.constraints.coefficients.values())),
-    **taken,
-}
+del evaluation["eval_time"]
+rollout = trainer.rollout(1)
+content: dict[str, Any] = {name: getattr(rollout, name) for name in ("tokens", "images", "log_probs")}
+content["evaluation"] = evaluation
+content["coefficients"] = torch.tensor(list(trainer.constraints.coefficients.values()))
+content["gradient"] = gradient(trainer)
+if isinstance(trainer.model, DistributedDataParallel):  # what it reduces is the gradients, not a copy of them
+    grads = [each.grad for each in trainer.model.parameters() if each.grad is not None]
+    buckets = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in grads}
+    assert len(buckets) < len(grads) and sum(buckets.values()) == sum(each.nbytes for each in grads)
 trainer.folder.close()
 
-# Every way to divide rewards, three updates each, one trainer after the other in the same processes.
-for scale_rewards in ("group", "batch", "none"):
+# Three updates for each, one trainer after the other in the same processes.
+pair = {"red": redness, "bright": brightness}
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "group": (pair, {}),
+    "batch": (
+        bounded(),
+        {"scale_rewards": "batch", "entropy_floor": 1.0, "eval_steps": 3, "eval_num_images": 16}
+        | {"per_device_train_batch_size": 1},
+    ),
+    "none": (pair, {"scale_rewards": "none", "num_iterations": 3, "max_steps": 1}),
+}
+IN_TWO: dict[str, tuple[Any, dict[str, Any]]] = {
+    "sharded": (pair, {"fsdp": True, "per_device_train_batch_size": 3}),
+    "recomputed": (pair, {"fsdp": True, "gradient_checkpointing": True}),
+    "resumed": (
+        pair,
+        {"fsdp": True, "resume": str(folder / "group-1/checkpoints/step-000003"), "max_steps": 4},
+    ),
+}
+trained: dict[str, Any] = {}
+for name, (rewards, own) in (CASES | (IN_TWO if number == 2 else {})).items():
     pipe = random_pipeline()
-    name = f"{scale_rewards}-{state.num_processes}"
-    one = {"scale_rewards": scale_rewards, "max_steps": 3, "learning_rate": 1e-5}
-    trainer = make_trainer(pipe, folder / name, {"red": redness, "bright": brightness}, **one)
-    content[f"{scale_rewards}/advantages"] = trainer.advantages(trainer.gathered_scores(trainer.rollout(1)))
+    transformer = pipe.transformer
+    one = {"max_steps": 3, "learning_rate": 1e-5} | own
+    trainer = make_trainer(pipe, folder / f"{name}-{number}", rewards, **one)
+    content[f"advantages/{name}"] = trainer.advantages(trainer.gathered_scores(trainer.rollout(1)))
     trainer.train()
-    for key, each in pipe.transformer.named_parameters():
-        content[f"{scale_rewards}/trained/{key}"] = each.detach()
-torch.save(content, folder / f"{state.num_processes}-{state.process_index}.pt")
+    assert pipe.transformer is transformer
+    trained[name] = {key: each.detach() for key, each in transformer.named_parameters()}
+content["trained"] = trained
+torch.save(content, folder / f"{number}-{state.process_index}.pt")
 state.destroy_process_group()

@@ -7,13 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from nextscale.base.conditions import Condition
+from nextscale.base.errors import ConfigError
+from nextscale.base.processes import from_owners, gathered, my_share, share_of
 from nextscale.base.seeding import generator_for
 from nextscale.base.statistics import deviation, standard_error
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
+from nextscale.rewards.asking.processes import fail_together
 from nextscale.rewards.protocol import require_scores
 from nextscale.rewards.reward_set import RewardSet
 from nextscale.rollout import cat_by_name
@@ -58,6 +62,9 @@ def evaluate(
 ) -> Evaluation:
     """Measure a model on at least `num_images` images, the same seeds at every call.
 
+    Where there are several processes, all must call it: each draws and scores its share of the images, and
+    all get the measures of the whole.
+
     Args:
         num_images: rounded up to equally many for each condition.
         conditions: what to draw, by default all classes; a fixed choice of them where `num_images` does not
@@ -73,7 +80,8 @@ def evaluate(
         the standard error of a mean (sem) counts those that were scored.
 
     Raises:
-        RewardError: a reward that cannot be used, or that scored none of the images.
+        RewardError: a reward that cannot be used, or that scored none of the images; in all processes.
+        ConfigError: there are more processes than images.
     """
     fewest = 1 if embed is None else 2  # images of a condition
     chosen = _spread(
@@ -81,36 +89,52 @@ def evaluate(
     )
     per_condition = max(-(-num_images // len(chosen)), fewest)
     seeds = [("evaluate", seed, condition.key) for condition in chosen]
-    columns = min(num_columns, per_condition)
-    scores, judged, embeddings, samples, done = [], [], [], [], 0
+    columns, total = min(num_columns, per_condition), len(chosen) * per_condition
+    num_processes = PartialState().num_processes
+    if total < num_processes:
+        raise ConfigError(
+            f"{num_processes} processes cannot share the {total} images of an evaluation: draw at least "
+            "that many"
+        )
+
+    def in_grid(images: range) -> list[int]:
+        """Which of these images are in the grid of samples, counted from the first of them."""
+        places = [divmod(i, per_condition) for i in images]
+        return [i for i, (row, column) in enumerate(places) if row < MAX_ROWS and column < columns]
+
+    scored, judged, embeddings, samples = [], [], [], []
     # Only what is small is kept of each batch: memory does not grow with the number of images.
-    for batch in pipe.draw_batches(chosen, seeds, per_condition, sampling, batch_size):
-        places = [divmod(done + i, per_condition) for i in range(len(batch.images))]
-        in_grid = [i for i, (row, column) in enumerate(places) if row < MAX_ROWS and column < columns]
-        samples.append(batch.images[in_grid].cpu())
-        scores.append(rewards.scores(batch.images, batch.conditions))
-        if embed is not None:
-            embeddings.append(embed(batch.images).float().cpu())
-        if judges is not None:
-            judged.append(judges(batch.images, batch.conditions))
-        done += len(batch.images)
-    flat = cat_by_name(scores)
+    mine = my_share(total)
+    done = mine.start
+    with fail_together():
+        for batch in pipe.draw_batches(chosen, seeds, per_condition, sampling, batch_size, mine):
+            samples.append(batch.images[in_grid(range(done, done + len(batch.images)))].cpu())
+            scored.append(rewards.scores(batch.images, batch.conditions))
+            if embed is not None:
+                embeddings.append({"embedding": embed(batch.images).float().cpu()})
+            if judges is not None:
+                judged.append(judges(batch.images, batch.conditions))
+            done += len(batch.images)
+
+    # From here on, all processes have the whole.
+    owners = [r for r in range(num_processes) if in_grid(share_of(total, r, num_processes))]
+    grid = torch.cat(from_owners(torch.cat(samples), owners)).unflatten(0, (-1, columns))
+    flat = gathered(cat_by_name(scored))
     require_scores(flat)
-    total = rewards.total(flat)
+    reward = rewards.total(flat)
     metrics = {
-        "reward": total.nanmean().item(),
-        "reward_std": deviation(total).item(),
-        "reward_sem": standard_error(total).item(),
+        "reward": reward.nanmean().item(),
+        "reward_std": deviation(reward).item(),
+        "reward_sem": standard_error(reward).item(),
         **score_metrics(flat),
         **{f"rewards/{name}/sem": standard_error(each).item() for name, each in flat.items()},
-        "num_images": float(done),
+        "num_images": float(total),
     }
     if embeddings:
-        groups = torch.cat(embeddings).split(per_condition)
+        groups = gathered(cat_by_name(embeddings))["embedding"].split(per_condition)
         metrics["diversity"] = sum(map(mean_pairwise_distance, groups)) / len(groups)
     if judged:
-        metrics |= {name: each.float().mean().item() for name, each in cat_by_name(judged).items()}
-    grid = torch.cat(samples).unflatten(0, (-1, columns))
+        metrics |= {name: each.float().mean().item() for name, each in gathered(cat_by_name(judged)).items()}
     return Evaluation(metrics, grid, chosen[:MAX_ROWS])
 
 

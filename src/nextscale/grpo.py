@@ -72,14 +72,15 @@ class GRPOConfig(Record):
         return self.beta > 0 or self.measure_kl
 
     def check_processes(self, num_processes: int) -> None:
-        """Check that so many processes can share the groups of a step.
+        """Check that so many processes can share the images of a step.
 
         Raises:
             ConfigError: they cannot.
         """
-        if num_processes < 1 or self.num_groups % num_processes:
+        if not 1 <= num_processes <= self.num_images:
             raise ConfigError(
-                f"num_groups {self.num_groups} cannot be shared by {num_processes} processes: use a multiple"
+                f"{num_processes} processes cannot share the {self.num_images} images of a step: start at "
+                "most that many, or raise grpo.num_groups or grpo.num_generations"
             )
 
 

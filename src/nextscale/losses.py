@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from nextscale.base.errors import ConfigError
+from nextscale.base.processes import microbatch_shares
 from nextscale.base.records import did_you_mean
 from nextscale.grpo import GRPOConfig, ScaleWeighting
 from nextscale.models.protocol import Conditioning
@@ -51,15 +53,22 @@ class Microbatch:
     advantages: Tensor
 
 
-def microbatches(drawn: Drawn, advantages: Tensor, size: int) -> Iterator[tuple[Microbatch, float, bool]]:
-    """Images in parts of `size`: each with its share of all, and whether it is the last.
+def microbatches(
+    drawn: Drawn, advantages: Tensor, num_images: int, size: int
+) -> Iterator[tuple[Microbatch, float, bool]]:
+    """This process's images in parts of at most `size`, equally many in all processes: each with the weight
+    of its mean, and whether it is the last.
+
+    Processes average their gradients. With these weights, that is a mean over the images of all of them,
+    which may have more or fewer. Where one has too few for a part, an image of weight 0 stands in.
 
     Args:
         advantages: of the images, their first axis as in `Microbatch`.
+        num_images: of all processes.
     """
-    num_images = len(advantages)
-    for start in range(0, num_images, size):
-        part = slice(start, start + size)
+    num_processes = PartialState().num_processes
+    for images, is_last in microbatch_shares(num_images, size):
+        part = slice(images.start, images.stop) if images else slice(0, 1)
         batch = Microbatch(
             conditioning=drawn.conditioning.select(part),
             tokens=drawn.tokens[part],
@@ -67,7 +76,7 @@ def microbatches(drawn: Drawn, advantages: Tensor, size: int) -> Iterator[tuple[
             log_probs=drawn.log_probs[part],
             advantages=advantages[part],
         )
-        yield batch, len(batch.tokens) / num_images, start + size >= num_images
+        yield batch, num_processes * len(images) / num_images, is_last
 
 
 @dataclass(frozen=True)

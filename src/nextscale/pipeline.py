@@ -336,23 +336,32 @@ class VARPipeline:
         num_images: int,
         sampling: SamplingConfig,
         batch_size: int | None = None,
+        share: range | None = None,
     ) -> Iterator[Drawn]:
-        """What `draw` draws, batch by batch: all are full but the last, and run across groups."""
-        num_tokens, total = self.transformer.schedule.num_tokens, len(conditions) * num_images
-        uniforms_BL = torch.cat([group_uniforms(num_images, num_tokens, *path) for path in group_seeds])
+        """What `draw` draws, batch by batch: all are full but the last, and run across groups.
+
+        Args:
+            share: the images to draw, contiguous, of all those of all groups, which it may cut; all by
+                default.
+        """
+        num_tokens = self.transformer.schedule.num_tokens
+        share = range(len(conditions) * num_images) if share is None else share
         conditioning = self.transformer.encode_conditions(conditions)
-        for start in range(0, total, batch_size or total):
-            stop = min(start + (batch_size or total), total)
+        size = batch_size or max(len(share), 1)
+        for start in range(share.start, share.stop, size):
+            stop = min(start + size, share.stop)
             first = start // num_images
             groups = slice(first, -(-stop // num_images))
             part = slice(start - first * num_images, stop - first * num_images)
             batch = conditioning.select(groups).repeat(num_images).select(part)
+            # Of whole groups: an image's numbers do not depend on where a share or a batch cuts its group.
+            uniforms = [group_uniforms(num_images, num_tokens, *path) for path in group_seeds[groups]]
+            uniforms_BL = torch.cat(uniforms)[part].to(self.device)
             clock = Clock(self.device)
             with clock("rollout"):
-                uniforms = uniforms_BL[start:stop].to(self.device)
-                samples = sample(self.transformer, self.tokenizer, batch, uniforms, sampling)
+                samples = sample(self.transformer, self.tokenizer, batch, uniforms_BL, sampling)
             with clock("decode"):
-                images = self.tokenizer.latent_to_images(samples.latent)
+                images = self._decode(samples.latent)
             yield Drawn(
                 conditions=[conditions[i // num_images] for i in range(start, stop)],
                 conditioning=batch,
@@ -362,6 +371,12 @@ class VARPipeline:
                 images=images,
                 seconds=clock.seconds,
             )
+
+    def _decode(self, latent_BDhw: Tensor) -> Tensor:
+        """The images of these latents. On a CPU one at a time, which costs nothing there: convolutions round
+        by the size of their batch, and so an image's bits do not depend on what it was drawn with."""
+        parts = latent_BDhw.split(1) if latent_BDhw.device.type == "cpu" else [latent_BDhw]
+        return torch.cat([self.tokenizer.latent_to_images(each) for each in parts])
 
     @torch.no_grad()
     def __call__(

@@ -1,4 +1,4 @@
-"""Rollouts: the groups of images, sampled and scored, that one training step learns from.
+"""Rollouts: the images, in groups, sampled and scored, that one training step learns from.
 
 Shapes: N groups · G images of one group · B = N G images · L tokens of all scales · D codebook width
 · H W pixels
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from nextscale.base.clock import Clock
@@ -22,10 +21,10 @@ from nextscale.rewards.reward_set import RewardSet
 
 @dataclass(frozen=True)
 class Rollout(Drawn):
-    """Groups of images with their scores; `seconds` also has the time of `reward`.
+    """Images with their scores; `seconds` also has the time of `reward`.
 
     Attributes:
-        scores: name of each reward to its unweighted scores, (N, G) on the CPU.
+        scores: name of each reward to its unweighted scores, (B,) on the CPU.
     """
 
     scores: dict[str, Tensor]
@@ -62,27 +61,28 @@ def collect(
     sampling: SamplingConfig,
     rewards: RewardSet,
     batch_size: int | None = None,
+    share: range | None = None,
 ) -> Rollout:
-    """Sample, decode and score one group for each condition, batch by batch.
+    """Sample, decode and score a group of images for each condition, or a share of them, batch by batch.
 
     Args:
         conditions: N of them.
         group_seeds: what each group's images depend on, and on nothing else.
         num_generations: G.
         batch_size: images drawn and scored at once; all by default.
+        share: the images to draw, contiguous, of the N G of all groups, which it may cut; all by default.
 
     Raises:
         RewardError: a reward that cannot be used.
     """
     clock, batches, scored = Clock(pipe.device), [], []
-    for batch in pipe.draw_batches(conditions, group_seeds, num_generations, sampling, batch_size):
+    for batch in pipe.draw_batches(conditions, group_seeds, num_generations, sampling, batch_size, share):
         batches.append(batch)
         with clock("reward"):
             scored.append(rewards.scores(batch.images, batch.conditions))
     drawn, scores = Drawn.cat(batches), cat_by_name(scored)
     fields: dict[str, Any] = vars(drawn) | {"seconds": drawn.seconds | clock.seconds}
-    grouped = {name: rearrange(each, "(N G) -> N G", G=num_generations) for name, each in scores.items()}
-    return Rollout(**fields, scores=grouped)
+    return Rollout(**fields, scores=scores)
 
 
 def cat_by_name(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

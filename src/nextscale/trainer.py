@@ -8,13 +8,14 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from einops import rearrange
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from nextscale.advantages import add_constraints, combined_advantages
@@ -23,6 +24,7 @@ from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError, RewardError, TrainingError
 from nextscale.base.interrupt import Interrupted, StopOnSignal
 from nextscale.base.metrics import Means
+from nextscale.base.processes import gathered, my_share
 from nextscale.controllers import Constraints, Controller, EntropyFloor
 from nextscale.evaluation import Embedder, Judges, evaluate, step_metrics
 from nextscale.grpo import GRPOConfig, check_grpo
@@ -47,7 +49,8 @@ from nextscale.runs.config import RunConfig
 from nextscale.runs.diagnosis import diagnose
 from nextscale.runs.environment import environment
 from nextscale.runs.hacking import HackingWatch
-from nextscale.runs.launch import check_trainable, make_accelerator
+from nextscale.runs.launch import asks_for_fsdp, check_trainable, make_accelerator, reshards_after_forward
+from nextscale.runs.sharding import Sharded, whole_of
 from nextscale.runs.writer import RunFolder
 
 
@@ -126,10 +129,20 @@ class GRPOTrainer:
             self.entropy_floor = EntropyFloor(grpo.entropy_floor, grpo.entropy_floor_rate, num_scales)
             self.controllers["entropy_floor"] = self.entropy_floor
 
+        # Over several processes, the model is a copy in each, or spread over all.
+        self.sharded: Sharded | None = None
+        if asks_for_fsdp(self.run):
+            reshards = reshards_after_forward()
+            self.sharded = Sharded(transformer, reshard_after_forward=reshards)
+            pipe.transformer = self.model = transformer = self.sharded.model
+            if reference is not None:
+                reference.model = Sharded(reference.model, reshard_after_forward=reshards).model
+        else:
+            self.model = self.accelerator.prepare(transformer)
         adamw, self.scheduler = make_optimizer(
             transformer, self.optimizer_config, self.run.max_steps * self.grpo.num_iterations
         )
-        self.model, self.optimizer = self.accelerator.prepare(transformer, adamw)
+        self.optimizer = self.accelerator.prepare(adamw)
         self.step_done, self.seconds_done = 0, 0.0
         self.step_evaluated: int | None = None
         self.saved: tuple[int, int | None] | None = None  # the two, when the last checkpoint was written
@@ -202,6 +215,7 @@ class GRPOTrainer:
                     bar.set_postfix(_postfix(metrics))
             except (RewardError, TrainingError):
                 self.save()
+                self.unshard()
                 raise
             except BrokenPipeError:  # of this process alone: the others would not come to save
                 if process.num_processes == 1:
@@ -212,14 +226,15 @@ class GRPOTrainer:
         self.pipe.sampling = self.sampling
         if self.saved != (self.step_done, self.step_evaluated):
             self.save()
+        self.unshard()
         if signal_number and self.step_done < run.max_steps:
             raise Interrupted(
                 f"stopped after step {self.step_done}; continue with --run.resume auto, or in Python with "
                 'RunConfig(resume="auto", ...)',
                 signal_number,
             )
+        check_finite(self.pipe.transformer)
         if process.is_main_process:
-            check_finite(self.pipe.transformer)
             self.pipe.save_pretrained(self.folder.final)
             write_model_card(self.folder.final, self.folder.path, sampling=self.sampling)
         process.wait_for_everyone()
@@ -241,27 +256,32 @@ class GRPOTrainer:
         # Advantages. The multipliers of the constraints move first: the model's update then answers their
         # last move, and they its, which damps their swing.
         constraint_metrics = self.constraints.update(reward_metrics)
-        advantages_B = self.advantages(scores).flatten(0, 1)  # (B,), or (B, S) or (B, L) by scale or token
+        advantages_B = self.advantages(scores)  # (B,), or (B, S) or (B, L) by scale or token
 
         # Update: num_iterations optimizer steps on the same images, each on the gradient of all of them.
         # One that is not finite is left out, for it would end the model.
         means, bonuses = Means(), None if self.entropy_floor is None else self.entropy_floor.bonuses
-        num_skipped, batch_size = 0, self.run.per_device_train_batch_size
+        num_skipped, num_images = 0, self.grpo.num_images
+        batch_size = self.run.per_device_train_batch_size
+        keeps_buckets = isinstance(self.model, DistributedDataParallel)  # which the gradients are views of
         with clock("update"):
             for _ in range(self.grpo.num_iterations):
-                for batch, share, is_last in microbatches(rollout, advantages_B, batch_size):
+                parts = microbatches(rollout, advantages_B, num_images, batch_size)
+                for batch, weight, is_last in parts:
                     # Processes exchange gradients once, in the last backward pass.
                     with nullcontext() if is_last else self.accelerator.no_sync(self.model):
                         with self.autocast():
                             output = self.objective(self.model, batch, bonuses)
-                        # The loss is a mean over the microbatch: its share makes the sum a mean over all
-                        # images.
-                        self.accelerator.backward(output.loss * share)
-                    means.add(output.metrics)
+                        # The loss is a mean over the microbatch: its weight makes the sum a mean over all
+                        # images of all processes.
+                        self.accelerator.backward(output.loss * weight)
+                    if weight:
+                        means.add(output.metrics)
                 grad_norm = self.accelerator.clip_grad_norm_(
                     self.model.parameters(), self.optimizer_config.max_grad_norm
                 )
                 assert grad_norm is not None  # as it is for all but XLA
+                grad_norm = whole_of(grad_norm)
                 if math.isfinite(grad_norm):
                     self.optimizer.step()
                     self.scheduler.step()
@@ -273,10 +293,10 @@ class GRPOTrainer:
                         raise TrainingError(
                             diagnose(self.pipe.transformer, scores, output.metrics, self.num_skipped)
                         )
-                self.optimizer.zero_grad()
+                self.optimizer.zero_grad(set_to_none=not keeps_buckets)
 
         # Adapt the entropy bonuses to what the update measured, over all processes.
-        loss_metrics = self.gathered(means)
+        loss_metrics = Means.combined(gather_object([means.parts()]))
         floor_metrics: dict[str, float] = {}
         if self.entropy_floor is not None and not num_skipped:
             floor_metrics = self.entropy_floor.update(loss_metrics)
@@ -287,7 +307,6 @@ class GRPOTrainer:
             self._say("Warning: all images of each group have the same reward, so there is nothing to learn")
         self.was_constant = is_constant
         elapsed = time.perf_counter() - begin
-        num_images = self.grpo.num_images
         seconds = rollout.seconds | clock.seconds
         return {
             **loss_metrics,
@@ -306,18 +325,18 @@ class GRPOTrainer:
     # ---- the parts of a step
 
     def rollout(self, step: int) -> Rollout:
-        """This process's groups of a step: every num_processes-th, from its own index on."""
-        conditions = step_conditions(self.conditions, self.grpo.num_groups, self.run.seed, step)
-        mine = range(self.accelerator.process_index, len(conditions), self.accelerator.num_processes)
-        with fail_together(), self.autocast():
+        """This process's share of a step's images, which are cut regardless of groups."""
+        num_groups = self.grpo.num_groups
+        with fail_together(), self.whole(), self.autocast():
             return collect(
                 self.pipe,
-                [conditions[group] for group in mine],
-                [("rollout", self.run.seed, step, group) for group in mine],
+                step_conditions(self.conditions, num_groups, self.run.seed, step),
+                [("rollout", self.run.seed, step, group) for group in range(num_groups)],
                 self.grpo.num_generations,
                 self.sampling,
                 self.rewards.without_held_out(),
                 self.run.per_device_eval_batch_size,
+                my_share(self.grpo.num_images),
             )
 
     def gathered_scores(self, rollout: Rollout) -> dict[str, Tensor]:
@@ -326,18 +345,16 @@ class GRPOTrainer:
         Raises:
             RewardError: a reward that scored none of the step's images.
         """
-        names = list(rollout.scores)
-        mine_NKG = torch.stack([rollout.scores[name] for name in names], 1).to(self.accelerator.device)
-        all_NKG = self.accelerator.gather(mine_NKG)
-        assert isinstance(all_NKG, Tensor)
-        # Process r has groups r, r + P, r + 2 P, ...
-        scores_KNG = rearrange(all_NKG.cpu(), "(P n) K G -> K (n P) G", P=self.accelerator.num_processes)
-        scores = dict(zip(names, scores_KNG, strict=True))
+        size = self.grpo.num_generations
+        scores = {
+            name: rearrange(each_B, "(N G) -> N G", G=size)
+            for name, each_B in gathered(rollout.scores).items()
+        }
         require_scores(scores)
         return scores
 
     def advantages(self, scores: Mapping[str, Tensor]) -> Tensor:
-        """(n, G) advantages of this process's images, which may depend on the scores of all.
+        """(B,) advantages of this process's images, which may depend on the scores of all.
 
         Args:
             scores: of each reward, (N, G), from `gathered_scores`.
@@ -353,15 +370,17 @@ class GRPOTrainer:
             grpo.advantage_epsilon,
         )
         advantages_NG = add_constraints(advantages_NG, scores, coefficients, grpo.advantage_epsilon)
-        mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
-        return advantages_NG[mine].to(self.accelerator.device)
+        mine = my_share(self.grpo.num_images)
+        return advantages_NG.flatten(0, 1)[mine.start : mine.stop].to(self.accelerator.device)
 
-    def gathered(self, means: Means) -> dict[str, float]:
-        """Means (or extremes, by name) over all processes, which have equally many images."""
-        whole = Means()
-        for part in gather_object([dict(means.items())]):
-            whole.add({name: torch.tensor(value) for name, value in part.items()})
-        return dict(whole.items())
+    def whole(self) -> AbstractContextManager[None]:
+        """Where the model is sharded, hold all of it in all processes: to sample."""
+        return self.sharded.whole() if self.sharded else nullcontext()
+
+    def unshard(self) -> None:
+        """Give the pipeline back its transformer, whole, where it was sharded."""
+        if self.sharded is not None:
+            self.pipe.transformer, self.sharded = self.sharded.restore(), None
 
     # ---- measuring and saving
 
@@ -387,29 +406,24 @@ class GRPOTrainer:
     def evaluate(self) -> dict[str, float]:
         """Measure the model on fixed seeds and write its sample grid; metrics with the prefix `eval_`."""
         begin = time.perf_counter()
-        self.accelerator.wait_for_everyone()
-        metrics: dict[str, float] = {}
-        with fail_together():
-            if self.accelerator.is_main_process:
-                with self.autocast():
-                    result = evaluate(
-                        self.pipe,
-                        self.rewards,
-                        self.sampling,
-                        num_images=self.run.eval_num_images,
-                        seed=self.run.eval_seed,
-                        conditions=self.conditions,
-                        judges=self.judges,
-                        embed=self.embed,
-                        batch_size=self.run.per_device_eval_batch_size,
-                    )
-                names = [each.text for each in result.conditions]
-                self.folder.save_grid(self.step_done, result.samples, names)
-                metrics = result.metrics
-        (metrics,) = broadcast_object_list([metrics])
+        with self.whole(), self.autocast():
+            result = evaluate(
+                self.pipe,
+                self.rewards,
+                self.sampling,
+                num_images=self.run.eval_num_images,
+                seed=self.run.eval_seed,
+                conditions=self.conditions,
+                judges=self.judges,
+                embed=self.embed,
+                batch_size=self.run.per_device_eval_batch_size,
+            )
+        if self.accelerator.is_main_process:
+            names = [each.text for each in result.conditions]
+            self.folder.save_grid(self.step_done, result.samples, names)
         if self.step_done == 0:
-            self.constraints.set_base(metrics)
-        metrics = {f"eval_{name}": value for name, value in metrics.items()}
+            self.constraints.set_base(result.metrics)
+        metrics = {f"eval_{name}": value for name, value in result.metrics.items()}
         warning_metrics = self.watch.update(metrics)
         for warning in self.watch.warnings.values():
             self._say(f"Warning: {warning}")

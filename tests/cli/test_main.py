@@ -304,8 +304,8 @@ def test_overrides_are_taken_from_the_words():
         (["train", "toy-paintin"], "did you mean 'toy-painting'?"),
         (["plan"], "required: RECIPE"),
         (["plan", "toy-painting", "--gpu", "h100-80"], "unknown GPU 'h100-80'; did you mean 'h100-80gb'?"),
-        (["plan", "toy-painting", "--num-gpus", "3"], "num_groups 8 cannot be shared by 3 processes"),
-        (["plan", "toy-painting", "--num-gpus", "0"], "num_groups 8 cannot be shared by 0 processes"),
+        (["plan", "toy-painting", "--num-gpus", "65"], "65 processes cannot share the 64 images of a step"),
+        (["plan", "toy-painting", "--num-gpus", "0"], "0 processes cannot share the 64 images of a step"),
         (["plan", "toy-painting", "--model", "var-d17"], "no model 'var-d17'"),
         (["plan", "var-d16-aesthetics"], "did you mean 'var-d16-aesthetic'?"),
         (["plan", "toy-painting", "--grpo.betta", "1"], "did you mean 'grpo.beta'?"),
@@ -346,8 +346,8 @@ def test_a_dry_run_prints_the_plan(folder, tmp_path):
     assert "# Plan:" in comments and "# 1 x h100-80gb, computed, not measured" in comments
     assert any("that of 'bright' unknown, not counted" in line for line in comments)
     assert "Not checked" not in done.stdout
-    shared = run(*words, env_changes={"WORLD_SIZE": "3"})
-    assert shared.returncode == 2 and "num_groups 2 cannot be shared by 3 processes" in shared.stderr
+    shared = run(*words, env_changes={"WORLD_SIZE": "300"})
+    assert shared.returncode == 2 and "300 processes cannot share the" in shared.stderr
 
 
 def test_a_dry_run_of_a_published_model_needs_no_weights(tmp_path, monkeypatch, capsys):

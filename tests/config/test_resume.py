@@ -8,7 +8,17 @@ from nextscale.config.resume import check_resumable, fixed_settings
 from nextscale.rewards.python import PythonConfig
 from nextscale.runs.config import RunConfig
 
-FREE_OF_A_RUN = {"output_dir", "max_steps", "resume", "overwrite", "disable_tqdm", "eval_steps", "save_steps"}
+FREE_OF_A_RUN = {
+    "fsdp",
+    "ddp_timeout",
+    "output_dir",
+    "max_steps",
+    "resume",
+    "overwrite",
+    "disable_tqdm",
+    "eval_steps",
+    "save_steps",
+}
 FREE_OF_A_RUN |= {"save_total_limit", "report_to"}
 
 

@@ -87,7 +87,7 @@ def test_memory_by_hand():
     with torch.device("meta"):
         model = VAR(SMALL)
     assert parameters == sum(each.numel() for each in model.parameters()) == plan.parameters["reference"]
-    assert plan.resident["gradients"] == plan.resident["gradient buckets"] == 4 * parameters
+    assert plan.resident["gradients"] == 4 * parameters
     assert plan.resident["AdamW moments"] == 8 * parameters
     buffers = 8 * tokens + 4 * tokens**2 + 4 * SMALL.depth * SMALL.width
     assert plan.resident["weights"] == plan.resident["reference"] == 4 * parameters + buffers
@@ -102,10 +102,27 @@ def test_more_gpus_share_the_images():
     one, two = small_plan(), small_plan(num_gpus=2)
     assert one.flops == pytest.approx(two.flops) and one.num_images == two.num_images == 8
     assert two.seconds == pytest.approx(one.seconds / 2)
-    assert one.resident["gradient buckets"] == 0
     assert 2 * two.cache == one.cache
-    with pytest.raises(ConfigError, match="num_groups 4 cannot be shared by 3 processes"):
-        small_plan(num_gpus=3)
+    three = small_plan(num_gpus=3)  # with 3, 3 and 2 images
+    assert one.flops == pytest.approx(three.flops) and three.seconds == pytest.approx(one.seconds * 3 / 8)
+    with pytest.raises(ConfigError, match="9 processes cannot share the 8 images of a step"):
+        small_plan(num_gpus=9)
+
+
+def test_fsdp_spreads_the_memory():
+    two, sharded = small_plan(num_gpus=2), small_plan(num_gpus=2, fsdp=True)
+    for part in ("weights", "gradients", "AdamW moments", "reference"):
+        assert 2 * sharded.resident[part] == two.resident[part]
+    for part in ("tokenizer", "scored images"):
+        assert sharded.resident[part] == two.resident[part]
+    parameters = two.parameters["transformer"]
+    assert sharded.phases["rollout"] == two.phases["rollout"] + 4 * parameters
+    with torch.device("meta"):
+        model = VAR(SMALL)
+    block = sum(each.numel() for each in model.blocks[0].parameters())
+    gathered = parameters - (SMALL.depth - 2) * block
+    assert sharded.phases["update"] == two.phases["update"] + 8 * gathered
+    assert 2 * sharded.phases["AdamW"] == two.phases["AdamW"]
 
 
 def test_what_the_options_change():
@@ -197,8 +214,8 @@ def test_a_recipe_of_a_published_model_is_checked_without_weights(name, monkeypa
     ):
         with pytest.raises(ConfigError, match=says):
             rehearse(load_recipe(name, {key: value}), 1)
-    with pytest.raises(ConfigError, match="num_groups 16 cannot be shared by 3 processes"):
-        rehearse(recipe, 3)
+    with pytest.raises(ConfigError, match="129 processes cannot share the 128 images of a step"):
+        rehearse(recipe, 129)
 
 
 def test_a_reward_at_hand_is_checked_where_the_model_is_not(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Means of metrics over a step."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,3 +28,21 @@ class Means:
                 yield name, flat.min().item()
             else:
                 yield name, flat.mean().item()
+
+    def parts(self) -> dict[str, tuple[float, int]]:
+        """What `combined` needs of these values: each name's mean or extreme, and of how many."""
+        return {name: (value, sum(map(len, self._values[name]))) for name, value in self.items()}
+
+    @staticmethod
+    def combined(parts: Sequence[Mapping[str, tuple[float, int]]]) -> dict[str, float]:
+        """What the means would be over the values of several `Means` together; each value counts alike."""
+        means: dict[str, float] = {}
+        for name in dict.fromkeys(name for part in parts for name in part):
+            values, counts = zip(*(part[name] for part in parts if name in part), strict=True)
+            if name.endswith("/max") or name.endswith("/min"):
+                held = torch.tensor(values)  # unlike Python's, its extremes keep a NaN
+                means[name] = (held.max() if name.endswith("/max") else held.min()).item()
+            else:
+                weighted = zip(values, counts, strict=True)
+                means[name] = sum(value * count for value, count in weighted) / sum(counts)
+        return means

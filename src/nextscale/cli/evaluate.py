@@ -54,7 +54,11 @@ def run(args: Namespace) -> int:
     from nextscale.config.build import embedder, is_miniature, judges_for, make_rewards
     from nextscale.config.recipe import load_recipe
     from nextscale.runs.config import RunConfig
+    from nextscale.runs.launch import join_processes
 
+    processes = join_processes(args.device)
+    if processes.num_processes > 1:  # they share the images
+        args.device = str(processes.device)
     pipe = arguments.load_model(args)
     if args.reward:
         clip = args.clip or ("toy" if is_miniature(pipe) else None)
@@ -89,6 +93,10 @@ def run(args: Namespace) -> int:
         "mixed_precision": precision,
         "seed": args.seed,
     }
+    is_main = processes.is_main_process
+    processes.destroy_process_group()
+    if not is_main:
+        return 0
     text = json.dumps(settings | result.metrics, indent=2)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

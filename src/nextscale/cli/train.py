@@ -4,6 +4,8 @@ import os
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
+from nextscale.base.errors import RewardError, TrainingError
+from nextscale.base.interrupt import Interrupted
 from nextscale.cli.arguments import add_recipe, load_recipe_of
 from nextscale.cli.parser import add_command, forget_stdout
 
@@ -33,7 +35,11 @@ def run(args: Namespace) -> int:
     from nextscale.report.page import summarize
 
     trainer = build_trainer(recipe, args.words)
-    folder = trainer.train()
+    try:
+        folder = trainer.train()
+    except (Interrupted, RewardError, TrainingError):  # which end all processes, and together
+        trainer.accelerator.end_training()
+        raise
     if trainer.accelerator.is_main_process:
         try:
             print(f"{summarize(folder)}\n{folder}", flush=True)
@@ -49,12 +55,14 @@ def _rehearse(recipe: "Recipe") -> int:
     from nextscale.config.recipe import to_yaml
     from nextscale.config.rehearsal import plan_recipe, rehearse
     from nextscale.plan.planning import describe
+    from nextscale.runs.launch import asks_for_fsdp
 
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun and accelerate launch
     recipe = resolve(recipe)
     missing = rehearse(recipe, num_processes)
     print(to_yaml(recipe), end="")
-    plan = describe(plan_recipe(recipe, num_gpus=num_processes))
+    run = recipe.run.replace(fsdp=asks_for_fsdp(recipe.run))
+    plan = describe(plan_recipe(recipe.replace(run=run), num_gpus=num_processes))
     print("\n".join(f"# {line}" for line in ["", "Plan:", *plan.splitlines()]))
     if missing:
         print(f"# Not checked: the weights of {', '.join(missing)}, which were not found on this machine.")

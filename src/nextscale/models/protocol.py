@@ -80,6 +80,12 @@ class NextScaleModel(nn.Module, ABC):
         """Where the parameters are."""
         return next(self.parameters()).device
 
+    def parts(self) -> list[list[nn.Module]]:
+        """What can be sharded apart where the parameters are spread over processes (FSDP), in the order it
+        runs: each a list of modules that are gathered together, and whose parameters are read in their own
+        forward passes alone. By default none: the model is then gathered as a whole."""
+        return []
+
     @abstractmethod
     def encode_conditions(self, conditions: Sequence[Condition]) -> Conditioning:
         """What the conditions are to this model, on its device."""

@@ -218,6 +218,15 @@ class VAR(NextScaleModel):
         null = torch.full((1,), self.num_classes, dtype=torch.long, device=labels_B.device)
         return Conditioning({"labels": labels_B}, {"labels": null})
 
+    def parts(self) -> list[list[nn.Module]]:
+        """The modulation of each block, which is computed ahead of it, and its layers."""
+        parts: list[list[nn.Module]] = []
+        for block in cast("Iterable[Block]", self.blocks):
+            if not self.config.shared_adaln:
+                parts.append([block.ada_lin])
+            parts.append([block.attn, block.ffn])
+        return parts
+
     def new_cache(self) -> "KVCache":
         return KVCache()
 

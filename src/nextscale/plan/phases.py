@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from nextscale.base.conditions import Condition
+from nextscale.base.processes import share_of
 from nextscale.grpo import GRPOConfig
 from nextscale.losses import Microbatch, Objective
 from nextscale.models.protocol import Conditioning, NextScaleModel
@@ -136,7 +137,8 @@ class Phases:
 
     @property
     def _trained_at_once(self) -> int:
-        return min(self.num_images, self.run.per_device_train_batch_size)
+        num_parts = -(-self.num_images // self.run.per_device_train_batch_size)
+        return len(share_of(self.num_images, 0, num_parts))
 
     def _inputs(self, batch: int) -> Tensor:
         return torch.zeros(batch, self._num_tokens - 1, self.transformer.codebook_width)

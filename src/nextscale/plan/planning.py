@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import CLIPModel
 
+from nextscale.base.processes import share_of
 from nextscale.grpo import GRPOConfig
 from nextscale.models.scales import ScaleSchedule
 from nextscale.models.var import VAR, VARConfig
@@ -100,7 +101,7 @@ def make_plan(
         evaluated: purpose to name of networks that are loaded too, but run in evaluations only.
 
     Raises:
-        ConfigError: the GPU is unknown, or the processes cannot share the groups.
+        ConfigError: the GPU is unknown, or there are more processes than images.
     """
     device = find_gpu(gpu)
     grpo.check_processes(num_gpus)
@@ -113,7 +114,8 @@ def make_plan(
     clips = {name: config for name in named.values() if name and (config := backbone_config(name))}
     sizes |= {name: _size(lambda config=config: CLIPModel(config)) for name, config in clips.items()}
 
-    of = Phases(transformer, tokenizer, grpo, sampling, run, num_images // num_gpus)
+    share = len(share_of(num_images, 0, num_gpus))  # the largest, which all wait for
+    of = Phases(transformer, tokenizer, grpo, sampling, run, share)
     counts = {
         "rollout": of.rollout(),
         "decode": of.decode(),
@@ -121,25 +123,34 @@ def make_plan(
         "reference": of.reference() if grpo.needs_reference else Count(),
         "update": of.update(),
     }
-    flops = {name: each.flops * num_gpus for name, each in counts.items()}
+    flops = {name: each.flops * num_images / share for name, each in counts.items()}
     flops["update"] -= flops["reference"]  # which runs inside the loss
     for name in ("reference", "update"):
         flops[name] *= grpo.num_iterations
 
-    trained = FLOAT32 * sizes["transformer"].parameters
+    whole = FLOAT32 * sizes["transformer"].parameters
+    is_sharded = bool(run.fsdp) and num_gpus > 1
+    shards = num_gpus if is_sharded else 1
+    trained = whole / shards
     resident = {
-        "weights": sizes["transformer"].num_bytes,
+        "weights": sizes["transformer"].num_bytes / shards,
         "gradients": trained,
         "AdamW moments": 2 * trained,
-        "reference": sizes["reference"].num_bytes if grpo.needs_reference else 0,
+        "reference": sizes["reference"].num_bytes / shards if grpo.needs_reference else 0,
         "tokenizer": sizes["tokenizer"].num_bytes,
         "rewards": sum(sizes[name].num_bytes for name in clips),
-        # DistributedDataParallel reduces gradients in its own buckets, which together are as large again.
-        "gradient buckets": trained if num_gpus > 1 else 0,
         "scored images": of.scored_bytes(),
     }
     phases = {name: counts[name].peak for name in ("rollout", "decode", "reward", "update")}
     phases["AdamW"] = trained  # on a GPU, torch's AdamW holds the square roots of all second moments at once
+    if is_sharded:
+        for name in ("rollout", "decode", "reward"):
+            phases[name] += whole  # gathered once for all scales and batches
+        # A pass over the model holds what is in no block, and two blocks, one at work and one on its way;
+        # each with its gradient.
+        block = _block_size(transformer)
+        others = sizes["transformer"].parameters - transformer.depth * block
+        phases["update"] += 2 * FLOAT32 * (others + 2 * block)
     in_bfloat16 = run.mixed_precision == "bf16" and device.bfloat16 is not None
     peak_rate = device.bfloat16 if in_bfloat16 and device.bfloat16 else device.float32
     return Plan(
@@ -156,7 +167,7 @@ def make_plan(
         cache=of.cache_bytes(),
         activations=counts["update"].saved,
         memory=device.memory,
-        rate=peak_rate * UTILISATION * num_gpus,
+        rate=peak_rate * UTILISATION * num_images / share,
     )
 
 
@@ -221,6 +232,12 @@ def _size(build: Callable[[], nn.Module]) -> _Size:
         sum(each.numel() for each in parameters),
         sum(each.nbytes for each in [*parameters, *model.buffers()]),
     )
+
+
+def _block_size(config: VARConfig) -> int:
+    """Number of parameters of a transformer block."""
+    one, two = (_size(lambda depth=depth: VAR(config.replace(depth=depth))).parameters for depth in (1, 2))
+    return two - one
 
 
 def _transformer_size(config: VARConfig) -> _Size:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -31,6 +32,7 @@ from nextscale.base.errors import CheckpointError, first_sentence
 from nextscale.base.files import write_text_aside
 from nextscale.base.tensors import check_tensors
 from nextscale.runs.paths import by_step, step_name
+from nextscale.runs.sharding import local_part_of
 
 STATE_FILE = "trainer_state.json"
 MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
@@ -146,13 +148,15 @@ def find_checkpoint(resume: str, folder: Path) -> Path | None:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Check that a model may be written.
+    """Check that a model may be written. All processes must call it, and either none raises or all.
 
     Raises:
         CheckpointError: names the first parameter that holds NaN or infinity.
     """
-    for name, each in model.named_parameters():
-        if not each.isfinite().all():
+    parameters = ((name, local_part_of(each)) for name, each in model.named_parameters())
+    broken = next((name for name, each in parameters if not each.isfinite().all()), None)
+    for name in gather_object([broken]):
+        if name:
             raise CheckpointError(
                 f"the model was not saved: '{name}' holds NaN or infinity; earlier checkpoints are untouched"
             )

@@ -40,6 +40,11 @@ class RunConfig(Record):
     """Autocast for all networks, rewards included; output head and log-softmax stay in float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: saves memory, takes about a third longer."""
+    fsdp: bool | None = Field(default=None, json_schema_extra=FREE_ON_RESUME)
+    """Spread weights, gradients and the optimizer's state over the processes (FSDP2); by default, as the
+    launcher says."""
+    ddp_timeout: int = Field(default=1800, ge=1, json_schema_extra=FREE_ON_RESUME)
+    """Seconds after which a process that waits for the others gives up; the slowest reward must fit in."""
     max_skipped_updates: int = Field(default=3, ge=1)
     """Updates in a row that may be skipped because the gradient is not finite; one more ends the run."""
     report_to: str | tuple[str, ...] = Field(default="tensorboard", json_schema_extra=FREE_ON_RESUME)

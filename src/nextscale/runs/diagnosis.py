@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from nextscale.base.statistics import deviation
+from nextscale.runs.sharding import whole_of
 
 
 def diagnose(
@@ -35,4 +36,4 @@ def diagnose(
 
 
 def _first(tensors: Mapping[str, Tensor]) -> str | None:
-    return next((name for name, each in tensors.items() if not each.isfinite().all()), None)
+    return next((name for name, each in tensors.items() if not whole_of(each.isfinite().all())), None)

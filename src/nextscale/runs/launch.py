@@ -2,13 +2,20 @@
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    patch_environment,
+)
 from torch import nn
 
 from nextscale.base.errors import ConfigError
@@ -17,9 +24,15 @@ from nextscale.runs.config import RunConfig
 from nextscale.runs.paths import RunPaths
 
 REFUSED = {
-    DistributedType.FSDP: "FSDP",
-    DistributedType.DEEPSPEED: "DeepSpeed",
-    DistributedType.MEGATRON_LM: "Megatron-LM",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not supported: launch with FSDP2, which saves the same memory",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM is not supported: launch with FSDP2 instead",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config is not supported: set none in the launcher",
+}
+"""Settings of Accelerate's launcher, as it hands them on, that a run cannot follow."""
+REFUSED_OF_FSDP = {
+    "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params is not supported: leave it out",
+    "FSDP_ACTIVATION_CHECKPOINTING": "set run.gradient_checkpointing in place of "
+    "fsdp_activation_checkpointing",
 }
 
 
@@ -45,23 +58,96 @@ def make_accelerator(run: RunConfig) -> Accelerator:
             f"the launcher asks for gradient accumulation over {steps} steps: set none there, and the images "
             "of a backward pass with run.per_device_train_batch_size"
         )
-    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(variable, "false").lower() == "true":
-            raise ConfigError(f"{name} is not supported yet: launch with plain multi-GPU (DDP) instead")
-    project = ProjectConfiguration(run.output_dir, str(RunPaths(Path(run.output_dir)).tensorboard))
-    accelerator = Accelerator(
-        mixed_precision="no", log_with=_trackers(run.report_to) or None, project_config=project
-    )
-    if name := REFUSED.get(accelerator.distributed_type):
-        raise ConfigError(f"{name} is not supported yet: launch with plain multi-GPU (DDP) instead")
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != started:
+    for variable, sentence in REFUSED.items():
+        if _says_yes(variable):
+            raise ConfigError(sentence)
+    if _says_yes("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
+        # The variables that `accelerate launch --cpu --num_processes 2` sets, in the one process it starts.
         raise ConfigError(
-            f"the launcher started {started} processes, but this one is connected to "
-            f"{accelerator.num_processes - 1} others: on a CPU, set ACCELERATE_USE_CPU=true; on GPUs, start "
-            "no more processes than there are GPUs"
+            "there is an address for several processes (MASTER_ADDR), but this one has no RANK: `accelerate "
+            "launch --cpu` starts one process alone; for several on CPUs use torchrun, with "
+            "ACCELERATE_USE_CPU=true"
+        )
+    project = ProjectConfiguration(run.output_dir, str(RunPaths(Path(run.output_dir)).tensorboard))
+    is_fsdp = asks_for_fsdp(run)
+    with patch_environment(ACCELERATE_USE_FSDP="false"):  # sharding is left to torch, too
+        accelerator = Accelerator(
+            mixed_precision="no",
+            log_with=_trackers(run.report_to) or None,
+            project_config=project,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=run.ddp_timeout)),
+                # What it reduces are the gradients themselves, not copies of them.
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
+        )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ConfigError("an Accelerator of your own has set up FSDP: make the trainer first")
+    _check_connected(accelerator.num_processes)
+    if is_fsdp and accelerator.num_processes == 1:
+        raise ConfigError(
+            "FSDP has nothing to spread over in one process: start several, or set run.fsdp false"
         )
     return accelerator
+
+
+def join_processes(device: str | None) -> PartialState:
+    """What a command that trains nothing knows of its processes, and the device of this one.
+
+    Args:
+        device: what was asked for; a GPU, if there is one, by default.
+
+    Raises:
+        ConfigError: a launcher started several processes, but this one is left alone.
+    """
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    _check_connected(state.num_processes)
+    return state
+
+
+def _check_connected(num_processes: int) -> None:
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_processes != started:
+        raise ConfigError(
+            f"the launcher started {started} processes, but this one is connected to {num_processes - 1} "
+            "others: on a CPU, set ACCELERATE_USE_CPU=true; on GPUs, start no more processes than there are "
+            "GPUs"
+        )
+
+
+def asks_for_fsdp(run: RunConfig) -> bool:
+    """Whether the run or its launcher asks for FSDP.
+
+    Raises:
+        ConfigError: they disagree, or the launcher asks for what cannot be had.
+    """
+    if not _says_yes("ACCELERATE_USE_FSDP"):
+        return bool(run.fsdp)
+    if run.fsdp is False:
+        raise ConfigError("the launcher asks for FSDP, the run for none: remove run.fsdp, or launch without")
+    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        raise ConfigError(f"FSDP {version} is not supported: set fsdp_version 2 in the launcher")
+    for variable, sentence in REFUSED_OF_FSDP.items():
+        if _says_yes(variable):
+            raise ConfigError(sentence)
+    wrapped = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "None")
+    policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+    if wrapped != "None" or policy != "TRANSFORMER_BASED_WRAP":
+        raise ConfigError(
+            f"the launcher says how to wrap for FSDP ({policy}, {wrapped}), but a model says itself what it "
+            "is sharded by: set neither fsdp_auto_wrap_policy nor fsdp_transformer_layer_cls_to_wrap"
+        )
+    return True
+
+
+def reshards_after_forward() -> bool:
+    """Whether FSDP lets go of what it gathered before the backward pass, as the launcher's
+    `fsdp_reshard_after_forward` says; by default it does."""
+    return os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true"
+
+
+def _says_yes(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
 
 
 def _trackers(report_to: str | Sequence[str]) -> list[Any]:

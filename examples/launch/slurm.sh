@@ -1,0 +1,22 @@
+#!/bin/bash
+# Train on 8 machines with 8 GPUs each, under SLURM:
+#
+#     sbatch examples/launch/slurm.sh var-d36-combined --run.fsdp true --run.output_dir runs/mine
+#
+# SLURM starts one torchrun on each machine; these meet on the first one, and start a process for each GPU. The
+# folder of the run, and the models' cache (HF_HOME), must be on a file system that all machines see. Five
+# minutes before the time is up SLURM sends SIGTERM: the step in hand ends, a checkpoint is written, and the
+# same command goes on from there.
+#SBATCH --job-name=nextscale
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=12:00:00
+#SBATCH --signal=TERM@300
+
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun --kill-on-bad-exit torchrun \
+    --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-8}" \
+    --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$first:29500" \
+    -m nextscale train "$@" --run.resume auto
