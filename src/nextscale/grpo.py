@@ -36,8 +36,8 @@ class GRPOConfig(Record):
     measure_kl: bool = True
     """With beta 0, keep the reference all the same and log the KL; costs a forward pass per step."""
     reference_dtype: ReferenceDtype | None = None
-    """Of the reference's linear layers, its head aside; by default bfloat16 where run.mixed_precision is bf16,
-    which computes the same numbers in half the memory, else float32."""
+    """Of the weights of the reference's linear layers, its head aside; by default bfloat16 where
+    run.mixed_precision is bf16, which gives the same numbers in half the memory, else float32."""
     offload_reference: bool = False
     """Keep the reference's weights in main memory, and bring them to the GPU for its pass over a microbatch
     alone."""
@@ -46,10 +46,11 @@ class GRPOConfig(Record):
     epsilon_high: float | None = Field(default=None, gt=0)
     """Upper clipping bound: ratios are clipped at 1 + epsilon_high; by default the same as epsilon."""
     importance_sampling_correction: bool = False
-    """Weigh the surrogate by the trainer's probability of a token by the sampler's, which differ by rounding."""
+    """Weigh the surrogate by the trainer's probability of a token, divided by the sampler's: the two differ by
+    rounding."""
     importance_sampling_mode: ImportanceMode = "token_truncate"
-    """Weights of each token or of all of an image's at once, and what is above the bound: cut down to it or
-    left out."""
+    """Weights of each token, or of all tokens of an image at once; above the bound they are cut down to it, or
+    set to 0."""
     importance_sampling_clip_max: float = Field(default=3.0, gt=0)
     """The bound."""
     entropy_coef: float = Field(default=0.0, ge=0)

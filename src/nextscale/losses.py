@@ -213,9 +213,7 @@ class Objective:
         entropy_coef = self._entropy_coef(entropy_bonuses)
         has_entropy_loss = isinstance(entropy_coef, Tensor) or entropy_coef > 0
         read = self._reader(batch.tokens, features_BLC, has_entropy_loss)
-        of_tokens = read_policy(
-            model, self.schedule, batch.conditioning, inputs_BLD, self.sampling, read
-        )
+        of_tokens = read_policy(model, self.schedule, batch.conditioning, inputs_BLD, self.sampling, read)
 
         # In a rollout's first iteration the policy is the one to improve on. Its own log-probs are taken, not
         # the sampler's, which differ in low precision: all ratios are then exactly 1.
@@ -458,8 +456,8 @@ def clipped_surrogate(
 
 
 def regularised(objective_BL: Tensor, q: Quantities, beta: float) -> Tensor:
-    """-(importance objective - beta KL + entropy_coef entropy), each a mean over images of a mean over tokens,
-    with weights of its own."""
+    """-(importance objective - beta KL + entropy_coef entropy), each a mean over images of a mean over
+    tokens, with weights of its own."""
     if q.importance_BL is not None:
         objective_BL = q.importance_BL * objective_BL
     parts: list[tuple[Tensor, Tensor]] = []

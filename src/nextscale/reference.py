@@ -1,7 +1,7 @@
 """The frozen reference model of the KL term.
 
-It runs once a rollout, whatever the number of iterations: its features are kept, and its head, which is cheap, makes
-log-probabilities of them block by block, where the loss needs them.
+It runs once a rollout, whatever the number of iterations: its features are kept, and its head, which costs
+little, makes log-probabilities of them block by block, where the loss needs them.
 
 Shapes: B images · l tokens of the scales or the block at hand · V codebook size · C width of the features ·
 D codebook width
@@ -51,18 +51,18 @@ class Reference:
         """A copy of the model as it is now.
 
         Args:
-            dtype: of the weights of its linear layers, which are nearly all. In bfloat16 they take half the memory,
-                and a model under bfloat16's autocast computes the same numbers, since that rounds them anyway.
+            dtype: of the weights of its linear layers, which are nearly all. In bfloat16 they take half the
+                memory, and under bfloat16's autocast, which rounds them anyway, they give the same numbers.
                 The head stays float32.
             is_offloaded: keep it in main memory, all but its head.
         """
-        copied = copy.deepcopy(model).requires_grad_(False)
+        copied = cast(copy.deepcopy(model), dtype)
         if is_offloaded:
             copied.to("cpu")
+            if model.device.type == "cuda":  # which copies from pinned memory several times as fast
+                for each in copied.parameters():
+                    each.data = each.data.pin_memory()
             copied.head.to(model.device)
-        if dtype == "bfloat16":
-            for each in linear_layers(copied):
-                each.to(torch.bfloat16)
         return cls(copied, is_offloaded=is_offloaded)
 
     @torch.no_grad()
@@ -99,6 +99,15 @@ class Reference:
         finally:
             for each, data in zip(weights, kept, strict=True):
                 each.data = data
+
+
+def cast(model: NextScaleModel, dtype: ReferenceDtype) -> NextScaleModel:
+    """The model, in place, frozen, and its linear layers before the head in this dtype."""
+    for layer in linear_layers(model):
+        # New parameters, and not `layer.to`: that cannot replace those of a plan, which have no data.
+        for name, each in list(layer.named_parameters(recurse=False)):
+            setattr(layer, name, nn.Parameter(each.detach().to(getattr(torch, dtype))))
+    return model.requires_grad_(False)
 
 
 def linear_layers(model: NextScaleModel) -> list[nn.Linear]:

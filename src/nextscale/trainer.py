@@ -52,8 +52,8 @@ from nextscale.runs.launch import check_trainable, make_accelerator
 from nextscale.runs.writer import RunFolder
 
 MAX_DRIFT = {"no": 0.01, "bf16": 0.05}
-"""Mean difference of log-probs between sampler and trainer, by precision, above which they hardly run the same
-policy: in the miniature world rounding gives 4e-6 and, at guidance 4, 0.03 (docs/policy.md)."""
+"""Mean difference of log-probs between sampler and trainer, by precision, above which they hardly run the
+same policy: rounding gives 4e-6 and 0.03 in the miniature world at guidance 4 (docs/policy.md)."""
 
 
 class GRPOTrainer:
@@ -253,8 +253,8 @@ class GRPOTrainer:
         advantages_B = self.advantages(scores).flatten(0, 1)  # (B,), or (B, S) or (B, L) by scale or token
 
         # Update: num_iterations optimizer steps on the same images, each on the gradient of all of them.
-        # One that is not finite is left out, for it would end the model. What the first finds out about the
-        # rollout (the policy's log-probs before any update, the reference's features) the others take from it.
+        # One that is not finite is left out, for it would end the model. What the first iteration finds out
+        # (log-probs before any update, the reference's features) the others take from it.
         means, bonuses = Means(), None if self.entropy_floor is None else self.entropy_floor.bonuses
         num_skipped, batch_size = 0, self.run.per_device_train_batch_size
         with clock("update"):
@@ -484,8 +484,8 @@ class GRPOTrainer:
         if drift > MAX_DRIFT[self.run.mixed_precision] and not self.has_drifted:
             self.has_drifted = True
             self._say(
-                f"Warning: sampler and trainer differ by {drift:.2g} nats a token on average, more than rounding "
-                "explains; docs/policy.md says what to check"
+                f"Warning: sampler and trainer differ by {drift:.2g} nats a token on average, more than "
+                "rounding explains; docs/policy.md says what to check"
             )
 
     def _check_continuable(self) -> None:

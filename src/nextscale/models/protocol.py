@@ -17,15 +17,15 @@ from nextscale.base.conditions import Condition
 from nextscale.models.scales import ScaleSchedule
 
 MIN_BLOCKS = 16
-"""Blocks of tokens that a reader is given all logits in, at the least (where there are as many tokens): what it
-computes then takes a sixteenth of the memory that it would for all tokens at once."""
+"""A reader is given the logits in at least so many blocks of tokens, where there are as many tokens. What it
+computes then takes a sixteenth of the memory that it would take for all tokens at once."""
 MAX_BLOCK_BYTES = 32 * 2**20
 """Most bytes of the logits of one block: enough to keep a GPU busy, and little beside a large model's
 activations however many images there are."""
 
 Reader = Callable[[Tensor, slice], Mapping[str, Tensor]]
-"""Takes the (B, l, V) logits of a block and which of the tokens it has; returns named (B, l) tensors, which may
-be of fewer images."""
+"""Takes the (B, l, V) logits of a block and which of the tokens it has; returns named (B, l) tensors, which
+may be of fewer images."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,9 @@ class NextScaleModel(nn.Module, ABC):
     ) -> Any:
         """Logits of the next tokens, or what `read` makes of them.
 
-        The logits are the largest tensors of an update by far. A reader gets them in blocks of tokens, and the
-        backward pass computes each block again, so that they never exist as a whole. It is here and not with
-        the caller, since only within the forward pass does a sharded model have its weights.
+        The logits are the largest tensors of an update by far. A reader gets them in blocks of tokens, and
+        the backward pass computes each block again, so that they never exist as a whole. It is called here,
+        since only within its forward pass does a sharded model have its weights.
 
         Args:
             conditioning, inputs_BlD, cache: as in `features`.

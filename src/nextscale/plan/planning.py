@@ -19,6 +19,7 @@ from nextscale.plan.counting import Count
 from nextscale.plan.gpus import find_gpu
 from nextscale.plan.phases import Phases
 from nextscale.policy import SamplingConfig
+from nextscale.reference import cast, reference_dtype
 from nextscale.rewards.networks.backbones import backbone_config
 from nextscale.runs.config import RunConfig
 
@@ -27,6 +28,8 @@ UTILISATION = 0.3
 USABLE_MEMORY = 0.9
 """Fraction of a GPU's memory that a plan may use; the rest is for CUDA, cuDNN and fragmentation."""
 FLOAT32 = 4  # bytes
+WITHOUT_GRADIENTS = ("rollout", "decode", "reward")
+"""Phases in which the gradients do not exist: they are freed after each optimizer step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,12 @@ class Plan:
     @property
     def peak(self) -> float:
         """Most bytes that one process holds at the same time."""
-        return sum(self.resident.values()) + max(self.phases.values())
+        return sum(self.resident.values()) + max(map(self.needed, self.phases))
+
+    def needed(self, phase: str) -> float:
+        """Bytes that a phase needs besides what is resident, less the gradients where there are none."""
+        absent = self.resident["gradients"] if phase in WITHOUT_GRADIENTS else 0
+        return self.phases[phase] - absent
 
     @property
     def fits(self) -> bool:
@@ -105,9 +113,10 @@ def make_plan(
     device = find_gpu(gpu)
     grpo.check_processes(num_gpus)
     num_images = grpo.num_images
-    sizes = {"transformer": _transformer_size(transformer)}
+    sizes = {"transformer": _by_depth(transformer, VAR)}
     if grpo.needs_reference:
-        sizes["reference"] = sizes["transformer"]
+        dtype = reference_dtype(grpo, run.mixed_precision)
+        sizes["reference"] = _by_depth(transformer, lambda config: cast(VAR(config), dtype))
     sizes["tokenizer"] = _size(lambda: VQVAE(tokenizer))
     named = {**backbones, **(evaluated or {})}
     clips = {name: config for name in named.values() if name and (config := backbone_config(name))}
@@ -122,23 +131,29 @@ def make_plan(
         "update": of.update(),
     }
     flops = {name: each.flops * num_gpus for name, each in counts.items()}
-    flops["update"] -= flops["reference"]  # which runs inside the loss
-    for name in ("reference", "update"):
-        flops[name] *= grpo.num_iterations
+    flops["update"] -= flops["reference"]  # which runs inside the loss, once a rollout
+    flops["update"] *= grpo.num_iterations
 
+    reference = sizes["reference"].num_bytes if grpo.needs_reference else 0
+    waiting = 0  # bytes of the reference in main memory
+    if grpo.offload_reference:
+        waiting = reference - _size(lambda: VAR(transformer.replace(depth=1)).head).num_bytes
     trained = FLOAT32 * sizes["transformer"].parameters
     resident = {
         "weights": sizes["transformer"].num_bytes,
         "gradients": trained,
         "AdamW moments": 2 * trained,
-        "reference": sizes["reference"].num_bytes if grpo.needs_reference else 0,
+        "reference": reference - waiting,
         "tokenizer": sizes["tokenizer"].num_bytes,
         "rewards": sum(sizes[name].num_bytes for name in clips),
         # DistributedDataParallel reduces gradients in its own buckets, which together are as large again.
         "gradient buckets": trained if num_gpus > 1 else 0,
         "scored images": of.scored_bytes(),
+        "kept for iterations": of.kept_bytes(),
     }
     phases = {name: counts[name].peak for name in ("rollout", "decode", "reward", "update")}
+    if waiting:
+        phases["reference"] = waiting + counts["reference"].peak
     phases["AdamW"] = trained  # on a GPU, torch's AdamW holds the square roots of all second moments at once
     in_bfloat16 = run.mixed_precision == "bf16" and device.bfloat16 is not None
     peak_rate = device.bfloat16 if in_bfloat16 and device.bfloat16 else device.float32
@@ -167,13 +182,18 @@ def describe(plan: Plan) -> str:
     operations = [f"{name} {_with_unit(number)}" for name, number in plan.flops.items()]
     total = sum(plan.flops.values())
     names = {"update": "backward pass", "AdamW": "AdamW's step"}
-    details = {"rollout": f"keys and values {_gigabytes(plan.cache)}"}
+    details = dict.fromkeys(WITHOUT_GRADIENTS, "less the gradients, which do not exist yet")
+    details["rollout"] = f"keys and values {_gigabytes(plan.cache)}; {details['rollout']}"
     details["update"] = f"activations {_gigabytes(plan.activations)}"
-    largest = max(plan.phases, key=plan.phases.__getitem__)
+    largest = max(plan.phases, key=plan.needed)
     rows = [(name, number, "") for name, number in plan.resident.items() if number]
     rows += [
-        (f"{'+' if name == largest else ' '} {names.get(name, name)}", number, details.get(name, ""))
-        for name, number in plan.phases.items()
+        (
+            f"{'+' if name == largest else ' '} {names.get(name, name)}",
+            plan.needed(name),
+            details.get(name, ""),
+        )
+        for name in plan.phases
     ]
     verdict = "fits" if plan.fits else "does not fit"
     limit = f"{_gigabytes(USABLE_MEMORY * plan.memory)} of {_gigabytes(plan.memory)} GB"
@@ -223,9 +243,9 @@ def _size(build: Callable[[], nn.Module]) -> _Size:
     )
 
 
-def _transformer_size(config: VARConfig) -> _Size:
+def _by_depth(config: VARConfig, build: Callable[[VARConfig], nn.Module]) -> _Size:
     """The size with all blocks, extrapolated from one and two blocks, which are quicker to build."""
-    one, two = (_size(lambda depth=depth: VAR(config.replace(depth=depth))) for depth in (1, 2))
+    one, two = (_size(lambda depth=depth: build(config.replace(depth=depth))) for depth in (1, 2))
     more = config.depth - 1
     return _Size(
         one.parameters + more * (two.parameters - one.parameters),
