@@ -46,11 +46,11 @@ class GRPOConfig(Record):
     epsilon_high: float | None = Field(default=None, gt=0)
     """Upper clipping bound: ratios are clipped at 1 + epsilon_high; by default the same as epsilon."""
     importance_sampling_correction: bool = False
-    """Weigh the surrogate by the trainer's probability of a token, divided by the sampler's: the two differ by
-    rounding."""
+    """Weigh the surrogate by the trainer's probability of a token, divided by the sampler's: the two differ
+    by rounding."""
     importance_sampling_mode: ImportanceMode = "token_truncate"
-    """Weights of each token, or of all tokens of an image at once; above the bound they are cut down to it, or
-    set to 0."""
+    """Weights of each token, or of all tokens of an image at once; above the bound they are cut down to it,
+    or set to 0."""
     importance_sampling_clip_max: float = Field(default=3.0, gt=0)
     """The bound."""
     entropy_coef: float = Field(default=0.0, ge=0)
