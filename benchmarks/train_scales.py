@@ -3,9 +3,9 @@
 python benchmarks/train_scales.py                 # the miniature world and VAR-d16, random weights
 python benchmarks/train_scales.py toy             # one of them
 
-An update is the loss of one microbatch, with guidance 1.5, the reference's pass and the KL, and its backward pass, in
-float32 on one core of the CPU: seconds of its time, which other programs do not change much. The numbers of trained
-scales are run in turn; the best of the rounds counts.
+An update is the loss of one microbatch, with guidance 1.5, the reference's pass and the KL, and its backward
+pass, in float32 on one core of the CPU: seconds of its time, which other programs do not change much. The best
+of the rounds counts.
 """
 
 import sys
