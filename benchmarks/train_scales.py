@@ -4,8 +4,8 @@ python benchmarks/train_scales.py                 # the miniature world and VAR-
 python benchmarks/train_scales.py toy             # one of them
 
 An update is the loss of one microbatch, with guidance 1.5, the reference's pass and the KL, and its backward
-pass, in float32 on one core of the CPU: seconds of its time, which other programs do not change much. The best
-of the rounds counts.
+pass, in float32 on one core of the CPU: seconds of its time, which other programs hardly change. The best of
+the rounds counts.
 """
 
 import sys

@@ -90,15 +90,18 @@ class Reference:
     @contextmanager
     def _brought_to(self, device: torch.device) -> Iterator[None]:
         """The weights on this device; afterwards they are where they were, and nothing is copied back."""
-        weights = [*self.model.parameters(), *self.model.buffers()]
-        kept = [each.data for each in weights]
-        for each in weights:
-            each.data = each.data.to(device, non_blocking=True)
+        tables = [each for module in self.model.modules() for each in (module._parameters, module._buffers)]
+        kept = [dict(table) for table in tables]
+        for table in tables:
+            moved = {
+                name: each.to(device, non_blocking=True) for name, each in table.items() if each is not None
+            }
+            table.update(moved)
         try:
             yield
         finally:
-            for each, data in zip(weights, kept, strict=True):
-                each.data = data
+            for table, weights in zip(tables, kept, strict=True):
+                table.update(weights)
 
 
 def cast(model: NextScaleModel, dtype: ReferenceDtype) -> NextScaleModel:
