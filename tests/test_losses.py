@@ -327,7 +327,7 @@ def test_training_the_first_scales_is_training_all_with_weights_of_zero(
     shape = {"image": (4,), "scale": (4, 4), "token": (4, 30)}[credit]
     batch = microbatch(pipe, sampling, torch.randn(shape, generator=generator))
     reference = Reference.copy_of(make_pipeline(seed=1).transformer)
-    totals = {"token": (1.0, 4.0, 0.0, 0.0), "scale": (1.0, 1.0, 0.0, 0.0)}.get(
+    totals: Any = {"token": (1.0, 4.0, 0.0, 0.0), "scale": (1.0, 1.0, 0.0, 0.0)}.get(
         weighting, (1.0, 3.0, 0.0, 0.0)
     )
     names = ("scale_weighting", "kl_scale_weighting", "entropy_scale_weighting")

@@ -49,7 +49,7 @@ def test_weights_that_wait_elsewhere_are_brought_for_the_features_alone(tiny_pip
     reference = Reference.copy_of(tiny_pipeline.transformer, is_offloaded=True)
     weights = [*reference.model.parameters(), *reference.model.buffers()]
     labels = torch.zeros(3, dtype=torch.long, device="meta")
-    conditioning = tiny_pipeline.transformer.conditioning_from_labels(labels)
+    conditioning = Conditioning({"labels": labels}, {"labels": labels[:1]})
     inputs = torch.zeros(3, 29, 8, device="meta")
     assert reference.features(conditioning, inputs, GUIDED).device.type == "meta"
     after = [*reference.model.parameters(), *reference.model.buffers()]

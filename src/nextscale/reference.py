@@ -10,6 +10,7 @@ D codebook width
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,9 @@ class Reference:
     @contextmanager
     def _brought_to(self, device: torch.device) -> Iterator[None]:
         """The weights on this device; afterwards they are where they were, and nothing is copied back."""
-        tables = [each for module in self.model.modules() for each in (module._parameters, module._buffers)]
+        tables: list[dict[str, Any]] = []
+        for module in self.model.modules():
+            tables += [module._parameters, module._buffers]
         kept = [dict(table) for table in tables]
         for table in tables:
             moved = {

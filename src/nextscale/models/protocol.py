@@ -78,14 +78,14 @@ class NextScaleModel(nn.Module, ABC):
     Attributes:
         config: the record of its sizes, with `codebook_size`, `codebook_width` and `scale_sizes` among them.
         schedule: the scales.
-        head: from features to logits, token by token.
+        head: the module that makes logits of features, token by token.
         num_classes: of a class-conditional model; 0 of any other.
         gradient_checkpointing: recompute activations in the backward pass.
     """
 
     config: Any
     schedule: ScaleSchedule
-    head: nn.Module
+    head: Any
     num_classes: int = 0
     gradient_checkpointing: bool = False
 

@@ -182,7 +182,7 @@ def describe(plan: Plan) -> str:
     operations = [f"{name} {_with_unit(number)}" for name, number in plan.flops.items()]
     total = sum(plan.flops.values())
     names = {"update": "backward pass", "AdamW": "AdamW's step"}
-    details = dict.fromkeys(WITHOUT_GRADIENTS, "less the gradients, which do not exist yet")
+    details: dict[str, str] = dict.fromkeys(WITHOUT_GRADIENTS, "in place of the gradients")
     details["rollout"] = f"keys and values {_gigabytes(plan.cache)}; {details['rollout']}"
     details["update"] = f"activations {_gigabytes(plan.activations)}"
     largest = max(plan.phases, key=plan.needed)
@@ -190,10 +190,10 @@ def describe(plan: Plan) -> str:
     rows += [
         (
             f"{'+' if name == largest else ' '} {names.get(name, name)}",
-            plan.needed(name),
+            number,
             details.get(name, ""),
         )
-        for name in plan.phases
+        for name, number in plan.phases.items()
     ]
     verdict = "fits" if plan.fits else "does not fit"
     limit = f"{_gigabytes(USABLE_MEMORY * plan.memory)} of {_gigabytes(plan.memory)} GB"
