@@ -55,7 +55,7 @@ class Bag(NextScaleModel):
     def new_cache(self) -> list[int]:
         return [0]
 
-    def forward(self, conditioning: Conditioning, inputs_BlD: Tensor, cache: Any | None = None) -> Tensor:
+    def features(self, conditioning: Conditioning, inputs_BlD: Tensor, cache: Any | None = None) -> Tensor:
         start = cache[0] if cache else 0
         prompt_BC = (self.text(conditioning["text"]) * conditioning["is_kept"][..., None]).sum(1)
         x_BlC = self.word_embed(inputs_BlD)
@@ -64,7 +64,7 @@ class Bag(NextScaleModel):
         end = start + x_BlC.shape[1]
         if cache:
             cache[0] = end
-        return self.head(x_BlC + self.place[start:end] + prompt_BC[:, None]).float()
+        return x_BlC + self.place[start:end] + prompt_BC[:, None]
 
 
 @pytest.fixture

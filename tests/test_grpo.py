@@ -11,6 +11,8 @@ from nextscale.pipeline import VARPipeline
 from nextscale.runs.config import RunConfig
 from nextscale.trainer import GRPOTrainer
 
+WITHOUT_KL = {"beta": 0.0, "measure_kl": False}
+
 
 def brightness(images, conditions):
     return images.mean((1, 2, 3))
@@ -36,6 +38,19 @@ def brightness(images, conditions):
             {"multi_objective_aggregation": "normalize_then_sum"},
             r"multi_objective_aggregation normalize_then_sum has .* single reward",
         ),
+        (
+            {"reference_dtype": "bfloat16", **WITHOUT_KL},
+            r"reference_dtype bfloat16 has .* set grpo\.beta or",
+        ),
+        (
+            {"offload_reference": True, **WITHOUT_KL},
+            "offload_reference True has no effect",
+        ),
+        (
+            {"importance_sampling_mode": "token_mask"},
+            r"importance_sampling_mode token_mask has .* grpo\.importance_sampling_correction: set that too",
+        ),
+        ({"importance_sampling_clip_max": 2.0}, r"importance_sampling_clip_max 2\.0 has no effect without"),
         ({"epsilon": 0.1}, r"epsilon 0\.1 has no effect .* set grpo\.num_iterations to 2"),
         ({"epsilon_high": 0.3}, r"epsilon_high 0\.3 has no effect .* set grpo\.num_iterations to 2"),
         ({"kl_scale_weighting": "token", "beta": 0.0}, "kl_scale_weighting token has .* set grpo.beta"),
@@ -61,6 +76,9 @@ def test_options_with_what_they_need_are_accepted() -> None:
     check_grpo(GRPOConfig(constraint_rate=1.0, constraint_start=0.5), one, ("b",))
     check_grpo(GRPOConfig(measure_kl=False, beta=0.0), one, ())
     check_grpo(GRPOConfig(epsilon=0.1, epsilon_high=0.3, num_iterations=2), one, ())
+    check_grpo(GRPOConfig(reference_dtype="bfloat16", offload_reference=True, beta=0.0), one, ())
+    corrected = {"importance_sampling_mode": "token_mask", "importance_sampling_clip_max": 2.0}
+    check_grpo(GRPOConfig(importance_sampling_correction=True, **corrected), one, ())
     separately = GRPOConfig(multi_objective_aggregation="normalize_then_sum")
     check_grpo(separately, {"a": 1.0, "b": 1.0}, ())
     check_grpo(separately, {"a": 0.5}, ("b",))  # a weight that normalising the sum would undo

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from nextscale.base.errors import ConfigError
 from nextscale.grpo import GRPOConfig
@@ -18,16 +20,21 @@ from nextscale.losses import (
     clipped_surrogate,
     find_loss,
     grpo_loss,
+    importance_ratios,
     loss_weights,
     per_token,
     regularised,
     token_weights,
     weighted_mean,
 )
+from nextscale.models.protocol import NextScaleModel
 from nextscale.models.scales import ScaleSchedule
+from nextscale.models.var import VAR, VARConfig
 from nextscale.pipeline import VARPipeline
+from nextscale.plan.counting import Count, count, without_data
 from nextscale.policy import SamplingConfig
 from nextscale.reference import Reference
+from nextscale.rescoring import teacher_forced_logits
 
 MakePipeline = Callable[..., VARPipeline]
 
@@ -47,7 +54,7 @@ def test_an_error_names_the_weights_that_do_not_fit() -> None:
 
 @pytest.mark.parametrize("weighting", [(1.0,), (1.0, -1.0), (0.0, 0.0)])
 def test_impossible_weights_are_refused(weighting: tuple[float, ...]) -> None:
-    with pytest.raises(ConfigError, match="one a scale"):
+    with pytest.raises(ConfigError, match="one a trained scale"):
         token_weights((1, 4), weighting)
 
 
@@ -148,7 +155,6 @@ def test_grpo_by_hand() -> None:
     """On policy the ratio is 1: the surrogate is the mean advantage, (1 - 3) / 2, whatever the weights."""
     output = grpo_loss(quantities(), GRPOConfig(beta=0.1))
     assert output.loss.item() == pytest.approx(1.0 + 0.15)
-    assert output.metrics["sampling/importance_sampling_ratio/mean"].eq(1).all()
     assert output.metrics["clip_ratio/region_mean"].eq(0).all()
     # Ratio 2 and epsilon 0.2: the better image is clipped at 1.2, the worse is not: (1.2 - 6) / 2.
     twice = quantities(log_probs_BL=torch.full((2, 3), math.log(2)))
@@ -174,3 +180,252 @@ def test_a_loss_is_found_by_name_in_the_table(monkeypatch: pytest.MonkeyPatch) -
     assert find_loss("reinforce") is reinforce
     with pytest.raises(ConfigError, match=r"unknown grpo\.loss_type 'reinforc'; did you mean 'reinforce'"):
         find_loss("reinforc")
+
+
+# The whole objective, in blocks of tokens
+
+
+def microbatch(pipe: VARPipeline, sampling: SamplingConfig, advantages: Tensor | None = None) -> Microbatch:
+    """Four images of two classes, as they were drawn."""
+    drawn = pipe.draw(pipe.conditions([0, 1]), [(0,), (1,)], 2, sampling)
+    given = torch.tensor([1.0, -0.5, 2.0, -1.5]) if advantages is None else advantages
+    return Microbatch(drawn.conditioning, drawn.tokens, drawn.inputs, drawn.log_probs, given)
+
+
+def dense_loss(
+    model: NextScaleModel,
+    base: NextScaleModel | None,
+    batch: Microbatch,
+    config: GRPOConfig,
+    sampling: SamplingConfig,
+) -> Tensor:
+    """The loss of the logits of all tokens at once, as the formulas have it; equal scales alone."""
+    schedule = model.schedule
+    given = schedule, batch.conditioning, batch.inputs, sampling
+    logits = teacher_forced_logits(model, *given)
+    kept = torch.ones_like(logits, dtype=torch.bool)
+    if sampling.top_k:
+        kept = logits >= logits.topk(sampling.top_k, dim=-1).values[..., -1:]
+    if 0 < sampling.top_p < 1:
+        probs, order = logits.masked_fill(~kept, -torch.inf).softmax(-1).sort(-1, descending=True)
+        in_nucleus = probs.cumsum(-1) - probs < sampling.top_p
+        kept = kept & torch.zeros_like(kept).scatter(-1, order, in_nucleus)
+    kept = kept.scatter(-1, batch.tokens[..., None], True)
+    policy = logits.masked_fill(~kept, -torch.inf).log_softmax(-1)
+    log_probs = policy.gather(-1, batch.tokens[..., None])[..., 0]
+    old = log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs
+    ratio, advantages = (log_probs - old).exp(), batch.advantages[:, None]
+    low, high = 1 - config.epsilon, 1 + (config.epsilon_high or config.epsilon)
+    value = torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
+    full = logits.log_softmax(-1)
+    if base is not None:
+        with torch.no_grad():
+            theirs = teacher_forced_logits(base, *given).log_softmax(-1)
+        value = value - config.beta * (full.exp() * (full - theirs)).sum(-1)
+    value = value - config.entropy_coef * (full.exp() * full).sum(-1)
+    by_scale = [part.mean(1) for part in value.split(schedule.lengths, 1)]
+    return -torch.stack(by_scale, 1).mean()
+
+
+POLICIES = [
+    {},
+    {"guidance_scale": 1.5, "temperature": 0.8},
+    {"guidance_scale": 1.5, "top_k": 20, "top_p": 0.9},
+]
+LOSS_OPTIONS = [
+    {"beta": 0.0, "measure_kl": False},
+    {"beta": 0.0},
+    {"beta": 0.3},
+    {"beta": 0.3, "entropy_coef": 0.2},
+]
+
+
+def gradients(model: torch.nn.Module, loss: Tensor) -> Tensor:
+    parameters = list(model.parameters())
+    given = torch.autograd.grad(loss, parameters, allow_unused=True)
+    pairs = zip(given, parameters, strict=True)
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten().double() for g, p in pairs])
+
+
+@pytest.mark.parametrize("options", LOSS_OPTIONS, ids=str)
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("iteration", [1, 2])
+def test_the_gradient_is_that_of_the_dense_formula(
+    make_pipeline: MakePipeline, policy: dict[str, Any], options: dict[str, Any], iteration: int
+) -> None:
+    pipe, sampling = make_pipeline(codebook_size=200), SamplingConfig(**policy)
+    config, model = GRPOConfig(num_iterations=2, epsilon_high=0.3, **options), pipe.transformer
+    batch = microbatch(pipe, sampling)
+    if iteration == 2:  # the policy has moved since, and many ratios are clipped
+        shift = torch.randn(batch.log_probs.shape, generator=torch.Generator().manual_seed(0))
+        batch = replace(batch, old_log_probs=batch.log_probs + 0.2 * shift)
+    base = make_pipeline(seed=1, codebook_size=200).transformer if config.needs_reference else None
+    objective = Objective(config, sampling, model.schedule, None if base is None else Reference.copy_of(base))
+    output = objective(model, batch)
+    expected = dense_loss(model, base, batch, config, sampling)
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+    ours, theirs = gradients(model, output.loss), gradients(model, expected)
+    assert theirs.norm() > 0.01
+    assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+BENCH = VARConfig(
+    depth=1,
+    width=64,
+    num_heads=2,
+    num_classes=4,
+    codebook_size=4096,
+    codebook_width=8,
+    scale_sizes=(1, 4, 8, 12),
+)
+
+
+def counted(
+    policy: dict[str, Any], options: dict[str, Any], is_dense: bool, codebook_size: int = 4096
+) -> Count:
+    sampling, config = SamplingConfig(**policy), GRPOConfig(**options)
+    with without_data():
+        sizes = BENCH.replace(codebook_size=codebook_size)
+        model, base = VAR(sizes), VAR(sizes) if config.needs_reference else None
+        for each in model.parameters():
+            each.grad = torch.zeros_like(each)
+        num_tokens = model.schedule.num_tokens
+        tokens = torch.zeros(2, num_tokens, dtype=torch.long)
+        conditioning = model.conditioning_from_labels(torch.zeros(2, dtype=torch.long))
+        inputs = torch.zeros(2, num_tokens - 1, 8)
+        batch = Microbatch(conditioning, tokens, inputs, torch.zeros(tokens.shape), torch.zeros(2))
+        reference = None if base is None else Reference(base)
+        objective = Objective(config, sampling, model.schedule, reference)
+        if is_dense:
+            return count(lambda: dense_loss(model, base, batch, config, sampling))
+        return count(lambda: objective(model, batch).loss)
+
+
+@pytest.mark.parametrize("options", LOSS_OPTIONS, ids=str)
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_the_loss_needs_a_fraction_of_the_dense_formulas_memory(
+    policy: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Of a transformer so small that nearly all is the loss's."""
+    ours, dense = (counted(policy, options, is_dense) for is_dense in (False, True))
+    logits = 4 * 2 * 225 * 4096  # bytes of (B, L, V)
+    assert dense.peak > 3 * logits
+    assert ours.peak < 0.4 * dense.peak
+    assert ours.saved == counted(policy, options, False, codebook_size=512).saved  # nothing of size V is kept
+
+
+# The first scales alone
+
+
+@pytest.mark.parametrize("weighting", ["token", "scale", (1.0, 3.0)])
+@pytest.mark.parametrize("credit", ["image", "scale", "token"])
+def test_training_the_first_scales_is_training_all_with_weights_of_zero(
+    make_pipeline: MakePipeline, weighting: Any, credit: str
+) -> None:
+    pipe, sampling = make_pipeline(), SamplingConfig(guidance_scale=1.5, top_k=30)
+    model, generator = pipe.transformer, torch.Generator().manual_seed(0)
+    shape = {"image": (4,), "scale": (4, 4), "token": (4, 30)}[credit]
+    batch = microbatch(pipe, sampling, torch.randn(shape, generator=generator))
+    reference = Reference.copy_of(make_pipeline(seed=1).transformer)
+    totals: Any = {"token": (1.0, 4.0, 0.0, 0.0), "scale": (1.0, 1.0, 0.0, 0.0)}.get(
+        weighting, (1.0, 3.0, 0.0, 0.0)
+    )
+    names = ("scale_weighting", "kl_scale_weighting", "entropy_scale_weighting")
+    options = {"beta": 0.3, "entropy_coef": 0.2}
+    few = GRPOConfig(train_scales=2, **options, **dict.fromkeys(names, weighting))
+    whole = GRPOConfig(**options, **dict.fromkeys(names, totals))
+    ours, theirs = (
+        Objective(config, sampling, model.schedule, reference)(model, batch) for config in (few, whole)
+    )
+    assert ours.loss.item() == pytest.approx(theirs.loss.item(), rel=1e-5)
+    ours_gradient, expected = gradients(model, ours.loss), gradients(model, theirs.loss)
+    assert (ours_gradient - expected).norm() <= 1e-5 * expected.norm()
+    assert ours.metrics["kl"].shape == (4, 5) and "entropy/scale_2" in ours.metrics
+    assert "entropy/scale_3" not in ours.metrics
+    for name in ("kl/scale_1", "entropy/scale_2", "sampling/sampling_logp_difference/max"):
+        there = theirs.metrics[name][:, : ours.metrics[name].shape[1]]
+        torch.testing.assert_close(ours.metrics[name], there, rtol=1e-4, atol=1e-5)
+
+
+def test_no_more_scales_can_be_trained_than_there_are(tiny_pipeline: VARPipeline) -> None:
+    schedule = tiny_pipeline.transformer.schedule
+    assert Objective(GRPOConfig(train_scales=4), SamplingConfig(), schedule, None).lengths == (1, 4, 9, 16)
+    with pytest.raises(ConfigError, match=r"^grpo\.train_scales 5 is out of range: this model has 4 scales$"):
+        Objective(GRPOConfig(train_scales=5), SamplingConfig(), schedule, None)
+    with pytest.raises(ConfigError, match=r"^scale_weighting needs 2 .* one a trained scale"):
+        config = GRPOConfig(train_scales=2, scale_weighting=(1.0, 1.0, 0.0, 0.0))
+        Objective(config, SamplingConfig(), schedule, None)
+
+
+# Sampler and trainer
+
+
+def test_the_first_iteration_is_exactly_on_policy_whatever_the_sampler_recorded(
+    tiny_pipeline: VARPipeline,
+) -> None:
+    sampling, model = SamplingConfig(guidance_scale=1.5, top_k=30), tiny_pipeline.transformer
+    config = GRPOConfig(beta=0.0, measure_kl=False, num_iterations=2, epsilon=1e-6)
+    objective = Objective(config, sampling, model.schedule, None)
+    batch = microbatch(tiny_pipeline, sampling)
+    noise = 0.1 * torch.randn(batch.log_probs.shape, generator=torch.Generator().manual_seed(0))
+    drifted = replace(batch, log_probs=batch.log_probs + noise)
+    exact, output = objective(model, batch), objective(model, drifted)
+    assert torch.equal(gradients(model, output.loss), gradients(model, exact.loss))
+    assert output.loss.item() == pytest.approx(-batch.advantages.mean().item(), abs=1e-6)
+    assert output.metrics["clip_ratio/region_mean"].max() == 0
+    difference = output.metrics["sampling/sampling_logp_difference/mean"]
+    torch.testing.assert_close(difference, noise.abs(), rtol=0, atol=1e-4)
+    ratio = output.metrics["sampling/importance_sampling_ratio/max"]
+    torch.testing.assert_close(ratio, (-noise).exp(), rtol=1e-4, atol=0)
+    # The next iteration takes what the first found out: the old log-probs, and the difference as it was.
+    assert torch.equal(output.kept["old_log_probs"], exact.kept["old_log_probs"])
+    with torch.no_grad():
+        model.head.weight.mul_(1.5)
+    later = objective(model, replace(drifted, **output.kept))
+    assert torch.equal(later.metrics["sampling/sampling_logp_difference/mean"], difference)
+    assert later.metrics["clip_ratio/region_mean"].mean() > 0.1
+    assert torch.equal(later.kept["old_log_probs"], output.kept["old_log_probs"])
+
+
+def test_importance_weights_by_hand() -> None:
+    old, sampled = torch.tensor([[2.0, 1.0, 0.5]]).log(), torch.tensor([[0.5, 1.0, 1.0]]).log()  # 4, 1, 1/2
+
+    def weights(mode: str | None) -> list[list[float]]:
+        options = (
+            {} if mode is None else {"importance_sampling_correction": True, "importance_sampling_mode": mode}
+        )
+        config = GRPOConfig(importance_sampling_clip_max=1.5, **options)
+        return importance_ratios(old, sampled, config).tolist()
+
+    assert weights(None) == [pytest.approx([4.0, 1.0, 0.5])]
+    assert weights("token_truncate") == [pytest.approx([1.5, 1.0, 0.5])]
+    assert weights("token_mask") == [pytest.approx([0.0, 1.0, 0.5])]
+    assert weights("sequence_truncate") == [pytest.approx([1.5])]  # 4 x 1 x 1/2 = 2
+    assert weights("sequence_mask") == [[0.0]]
+
+
+def test_importance_weights_are_of_the_surrogate_alone() -> None:
+    objective = torch.tensor([[1.0, 2.0, 4.0], [0.0, 0.0, 0.0]])
+    by_token = quantities(importance_BL=torch.tensor([[2.0, 1.0, 0.5]]).expand(2, 3), entropy_coef=0.2)
+    # surrogate: (1 + 0.5 + 0.5) / 2 = 1; kl 1.5 and entropy 0.5 as without
+    assert regularised(objective, by_token, beta=0.1).item() == pytest.approx(-(1.0 - 0.15 + 0.1))
+    by_image = quantities(importance_BL=torch.tensor([[0.5], [9.0]]))
+    assert regularised(objective, by_image, beta=0.1).item() == pytest.approx(-(0.5 - 0.15))
+
+
+def test_the_correction_multiplies_what_the_sampler_drew_too_often(tiny_pipeline: VARPipeline) -> None:
+    """Logged are the weights as used; an image whose tokens are all left out has no gradient."""
+    sampling, model = SamplingConfig(guidance_scale=1.5), tiny_pipeline.transformer
+    batch = microbatch(tiny_pipeline, sampling)
+    drifted = replace(batch, log_probs=batch.log_probs - torch.tensor([[2.0], [1.0], [2.0], [2.0]]).log())
+    options = {"importance_sampling_correction": True, "importance_sampling_clip_max": 1.5, "beta": 0.0}
+    config = GRPOConfig(measure_kl=False, importance_sampling_mode="token_mask", **options)
+    output = Objective(config, sampling, model.schedule, None)(model, drifted)
+    ratio = output.metrics["sampling/importance_sampling_ratio/mean"]
+    torch.testing.assert_close(
+        ratio, torch.tensor([[0.0], [1.0], [0.0], [0.0]]).expand(4, 30), rtol=0, atol=1e-4
+    )
+    plain = Objective(GRPOConfig(measure_kl=False, beta=0.0), sampling, model.schedule, None)
+    alone = replace(batch, advantages=torch.tensor([0.0, -0.5, 0.0, 0.0]))
+    ours, theirs = gradients(model, output.loss), gradients(model, plain(model, alone).loss)
+    assert (ours - theirs).norm() <= 1e-4 * theirs.norm()

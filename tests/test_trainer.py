@@ -15,6 +15,7 @@ from nextscale.base.errors import ConfigError, RewardError
 from nextscale.evaluation import evaluate
 from nextscale.grpo import GRPOConfig
 from nextscale.losses import LOSSES, LossOutput, Quantities, regularised
+from nextscale.models.protocol import Conditioning
 from nextscale.optimizer import OptimizerConfig
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
@@ -218,7 +219,8 @@ def test_on_policy_ratios_are_one_and_kl_is_zero(tiny_pipeline: VARPipeline, tmp
     trainer.train()
     metrics = metrics_of(tmp_path / "run")[0]
     assert metrics["sampling/sampling_logp_difference/max"] < 1e-4
-    assert metrics["sampling/importance_sampling_ratio/min"] == pytest.approx(1, abs=1e-4)
+    for each in ("min", "mean", "max"):
+        assert metrics[f"sampling/importance_sampling_ratio/{each}"] == pytest.approx(1, abs=1e-4)
     assert metrics["kl"] == pytest.approx(0, abs=1e-6)
     assert metrics["clip_ratio/region_mean"] == 0
 
@@ -312,7 +314,8 @@ def test_every_grpo_option_changes_something(
     """A setting that nothing reads would leave the second step's gradient as it was."""
 
     def reinforce(q: Quantities, config: GRPOConfig) -> LossOutput:
-        return LossOutput(regularised(q.log_probs_BL * q.advantages_BL, q, config.beta), {})
+        # With the advantages as they are, its first gradient would be GRPO's.
+        return LossOutput(regularised(q.log_probs_BL * q.advantages_BL.sign(), q, config.beta), {})
 
     monkeypatch.setitem(LOSSES, "reinforce", reinforce)  # all that a new loss needs
     changes: dict[str, Any] = {
@@ -328,6 +331,9 @@ def test_every_grpo_option_changes_something(
         "scale_rewards": "none",
         "advantage_epsilon": 0.5,
         "scale_weighting": "token",
+        "train_scales": 2,
+        "reference_dtype": "bfloat16",
+        "importance_sampling_correction": True,
         "kl_scale_weighting": "token",
         "entropy_scale_weighting": "token",
     }
@@ -344,7 +350,8 @@ def test_every_grpo_option_changes_something(
         reference = thrice if name.startswith("epsilon") else plain
         reference = entropic if name == "entropy_scale_weighting" else reference
         assert not torch.equal(weights(name, **{name: value}), reference), name
-    # measure_kl shows in the log, not in the weights; the aggregation needs two rewards.
+    # measure_kl shows in the log, not in the weights; the aggregation needs two rewards. Tests of their own
+    # have offload_reference and the options of a correction, which needs a sampler that differs.
     unmeasured = make_trainer(make_pipeline(), tmp_path / "unmeasured", beta=0.0, measure_kl=False)
     assert unmeasured.objective.reference is None
     pair = {"red": redness, "bright": lambda images, conditions: 10 * images.mean((1, 2, 3))}
@@ -421,6 +428,96 @@ def test_one_process_can_train_in_two_precisions(make_pipeline: MakePipeline, tm
         make_trainer(make_pipeline(), folder, mixed_precision=precision, max_steps=1).train()
         differences[folder.name] = metrics_of(folder)[0]["sampling/sampling_logp_difference/max"]
     assert differences["no-0"] == differences["no-2"] < 1e-4 < differences["bf16-1"] < 0.5
+
+
+def test_in_bf16_the_first_update_is_exactly_on_policy(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    """Bounds that any rounding would exceed clip nothing, until an update has moved the policy."""
+    options = {"mixed_precision": "bf16", "num_iterations": 2, "epsilon": 1e-7, "beta": 0.0}
+    trainer = make_trainer(make_pipeline(), tmp_path / "a", **options)
+    trainer.optimizer.step = trainer.scheduler.step = lambda: None  # type: ignore[method-assign]
+    metrics = trainer.step(1)
+    assert metrics["sampling/sampling_logp_difference/max"] > 1e-3
+    assert metrics["clip_ratio/region_mean"] == 0  # the second iteration computes the same numbers, too
+    moved = make_trainer(make_pipeline(), tmp_path / "b", learning_rate=1e-3, **options).step(1)
+    assert 0.2 < moved["clip_ratio/region_mean"] < 0.5  # of two iterations, half the signs
+    for name in ("low", "high"):
+        assert moved[f"clip_ratio/{name}_mean"] > 0.05
+
+
+def test_the_reference_runs_once_a_rollout(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    trainer = make_trainer(
+        make_pipeline(), tmp_path / "run", num_iterations=3, per_device_train_batch_size=5, beta=0.5
+    )
+    assert trainer.objective.reference is not None
+    model, sizes = trainer.objective.reference.model, []
+    compute = model.features
+
+    def features(conditioning: Conditioning, *given: Any) -> Tensor:
+        sizes.append(len(conditioning))
+        return compute(conditioning, *given)
+
+    model.features = features  # type: ignore[method-assign]
+    metrics = trainer.step(1)
+    assert sizes == [10, 10, 10, 2]  # both branches of 5 + 5 + 5 + 1 images
+    assert metrics["kl"] > 1e-5  # of the later iterations
+
+
+def test_a_reference_in_less_memory_computes_the_same(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    def run(name: str, **options: Any) -> tuple[dict[str, Tensor], float]:
+        pipe = make_pipeline()
+        make_trainer(pipe, tmp_path / name, beta=0.5, **options).train()
+        return pipe.transformer.state_dict(), metrics_of(tmp_path / name)[-1]["kl"]
+
+    bf16, kl = run("bf16", mixed_precision="bf16")
+    for name, options in {
+        "float32": {"reference_dtype": "float32"},
+        "away": {"offload_reference": True},
+    }.items():
+        other, same_kl = run(name, mixed_precision="bf16", **options)
+        assert same_kl == kl > 1e-5
+        assert all(torch.equal(each, bf16[key]) for key, each in other.items()), name
+    plain, kl = run("plain")
+    rounded, other_kl = run("rounded", reference_dtype="bfloat16")
+    assert other_kl != kl and other_kl == pytest.approx(kl, abs=0.02)
+    assert any(not torch.equal(each, plain[key]) for key, each in rounded.items())
+
+
+def test_a_sampler_that_is_not_the_trainers_policy_is_told_once(
+    make_pipeline: MakePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer(make_pipeline(), tmp_path / "run", max_steps=3)
+    trainer.objective.sampling = GUIDED.replace(temperature=0.9)
+    trainer.train()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "sampler and trainer differ" in line]
+    assert len(lines) == 1 and "nats a token on average, more than rounding explains" in lines[0]
+    make_trainer(make_pipeline(), tmp_path / "exact").train()
+    make_trainer(make_pipeline(), tmp_path / "bf16", mixed_precision="bf16").train()
+    assert "differ" not in capsys.readouterr().err
+
+
+def test_the_first_scales_alone_are_trained_and_measured(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    """And the entropy floor holds those alone; the finer scales are drawn as ever."""
+    options = {"train_scales": 2, "entropy_floor": 1.0, "entropy_floor_rate": 10.0, "num_iterations": 2}
+    trainer = make_trainer(make_pipeline(), tmp_path / "run", **options)
+    whole = make_trainer(make_pipeline(), tmp_path / "whole").rollout(1)
+    assert torch.equal(trainer.rollout(1).tokens, whole.tokens)
+    trainer.train()
+    _, last = metrics_of(tmp_path / "run")
+    for name in ("entropy", "kl", "entropy_floor"):
+        found = sorted(key for key in last if key.startswith(f"{name}/"))
+        assert found == [f"{name}/scale_1", f"{name}/scale_2"]
+    assert last["num_tokens"] == 2 * 16 * 30
+
+
+def test_weights_of_16_bits_are_not_trained(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    for dtype, name in ((torch.bfloat16, "bfloat16"), (torch.float16, "float16")):
+        pipe = make_pipeline()
+        pipe.transformer.to(dtype)
+        with pytest.raises(
+            ConfigError, match=f"^'pos_start' is {name}, in which most updates round to nothing"
+        ):
+            make_trainer(pipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_score_in_a_group_gives_no_gradient(tiny_pipeline: VARPipeline, tmp_path: Path) -> None:

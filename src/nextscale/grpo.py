@@ -11,6 +11,8 @@ from nextscale.base.records import Record
 ScaleRewards = Literal["group", "batch", "none"]
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 ScaleWeighting = Literal["token", "scale"] | tuple[float, ...]
+ReferenceDtype = Literal["float32", "bfloat16"]
+ImportanceMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
 class GRPOConfig(Record):
@@ -24,16 +26,33 @@ class GRPOConfig(Record):
     """Classes to train on, by number or name; by default all classes of the model."""
     num_iterations: int = Field(default=1, ge=1)
     """Optimizer steps per batch of rollouts."""
+    train_scales: int | None = Field(default=None, ge=1)
+    """Train the first so many scales alone, and draw the finer ones as ever; by default all. Weights that are
+    given by scale are then those of the trained ones."""
     loss_type: str = "grpo"
     """The loss: a name in nextscale.losses.LOSSES."""
     beta: float = Field(default=0.02, ge=0)
     """Weight of the exact KL to the frozen reference, in nats."""
     measure_kl: bool = True
     """With beta 0, keep the reference all the same and log the KL; costs a forward pass per step."""
+    reference_dtype: ReferenceDtype | None = None
+    """Of the weights of the reference's linear layers, its head aside; by default bfloat16 where
+    run.mixed_precision is bf16, which gives the same numbers in half the memory, else float32."""
+    offload_reference: bool = False
+    """Keep the reference's weights in main memory, and bring them to the GPU for its pass over a microbatch
+    alone."""
     epsilon: float = Field(default=0.2, gt=0, lt=1)
     """Lower clipping bound: ratios are clipped at 1 - epsilon."""
     epsilon_high: float | None = Field(default=None, gt=0)
     """Upper clipping bound: ratios are clipped at 1 + epsilon_high; by default the same as epsilon."""
+    importance_sampling_correction: bool = False
+    """Weigh the surrogate by the trainer's probability of a token, divided by the sampler's: the two differ
+    by rounding."""
+    importance_sampling_mode: ImportanceMode = "token_truncate"
+    """Weights of each token, or of all tokens of an image at once; above the bound they are cut down to it,
+    or set to 0."""
+    importance_sampling_clip_max: float = Field(default=3.0, gt=0)
+    """The bound."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of an entropy bonus, in nats."""
     entropy_floor: float | None = Field(default=None, gt=0, le=1)
@@ -105,6 +124,11 @@ def check_grpo(grpo: GRPOConfig, weights: Mapping[str, float], constraints: Coll
         "with grpo.scale_rewards none: set that to group or batch",
     )
     lone = list(weights.values()) == [1.0], "on a single reward of weight 1: give a second reward"
+    no_reference = not grpo.needs_reference, "without a reference: set grpo.beta or grpo.measure_kl"
+    uncorrected = (
+        not grpo.importance_sampling_correction,
+        "without grpo.importance_sampling_correction: set that too",
+    )
     on_policy = (
         grpo.num_iterations == 1 and grpo.loss_type == "grpo",
         "with grpo.num_iterations 1, where all ratios are 1: set grpo.num_iterations to 2 or more",
@@ -116,6 +140,10 @@ def check_grpo(grpo: GRPOConfig, weights: Mapping[str, float], constraints: Coll
         "measure_kl": kl_in_loss,
         "advantage_epsilon": unscaled,
         "multi_objective_aggregation": lone,
+        "reference_dtype": no_reference,
+        "offload_reference": no_reference,
+        "importance_sampling_mode": uncorrected,
+        "importance_sampling_clip_max": uncorrected,
         "epsilon": on_policy,
         "epsilon_high": on_policy,
         "kl_scale_weighting": no_kl,

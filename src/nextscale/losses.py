@@ -9,7 +9,7 @@ images count alike.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import PartialState
@@ -19,7 +19,7 @@ from nextscale.base.errors import ConfigError
 from nextscale.base.processes import microbatch_shares
 from nextscale.base.records import did_you_mean
 from nextscale.grpo import GRPOConfig, ScaleWeighting
-from nextscale.models.protocol import Conditioning
+from nextscale.models.protocol import Conditioning, Reader
 from nextscale.models.scales import ScaleSchedule
 from nextscale.pipeline import Drawn
 from nextscale.policy import (
@@ -31,7 +31,7 @@ from nextscale.policy import (
     token_log_probs,
 )
 from nextscale.reference import Reference
-from nextscale.rescoring import teacher_forced_logits
+from nextscale.rescoring import read_policy
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class Microbatch:
         inputs: (B, L - 1, D) teacher-forcing inputs of the tokens.
         log_probs: (B, L) float32, recorded while sampling.
         advantages: (B,), or (B, S), or (B, L): how much better than expected.
+        old_log_probs: (B, l) float32, of the trained tokens under the model before its first update on them;
+            None until that is known, which is in the first iteration.
+        reference_features: from `Reference.features`; None until they are known.
     """
 
     conditioning: Conditioning
@@ -51,6 +54,8 @@ class Microbatch:
     inputs: Tensor
     log_probs: Tensor
     advantages: Tensor
+    old_log_probs: Tensor | None = None
+    reference_features: Tensor | None = None
 
 
 def microbatches(
@@ -85,10 +90,13 @@ class Quantities:
 
     Attributes:
         log_probs_BL: of the tokens under the present policy, with gradient.
-        old_log_probs_BL: of the tokens under the policy that drew them.
+        old_log_probs_BL: of the tokens under the policy before its first update on them.
+        importance_BL: weights of the surrogate, (B, L) or (B, 1), for tokens that the sampler drew with
+            another probability than that; None where they are not asked for.
         advantages_BL: (B, L), or (B, 1) where all tokens of an image have the same.
-        kl_BL: exact KL to the reference in nats, with gradient; None without a reference.
-        entropy_BL: exact entropy in nats, with gradient.
+        kl_BL: exact KL to the reference in nats, with gradient where beta is positive; None without a
+            reference.
+        entropy_BL: exact entropy in nats, with gradient where the loss has a use for it.
         weights_L: weight of each token in the mean of the surrogate over an image; they sum to 1.
         kl_weights_L: the same for the KL.
         entropy_weights_L: the same for the entropy.
@@ -104,6 +112,7 @@ class Quantities:
     kl_weights_L: Tensor
     entropy_weights_L: Tensor
     entropy_coef: float | Tensor
+    importance_BL: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -114,10 +123,12 @@ class LossOutput:
         loss: a mean over the images of the microbatch, to be minimised.
         metrics: name to detached values of any shape, averaged over a step; where a name ends in "/max" the
             largest counts, where it ends in "/min" the smallest.
+        kept: fields of the microbatch that further iterations on it take from this one.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
 
 Loss = Callable[[Quantities, GRPOConfig], LossOutput]
@@ -140,10 +151,6 @@ def grpo_loss(q: Quantities, config: GRPOConfig) -> LossOutput:
         "clip_ratio/low_mean": is_low_BL.float(),
         "clip_ratio/high_mean": is_high_BL.float(),
         "clip_ratio/region_mean": (is_low_BL | is_high_BL).float(),
-        **{
-            f"sampling/importance_sampling_ratio/{each}": surrogate.ratio_BL
-            for each in ("min", "mean", "max")
-        },
     }
     return LossOutput(regularised(surrogate.objective_BL, q, config.beta), metrics)
 
@@ -173,8 +180,11 @@ class Objective:
         reference: the frozen model of the KL; None where it is neither used nor measured.
         device: where the microbatches are.
 
+    Attributes:
+        lengths: tokens of each scale that is trained.
+
     Raises:
-        ConfigError: an unknown loss, or weights that do not fit the scales.
+        ConfigError: an unknown loss, more scales to train than there are, or weights that do not fit them.
     """
 
     def __init__(
@@ -186,6 +196,7 @@ class Objective:
         device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.sampling, self.schedule, self.reference = config, sampling, schedule, reference
+        self.lengths = trained_lengths(schedule.lengths, config)
         with torch.device(device):
             weights = loss_weights(schedule.lengths, config)
         self.weights_L, self.kl_weights_L, self.entropy_weights_L = weights
@@ -198,72 +209,143 @@ class Objective:
 
         Args:
             model: the transformer, or what wraps it for several processes.
-            entropy_bonuses: S weights, each of one scale's entropy, besides `entropy_coef`.
+            entropy_bonuses: weights, each of one trained scale's entropy, besides `entropy_coef`.
         """
+        # The reference runs first, while nothing is held for the backward pass, and once a rollout.
+        num_tokens = sum(self.lengths)
+        inputs_BLD = batch.inputs[:, : num_tokens - 1]
+        features_BLC = batch.reference_features
+        if self.reference is not None and features_BLC is None:
+            features_BLC = self.reference.features(batch.conditioning, inputs_BLD, self.sampling)
+
         # One teacher-forced pass gives the distribution that every token was drawn from, with gradient.
-        logits_BLV = teacher_forced_logits(
-            model, self.schedule, batch.conditioning, batch.inputs, self.sampling
-        )
-        log_probs_BLV = policy_log_probs(logits_BLV, self.sampling, drawn_Bl=batch.tokens)
-        # KL and entropy are of the unfiltered distributions: the filtered ones may have other supports.
-        full_BLV = logits_BLV.log_softmax(-1) if self.sampling.is_filtered else log_probs_BLV
+        entropy_coef = self._entropy_coef(entropy_bonuses)
+        has_entropy_loss = isinstance(entropy_coef, Tensor) or entropy_coef > 0
+        read = self._reader(batch.tokens, features_BLC, has_entropy_loss)
+        of_tokens = read_policy(model, self.schedule, batch.conditioning, inputs_BLD, self.sampling, read)
+
+        # In a rollout's first iteration the policy is the one to improve on. Its own log-probs are taken, not
+        # the sampler's, which differ in low precision: all ratios are then exactly 1.
+        log_probs_BL, sampled_BL = of_tokens["log_probs"], batch.log_probs[:, :num_tokens]
+        old_BL = log_probs_BL.detach() if batch.old_log_probs is None else batch.old_log_probs
+        mismatch_BL = importance_ratios(old_BL, sampled_BL, self.config)
         quantities = Quantities(
-            log_probs_BL=token_log_probs(log_probs_BLV, batch.tokens),
-            old_log_probs_BL=batch.log_probs,
-            advantages_BL=per_token(batch.advantages, self.schedule),
-            entropy_BL=exact_entropy(full_BLV),
-            kl_BL=self._kl(full_BLV, batch),
+            log_probs_BL=log_probs_BL,
+            old_log_probs_BL=old_BL,
+            importance_BL=mismatch_BL if self.config.importance_sampling_correction else None,
+            advantages_BL=per_token(batch.advantages, self.schedule)[:, :num_tokens],
+            entropy_BL=of_tokens["entropy"],
+            kl_BL=of_tokens.get("kl"),
             weights_L=self.weights_L,
             kl_weights_L=self.kl_weights_L,
             entropy_weights_L=self.entropy_weights_L,
-            entropy_coef=self._entropy_coef(entropy_bonuses),
+            entropy_coef=entropy_coef,
         )
         output = self.loss(quantities, self.config)
+
         metrics = {"loss": output.loss, **self._metrics(quantities), **output.metrics}
+        difference_BL = (old_BL - sampled_BL).abs()
+        for each in ("mean", "max"):
+            metrics[f"sampling/sampling_logp_difference/{each}"] = difference_BL
+        for each in ("min", "mean", "max"):
+            metrics[f"sampling/importance_sampling_ratio/{each}"] = mismatch_BL
         if self.sampling.is_filtered:
-            removed_BLV = ~kept_tokens(logits_BLV, self.sampling)
-            metrics["sampling/filtered_mass"] = (full_BLV.detach().exp() * removed_BLV).sum(-1)
+            metrics["sampling/filtered_mass"] = of_tokens["filtered_mass"]
         # One value for each image: a step's mean then weighs parts of unequal sizes by their images.
         values = {
             name: each.expand(len(batch.tokens)) if each.ndim == 0 else each for name, each in metrics.items()
         }
-        return LossOutput(output.loss, {name: each.detach() for name, each in values.items()})
+        kept = {}
+        if self.config.num_iterations > 1:
+            kept = {"old_log_probs": old_BL}
+            if features_BLC is not None:
+                kept["reference_features"] = features_BLC
+        return LossOutput(output.loss, {name: each.detach() for name, each in values.items()}, kept)
 
-    def _kl(self, full_BLV: Tensor, batch: Microbatch) -> Tensor | None:
-        if self.reference is None:
-            return None
-        return exact_kl(full_BLV, self.reference.log_probs(batch.conditioning, batch.inputs, self.sampling))
+    def _reader(self, tokens_BL: Tensor, features_BLC: Tensor | None, has_entropy_loss: bool) -> Reader:
+        """What is read of the policy logits of a block of tokens: all that needs the whole codebook.
+
+        Args:
+            features_BLC: the reference's, of all trained tokens.
+            has_entropy_loss: whether the entropy needs a gradient.
+        """
+        sampling, reference = self.sampling, self.reference
+        has_kl_loss = self.config.beta > 0
+        ramp_L = self.schedule.guidance_ramp().to(tokens_BL.device)
+
+        def read(logits_BlV: Tensor, at: slice) -> dict[str, Tensor]:
+            drawn_Bl = tokens_BL[:, at]
+            kept_BlV = kept_tokens(logits_BlV, sampling) if sampling.is_filtered else None
+            policy_BlV = policy_log_probs(logits_BlV, sampling, drawn_Bl, kept_BlV)
+            found = {"log_probs": token_log_probs(policy_BlV, drawn_Bl)}
+
+            # KL and entropy are of the unfiltered distributions: the filtered ones may have other supports.
+            # What is only logged needs no gradient.
+            if not has_kl_loss and not has_entropy_loss:
+                logits_BlV, policy_BlV = logits_BlV.detach(), policy_BlV.detach()
+            full_BlV = policy_BlV if kept_BlV is None else logits_BlV.log_softmax(-1)
+            probs_BlV = full_BlV.exp()
+            if reference is not None:
+                assert features_BLC is not None, "a reference has features"
+                theirs_BlV = reference.log_probs(features_BLC[:, at], ramp_L[at], sampling)
+                with torch.set_grad_enabled(torch.is_grad_enabled() and has_kl_loss):
+                    found["kl"] = exact_kl(full_BlV, theirs_BlV, probs_BlV)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and has_entropy_loss):
+                found["entropy"] = exact_entropy(full_BlV, probs_BlV)
+            if kept_BlV is not None:
+                found["filtered_mass"] = (probs_BlV.detach() * ~kept_BlV).sum(-1)
+            return found
+
+        return read
 
     def _entropy_coef(self, bonuses: Sequence[float] | None) -> float | Tensor:
         if bonuses is None:
             return self.config.entropy_coef
         # Concatenated, not repeated by counts: that shape would depend on data, which a plan has none of.
-        pairs = zip(bonuses, self.schedule.lengths, strict=True)
+        pairs = zip(bonuses, self.lengths, strict=True)
         bonuses_L = torch.cat([torch.full((length,), bonus) for bonus, length in pairs])
         return (self.config.entropy_coef + bonuses_L).to(self.weights_L)
 
     def _metrics(self, q: Quantities) -> dict[str, Tensor]:
-        """What is measured whatever the loss is."""
-        difference_BL = (q.log_probs_BL.detach() - q.old_log_probs_BL).abs()
+        """What is measured of the distributions whatever the loss is."""
         metrics: dict[str, Tensor] = {} if q.kl_BL is None else {"kl_per_image": q.kl_BL.sum(1)}
         for name, values_BL in (("entropy", q.entropy_BL), ("kl", q.kl_BL)):
             if values_BL is not None:
-                scales = enumerate(values_BL.split(self.schedule.lengths, 1), 1)
+                scales = enumerate(values_BL.split(self.lengths, 1), 1)
                 metrics |= {name: values_BL, **{f"{name}/scale_{k}": each for k, each in scales}}
-        return metrics | {
-            f"sampling/sampling_logp_difference/{each}": difference_BL for each in ("mean", "max")
-        }
+        return metrics
 
 
 # ---- the parts of a loss
 
 
-def loss_weights(lengths: tuple[int, ...], config: GRPOConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """`token_weights` of the surrogate, of the KL and of the entropy; one tensor where the options are equal.
+def trained_lengths(lengths: tuple[int, ...], config: GRPOConfig) -> tuple[int, ...]:
+    """Tokens of each scale that is trained.
+
+    Args:
+        lengths: of all scales.
 
     Raises:
-        ConfigError: as `token_weights` does.
+        ConfigError: there are fewer.
     """
+    if config.train_scales is not None and config.train_scales > len(lengths):
+        raise ConfigError(
+            f"grpo.train_scales {config.train_scales} is out of range: this model has {len(lengths)} scales"
+        )
+    return lengths[: config.train_scales]
+
+
+def loss_weights(lengths: tuple[int, ...], config: GRPOConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """`token_weights` of the surrogate, of the KL and of the entropy, over the tokens that are trained; one
+    tensor where the options are equal.
+
+    Args:
+        lengths: tokens of each scale of the model.
+
+    Raises:
+        ConfigError: as `trained_lengths` and `token_weights` do.
+    """
+    lengths = trained_lengths(lengths, config)
     made: dict[ScaleWeighting, Tensor] = {}
 
     def weights_L(option: str) -> Tensor:
@@ -281,7 +363,7 @@ def token_weights(
     """(L,) float32 weight of each token in the mean over an image; they sum to 1.
 
     Args:
-        lengths: tokens of each scale.
+        lengths: tokens of each scale that is trained.
         weighting: "token" counts all tokens alike, so that the finest scale has most of the weight; "scale"
             gives every scale the same total; or the total weight of each scale, up to a factor.
         option: its name, for the error.
@@ -296,7 +378,9 @@ def token_weights(
     else:
         totals = [float(total) for total in weighting]
     if len(totals) != len(lengths) or min(totals) < 0 or sum(totals) <= 0:
-        raise ConfigError(f"{option} needs {len(lengths)} non-negative weights, one a scale, got {weighting}")
+        raise ConfigError(
+            f"{option} needs {len(lengths)} non-negative weights, one a trained scale, got {weighting}"
+        )
     each = [total / sum(totals) / length for total, length in zip(totals, lengths, strict=True)]
     return torch.cat([torch.full((length,), weight) for length, weight in zip(lengths, each, strict=True)])
 
@@ -310,19 +394,45 @@ def per_token(advantages: Tensor, schedule: ScaleSchedule) -> Tensor:
     return advantages[:, schedule.scale_of_token().to(advantages.device)]
 
 
+def importance_ratios(old_log_probs_BL: Tensor, sampled_BL: Tensor, config: GRPOConfig) -> Tensor:
+    """Probability of the tokens under the trainer's policy, by that with which the sampler drew them.
+
+    The two are one policy, computed in two ways: rounding is all that differs, and it shows in low precision.
+
+    Args:
+        old_log_probs_BL: the trainer's, before its first update on these tokens.
+        sampled_BL: the sampler's.
+
+    Returns:
+        (B, L) of each token. With `importance_sampling_correction` the weights that it uses: in the modes of
+        a sequence (B, 1), of all its tokens; none above the bound, cut down to it or set to 0.
+
+    Source: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"; TRL's
+    `vllm_importance_sampling_mode`.
+    """
+    differences_BL = old_log_probs_BL - sampled_BL
+    if not config.importance_sampling_correction:
+        return differences_BL.exp()
+    level, _, way = config.importance_sampling_mode.partition("_")
+    if level == "sequence":
+        differences_BL = differences_BL.sum(1, keepdim=True)
+    ratios_BL, bound = differences_BL.exp(), config.importance_sampling_clip_max
+    if way == "truncate":
+        return ratios_BL.clamp_max(bound)
+    return ratios_BL.masked_fill(ratios_BL > bound, 0.0)
+
+
 @dataclass(frozen=True)
 class Surrogate:
     """The clipped surrogate, and what was clipped.
 
     Attributes:
         objective_BL: to be maximised.
-        ratio_BL: importance ratios, detached.
         is_low_clipped_BL: negative advantage and ratio below 1 - epsilon: no gradient.
         is_high_clipped_BL: positive advantage and ratio above 1 + epsilon_high: no gradient.
     """
 
     objective_BL: Tensor
-    ratio_BL: Tensor
     is_low_clipped_BL: Tensor
     is_high_clipped_BL: Tensor
 
@@ -338,7 +448,7 @@ def clipped_surrogate(
 
     Args:
         log_probs_BL: under the present policy, with gradient.
-        old_log_probs_BL: recorded while sampling.
+        old_log_probs_BL: under the policy before its first update on these tokens.
         advantages_BL: (B, L) or (B, 1).
         epsilon_high: by default epsilon.
 
@@ -351,12 +461,14 @@ def clipped_surrogate(
         is_low = (ratio_BL < 1 - epsilon) & (advantages_BL < 0)
         is_high = (ratio_BL > 1 + high) & (advantages_BL > 0)
     objective_BL = torch.minimum(ratio_BL * advantages_BL, clipped_BL * advantages_BL)
-    return Surrogate(objective_BL, ratio_BL.detach(), is_low, is_high)
+    return Surrogate(objective_BL, is_low, is_high)
 
 
 def regularised(objective_BL: Tensor, q: Quantities, beta: float) -> Tensor:
-    """-(objective - beta KL + entropy_coef entropy), each a mean over images of a mean over tokens, with
-    weights of its own."""
+    """-(importance objective - beta KL + entropy_coef entropy), each a mean over images of a mean over
+    tokens, with weights of its own."""
+    if q.importance_BL is not None:
+        objective_BL = q.importance_BL * objective_BL
     parts: list[tuple[Tensor, Tensor]] = []
     if q.kl_BL is not None and beta:
         parts.append((-beta * q.kl_BL, q.kl_weights_L))

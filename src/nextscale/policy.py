@@ -44,6 +44,12 @@ DEFAULT_SAMPLING = SamplingConfig(guidance_scale=1.5)
 """How a model is sampled that says nothing else."""
 
 
+def all_branches_logits(logits_BlV: Tensor, ramp_l: Tensor, config: SamplingConfig) -> Tensor:
+    """`policy_logits` of a batch as the model runs it: B conditions, then with guidance as many null ones."""
+    cond_BlV, uncond_BlV = logits_BlV.chunk(2) if config.is_guided else (logits_BlV, None)
+    return policy_logits(cond_BlV, uncond_BlV, ramp_l, config)
+
+
 def policy_logits(
     cond_BlV: Tensor, uncond_BlV: Tensor | None, ramp_l: Tensor, config: SamplingConfig
 ) -> Tensor:
@@ -84,15 +90,21 @@ def kept_tokens(logits_BlV: Tensor, config: SamplingConfig) -> Tensor:
     return kept_BlV
 
 
-def policy_log_probs(logits_BlV: Tensor, config: SamplingConfig, drawn_Bl: Tensor | None = None) -> Tensor:
+def policy_log_probs(
+    logits_BlV: Tensor,
+    config: SamplingConfig,
+    drawn_Bl: Tensor | None = None,
+    kept_BlV: Tensor | None = None,
+) -> Tensor:
     """(B, l, V) log-probabilities under the policy; -inf for removed tokens.
 
     Args:
         logits_BlV: from `policy_logits`.
         drawn_Bl: tokens that were drawn; these are kept whatever the logits say now.
+        kept_BlV: from `kept_tokens`, where it is known already: filtering sorts the codebook.
     """
     if config.is_filtered:
-        kept_BlV = kept_tokens(logits_BlV, config)
+        kept_BlV = kept_tokens(logits_BlV, config) if kept_BlV is None else kept_BlV
         if drawn_Bl is not None:
             kept_BlV = kept_BlV.scatter(-1, drawn_Bl[..., None], True)
         logits_BlV = logits_BlV.masked_fill(~kept_BlV, float("-inf"))
@@ -115,13 +127,25 @@ def token_log_probs(log_probs_BlV: Tensor, tokens_Bl: Tensor) -> Tensor:
     return log_probs_BlV.gather(-1, tokens_Bl[..., None]).squeeze(-1)
 
 
-def exact_entropy(log_probs_BlV: Tensor) -> Tensor:
-    """(B, l) entropy in nats, summed over the codebook; tokens of probability 0 contribute nothing."""
+def exact_entropy(log_probs_BlV: Tensor, probs_BlV: Tensor | None = None) -> Tensor:
+    """(B, l) entropy in nats, summed over the codebook; tokens of probability 0 contribute nothing.
+
+    Args:
+        probs_BlV: the exponential of the log-probabilities, where it is at hand.
+    """
+    probs_BlV = log_probs_BlV.exp() if probs_BlV is None else probs_BlV
     # Not `special.entr`: its slope is infinite at 0, and 0 times that makes the gradient NaN.
     finite_BlV = log_probs_BlV.masked_fill(log_probs_BlV == float("-inf"), 0.0)
-    return -(log_probs_BlV.exp() * finite_BlV).sum(-1)
+    return -(probs_BlV * finite_BlV).sum(-1)
 
 
-def exact_kl(log_probs_BlV: Tensor, reference_log_probs_BlV: Tensor) -> Tensor:
-    """(B, l) KL(policy || reference) in nats, summed over the codebook. Both must be unfiltered."""
-    return (log_probs_BlV.exp() * (log_probs_BlV - reference_log_probs_BlV)).sum(-1)
+def exact_kl(
+    log_probs_BlV: Tensor, reference_log_probs_BlV: Tensor, probs_BlV: Tensor | None = None
+) -> Tensor:
+    """(B, l) KL(policy || reference) in nats, summed over the codebook. Both must be unfiltered.
+
+    Args:
+        probs_BlV: the exponential of the policy's log-probabilities, where it is at hand.
+    """
+    probs_BlV = log_probs_BlV.exp() if probs_BlV is None else probs_BlV
+    return (probs_BlV * (log_probs_BlV - reference_log_probs_BlV)).sum(-1)

@@ -1,36 +1,122 @@
 """The frozen reference model of the KL term.
 
-Shapes: B images · L tokens of all scales · V codebook size · D codebook width
+It runs once a rollout, whatever the number of iterations: its features are kept, and its head, which costs
+little, makes log-probabilities of them block by block, where the loss needs them.
+
+Shapes: B images · l tokens of the scales or the block at hand · V codebook size · C width of the features ·
+D codebook width
 """
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from nextscale.grpo import GRPOConfig, ReferenceDtype
 from nextscale.models.protocol import Conditioning, NextScaleModel
-from nextscale.policy import SamplingConfig
-from nextscale.rescoring import teacher_forced_logits
+from nextscale.policy import SamplingConfig, all_branches_logits
+from nextscale.rescoring import teacher_forced
+
+
+def reference_dtype(grpo: GRPOConfig, mixed_precision: str) -> ReferenceDtype:
+    """The dtype of the reference's linear layers: as chosen, or what autocast would round them to anyway."""
+    return grpo.reference_dtype or ("bfloat16" if mixed_precision == "bf16" else "float32")
 
 
 class Reference:
-    """A frozen model.
+    """A model that stays as it is.
 
     Args:
-        model: of the same family and sizes as the trained one; its parameters are frozen here.
+        model: a frozen copy of the trained model; or the trained model itself, where `context` makes it the
+            reference while it is entered, as by switching an adapter off.
+        context: entered for each use of the model.
+        is_offloaded: whether the weights wait in the memory they are in, and are brought to the device of the
+            inputs for `features` alone. The head, which the loss uses block by block, must be there already.
     """
 
-    def __init__(self, model: NextScaleModel) -> None:
-        self.model = model.requires_grad_(False)
+    def __init__(
+        self,
+        model: NextScaleModel,
+        context: Callable[[], AbstractContextManager[object]] = nullcontext,
+        is_offloaded: bool = False,
+    ) -> None:
+        self.model, self.context, self.is_offloaded = model, context, is_offloaded
 
     @classmethod
-    def copy_of(cls, model: NextScaleModel) -> "Reference":
-        """A copy of the model as it is now; takes as much memory again."""
-        return cls(copy.deepcopy(model))
+    def copy_of(
+        cls, model: NextScaleModel, dtype: ReferenceDtype = "float32", is_offloaded: bool = False
+    ) -> "Reference":
+        """A copy of the model as it is now.
+
+        Args:
+            dtype: of the weights of its linear layers, which are nearly all. In bfloat16 they take half the
+                memory, and under bfloat16's autocast, which rounds them anyway, they give the same numbers.
+                The head stays float32.
+            is_offloaded: keep it in main memory, all but its head.
+        """
+        copied = cast(copy.deepcopy(model), dtype)
+        if is_offloaded:
+            copied.to("cpu")
+            if model.device.type == "cuda":  # which copies from pinned memory several times as fast
+                for each in copied.parameters():
+                    each.data = each.data.pin_memory()
+            copied.head.to(model.device)
+        return cls(copied, is_offloaded=is_offloaded)
 
     @torch.no_grad()
-    def log_probs(self, conditioning: Conditioning, inputs_BLD: Tensor, sampling: SamplingConfig) -> Tensor:
-        """(B, L, V) log-probabilities after guidance and temperature, before filtering (see `exact_kl`)."""
-        schedule = self.model.schedule
-        logits_BLV = teacher_forced_logits(self.model, schedule, conditioning, inputs_BLD, sampling)
-        return logits_BLV.log_softmax(-1)
+    def features(self, conditioning: Conditioning, inputs_BlD: Tensor, sampling: SamplingConfig) -> Tensor:
+        """(B, l, C) features, or with guidance (2B, l, C): what `log_probs` needs of a rollout."""
+        place = self._brought_to(inputs_BlD.device) if self.is_offloaded else nullcontext()
+        # Linear layers in bfloat16 need its autocast, whatever the run's precision is.
+        is_bf16 = any(each.weight.dtype == torch.bfloat16 for each in linear_layers(self.model))
+        autocast = torch.autocast(inputs_BlD.device.type, torch.bfloat16) if is_bf16 else nullcontext()
+        with self.context(), place, autocast:
+            return self.model.features(*teacher_forced(conditioning, inputs_BlD, sampling))
+
+    @torch.no_grad()
+    def log_probs(self, features_BlC: Tensor, ramp_l: Tensor, sampling: SamplingConfig) -> Tensor:
+        """(B, l, V) log-probabilities after guidance and temperature, before filtering (see `exact_kl`).
+
+        Args:
+            features_BlC: from `features`, of some of the tokens.
+            ramp_l: `ScaleSchedule.guidance_ramp()` of these.
+        """
+        with self.context():
+            logits_BlV = self.model.logits(features_BlC)
+        return all_branches_logits(logits_BlV, ramp_l, sampling).log_softmax(-1)
+
+    @contextmanager
+    def _brought_to(self, device: torch.device) -> Iterator[None]:
+        """The weights on this device; afterwards they are where they were, and nothing is copied back."""
+        tables: list[dict[str, Any]] = []
+        for module in self.model.modules():
+            tables += [module._parameters, module._buffers]
+        kept = [dict(table) for table in tables]
+        for table in tables:
+            moved = {
+                name: each.to(device, non_blocking=True) for name, each in table.items() if each is not None
+            }
+            table.update(moved)
+        try:
+            yield
+        finally:
+            for table, weights in zip(tables, kept, strict=True):
+                table.update(weights)
+
+
+def cast(model: NextScaleModel, dtype: ReferenceDtype) -> NextScaleModel:
+    """The model, in place, frozen, and its linear layers before the head in this dtype."""
+    for layer in linear_layers(model):
+        # New parameters, and not `layer.to`: that cannot replace those of a plan, which have no data.
+        for name, each in list(layer.named_parameters(recurse=False)):
+            setattr(layer, name, nn.Parameter(each.detach().to(getattr(torch, dtype))))
+    return model.requires_grad_(False)
+
+
+def linear_layers(model: NextScaleModel) -> list[nn.Linear]:
+    """Those before the head."""
+    in_head = set(model.head.modules())
+    return [each for each in model.modules() if isinstance(each, nn.Linear) and each not in in_head]

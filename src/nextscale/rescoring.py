@@ -1,6 +1,7 @@
 """Re-score tokens: their log-probabilities under exactly the sampling policy, by teacher forcing.
 
-Shapes: B images · L tokens of all scales · V codebook size · D codebook width
+Shapes: B images · L tokens of all scales · l tokens of the scales or the block at hand · V codebook size ·
+D codebook width
 """
 
 from collections.abc import Sequence
@@ -8,33 +9,64 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from nextscale.models.protocol import Conditioning
+from nextscale.models.protocol import Conditioning, Reader
 from nextscale.models.scales import ScaleSchedule
-from nextscale.policy import SamplingConfig, policy_log_probs, token_log_probs
-from nextscale.sampling import all_branches, guided_logits
+from nextscale.policy import SamplingConfig, all_branches_logits, policy_log_probs, token_log_probs
+from nextscale.sampling import all_branches
 
 if TYPE_CHECKING:
     from nextscale.pipeline import VARPipeline
+
+
+def read_policy(
+    transformer: nn.Module,
+    schedule: ScaleSchedule,
+    conditioning: Conditioning,
+    inputs_BlD: Tensor,
+    config: SamplingConfig,
+    read: Reader,
+) -> dict[str, Tensor]:
+    """What `read` makes of the policy logits before filtering, for all tokens in one teacher-forced pass.
+
+    Args:
+        transformer: the model, or its distributed wrapper.
+        schedule: the model's scales, which a wrapper does not expose.
+        inputs_BlD: from `Tokenizer.tokens_to_inputs`: (B, L - 1, D), or those of the first scales alone.
+        read: gets the (B, l, V) logits of one block of tokens after the other, both branches already put
+            together.
+    """
+    ramp_L = schedule.guidance_ramp().to(inputs_BlD.device)
+
+    def read_block(logits_BlV: Tensor, at: slice) -> dict[str, Tensor]:
+        return dict(read(all_branches_logits(logits_BlV, ramp_L[at], config), at))
+
+    conditioning, inputs_BlD = teacher_forced(conditioning, inputs_BlD, config)
+    return transformer(conditioning, inputs_BlD, read=read_block)
+
+
+def teacher_forced(
+    conditioning: Conditioning, inputs_BlD: Tensor, config: SamplingConfig
+) -> tuple[Conditioning, Tensor]:
+    """What the model runs on: with guidance a batch of 2B, the null conditions last."""
+    inputs_BlD = inputs_BlD.repeat(2, 1, 1) if config.is_guided else inputs_BlD
+    return all_branches(conditioning, config), inputs_BlD
 
 
 def teacher_forced_logits(
     transformer: nn.Module,
     schedule: ScaleSchedule,
     conditioning: Conditioning,
-    inputs_BLD: Tensor,
+    inputs_BlD: Tensor,
     config: SamplingConfig,
 ) -> Tensor:
-    """(B, L, V) policy logits before filtering, for all scales in one pass.
+    """(B, l, V) policy logits before filtering, of all tokens: much memory, for a look at a few images.
 
     Args:
-        transformer: the model, or its distributed wrapper.
-        schedule: the model's scales, which a wrapper does not expose.
-        inputs_BLD: (B, L - 1, D), from `Tokenizer.tokens_to_inputs`.
+        transformer, schedule, inputs_BlD: as in `read_policy`.
     """
-    ramp_L = schedule.guidance_ramp().to(inputs_BLD.device)
-    return guided_logits(
-        transformer, all_branches(conditioning, config), inputs_BLD, ramp_L, config, cache=None
-    )
+    ramp_L = schedule.guidance_ramp().to(inputs_BlD.device)
+    logits_BlV = transformer(*teacher_forced(conditioning, inputs_BlD, config))
+    return all_branches_logits(logits_BlV, ramp_L[: logits_BlV.shape[1]], config)
 
 
 def log_probs(
@@ -60,8 +92,13 @@ def log_probs(
     config = sampling or pipe.sampling
     if not isinstance(conditions, Conditioning):
         conditions = pipe.transformer.encode_conditions(pipe.conditions(conditions))
+
+    def read(logits_BlV: Tensor, at: slice) -> dict[str, Tensor]:
+        drawn_Bl = tokens[:, at]
+        return {
+            "log_probs": token_log_probs(policy_log_probs(logits_BlV, config, drawn_Bl=drawn_Bl), drawn_Bl)
+        }
+
     inputs_BLD = pipe.tokenizer.tokens_to_inputs(tokens)
-    logits_BLV = teacher_forced_logits(
-        pipe.transformer, pipe.transformer.schedule, conditions, inputs_BLD, config
-    )
-    return token_log_probs(policy_log_probs(logits_BLV, config, drawn_Bl=tokens), tokens)
+    model = pipe.transformer
+    return read_policy(model, model.schedule, conditions, inputs_BLD, config, read)["log_probs"]

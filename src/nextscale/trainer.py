@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from nextscale.losses import Objective, microbatches
 from nextscale.optimizer import OptimizerConfig, make_optimizer
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
-from nextscale.reference import Reference
+from nextscale.reference import Reference, reference_dtype
 from nextscale.report.model_card import write_model_card
 from nextscale.rewards.asking.processes import fail_together
 from nextscale.rewards.protocol import Reward, require_scores
@@ -52,6 +53,10 @@ from nextscale.runs.hacking import HackingWatch
 from nextscale.runs.launch import asks_for_fsdp, check_trainable, make_accelerator, reshards_after_forward
 from nextscale.runs.sharding import Sharded, whole_of
 from nextscale.runs.writer import RunFolder
+
+MAX_DRIFT = {"no": 0.01, "bf16": 0.05}
+"""Mean difference of log-probs between sampler and trainer, by precision, above which they hardly run the
+same policy: rounding gives 4e-6 and 0.03 in the miniature world at guidance 4 (docs/policy.md)."""
 
 
 class GRPOTrainer:
@@ -114,7 +119,10 @@ class GRPOTrainer:
         self.pipe = pipe.to(self.accelerator.device)
         transformer = pipe.transformer
         transformer.gradient_checkpointing = self.run.gradient_checkpointing
-        reference = Reference.copy_of(transformer) if self.grpo.needs_reference else None
+        reference = None
+        if self.grpo.needs_reference:
+            dtype = reference_dtype(self.grpo, self.run.mixed_precision)
+            reference = Reference.copy_of(transformer, dtype, self.grpo.offload_reference)
         self.objective = Objective(
             self.grpo, self.sampling, transformer.schedule, reference, self.accelerator.device
         )
@@ -125,7 +133,7 @@ class GRPOTrainer:
         self.entropy_floor: EntropyFloor | None = None
         self.controllers: dict[str, Controller] = {"constraints": self.constraints, "watch": self.watch}
         if grpo.entropy_floor is not None:
-            num_scales = transformer.schedule.num_scales
+            num_scales = len(self.objective.lengths)
             self.entropy_floor = EntropyFloor(grpo.entropy_floor, grpo.entropy_floor_rate, num_scales)
             self.controllers["entropy_floor"] = self.entropy_floor
 
@@ -148,6 +156,7 @@ class GRPOTrainer:
         self.saved: tuple[int, int | None] | None = None  # the two, when the last checkpoint was written
         self.num_skipped = 0  # updates in a row
         self.was_constant = False  # the reward, in the last step
+        self.has_drifted = False  # the sampler from the trainer, in any step
 
     # ---- the loop
 
@@ -259,15 +268,16 @@ class GRPOTrainer:
         advantages_B = self.advantages(scores)  # (B,), or (B, S) or (B, L) by scale or token
 
         # Update: num_iterations optimizer steps on the same images, each on the gradient of all of them.
-        # One that is not finite is left out, for it would end the model.
+        # One that is not finite is left out, for it would end the model. What the first iteration finds out
+        # (log-probs before any update, the reference's features) the others take from it.
         means, bonuses = Means(), None if self.entropy_floor is None else self.entropy_floor.bonuses
         num_skipped, num_images = 0, self.grpo.num_images
         batch_size = self.run.per_device_train_batch_size
         keeps_buckets = isinstance(self.model, DistributedDataParallel)  # which the gradients are views of
         with clock("update"):
+            parts = list(microbatches(rollout, advantages_B, num_images, batch_size))
             for _ in range(self.grpo.num_iterations):
-                parts = microbatches(rollout, advantages_B, num_images, batch_size)
-                for batch, weight, is_last in parts:
+                for i, (batch, weight, is_last) in enumerate(parts):
                     # Processes exchange gradients once, in the last backward pass.
                     with nullcontext() if is_last else self.accelerator.no_sync(self.model):
                         with self.autocast():
@@ -277,6 +287,7 @@ class GRPOTrainer:
                         self.accelerator.backward(output.loss * weight)
                     if weight:
                         means.add(output.metrics)
+                    parts[i] = replace(batch, **output.kept), weight, is_last
                 grad_norm = self.accelerator.clip_grad_norm_(
                     self.model.parameters(), self.optimizer_config.max_grad_norm
                 )
@@ -301,7 +312,8 @@ class GRPOTrainer:
         if self.entropy_floor is not None and not num_skipped:
             floor_metrics = self.entropy_floor.update(loss_metrics)
 
-        # Measure, and say once if there was nothing to learn.
+        # Measure, and say once if there was nothing to learn, or if sampler and trainer disagree.
+        self._check_drift(loss_metrics)
         is_constant = reward_metrics["frac_reward_zero_std"] == 1
         if is_constant and not self.was_constant:
             self._say("Warning: all images of each group have the same reward, so there is nothing to learn")
@@ -478,6 +490,16 @@ class GRPOTrainer:
         """Tell the user something, once however many processes there are."""
         if self.accelerator.is_main_process:
             tqdm.write(sentence, file=sys.stderr)
+
+    def _check_drift(self, metrics: Mapping[str, float]) -> None:
+        """Say once if the sampler's log-probs are further from the trainer's than rounding explains."""
+        drift = metrics["sampling/sampling_logp_difference/mean"]
+        if drift > MAX_DRIFT[self.run.mixed_precision] and not self.has_drifted:
+            self.has_drifted = True
+            self._say(
+                f"Warning: sampler and trainer differ by {drift:.2g} nats a token on average, more than "
+                "rounding explains; docs/policy.md says what to check"
+            )
 
     def _check_continuable(self) -> None:
         is_lost = self.run.resume == "auto" and not list_checkpoints(self.folder.checkpoints)

@@ -67,7 +67,7 @@ def test_an_update_as_measured_on_a_cpu(mixed_precision, gradient_checkpointing)
     counted = phases(as_on_gpu=False, **options).update()
 
     model = VAR(CONFIG)
-    reference = Reference(VAR(CONFIG))
+    reference = Reference.copy_of(VAR(CONFIG), "bfloat16" if mixed_precision == "bf16" else "float32")
     model.gradient_checkpointing = gradient_checkpointing
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -84,7 +84,12 @@ def test_an_update_as_measured_on_a_cpu(mixed_precision, gradient_checkpointing)
 
     saved = {}
     given = [tokens, inputs, labels, batch.log_probs, advantages, objective.weights_L]
-    networks = [*model.parameters(), *model.buffers(), *reference.model.buffers()]
+    networks = [
+        *model.parameters(),
+        *model.buffers(),
+        *reference.model.parameters(),
+        *reference.model.buffers(),
+    ]
     before = {each.untyped_storage().data_ptr() for each in [*given, *networks]}
 
     def keep(tensor):
@@ -111,7 +116,7 @@ def test_an_update_as_measured_on_a_cpu(mixed_precision, gradient_checkpointing)
         now += event.nbytes()
         peak = max(peak, now)
     # The kernels of a real run take some scratch memory besides.
-    assert counted.peak == pytest.approx(peak, rel=0.04)
+    assert counted.peak == pytest.approx(peak, rel=0.05)
 
 
 def test_blocks_are_alike():

@@ -30,8 +30,8 @@ WHERE = {"var-d16": ("rtx-4090-24gb", 1), "var-d30": ("h100-80gb", 1), "var-d36"
 PUBLISHED_RECIPES = [name for name in packaged_recipes() if name.startswith("var-")]
 
 
-def small_plan(gpu="h100-80gb", num_gpus=1, backbones=None, evaluated=None, **run):
-    grpo = GRPOConfig(num_groups=4, num_generations=2)
+def small_plan(gpu="h100-80gb", num_gpus=1, backbones=None, evaluated=None, grpo=None, **run):
+    grpo = GRPOConfig(num_groups=4, num_generations=2, **grpo or {})
     return make_plan(
         SMALL, SMALL_VQVAE, backbones or {}, grpo, GUIDED, RunConfig(**run), gpu, num_gpus, evaluated
     )
@@ -71,14 +71,15 @@ def test_d16_costs_what_the_official_model_does():
     forward = by_hand(config, [680], [680], 679)
     assert forward == pytest.approx(310e9, rel=0.005)
     reference = phases.reference().flops
-    assert reference == 2 * forward
+    head = 2 * 680 * config.width * config.codebook_size
+    assert reference == 2 * (forward - head)
     update = phases.update().flops - reference
-    assert update == pytest.approx(2 * 930e9, rel=0.02)
     # Twice as much backward as forward, but for the inputs, which get no gradient; and attention, whose
-    # weights are computed again.
-    again = config.depth * 2 * 680 * 680 * config.width
+    # weights are computed again, as are the logits. The reference's head runs beside the model's.
+    again = config.depth * 2 * 680 * 680 * config.width + head
     inputs = 2 * 679 * config.codebook_width * config.width
-    assert update == pytest.approx(2 * (3 * forward + again - inputs), rel=1e-4)
+    assert update == pytest.approx(2 * (3 * forward + again - inputs + 2 * head), rel=1e-4)
+    assert update == pytest.approx(2 * (930e9 + 3 * head), rel=0.02)
 
 
 def test_memory_by_hand():
@@ -95,7 +96,31 @@ def test_memory_by_hand():
     assert plan.cache == 2 * SMALL.depth * (2 * images) * tokens * SMALL.width * 4
     assert plan.phases["rollout"] > plan.cache
     assert plan.phases["update"] >= plan.activations > 0
-    assert plan.peak == sum(plan.resident.values()) + max(plan.phases.values())
+    # There are no gradients while images are drawn.
+    drawing = plan.phases["rollout"] - plan.resident["gradients"]
+    assert plan.peak == sum(plan.resident.values()) + max(
+        drawing, plan.phases["update"], plan.phases["AdamW"]
+    )
+
+
+def test_a_reference_in_bfloat16_or_in_main_memory():
+    whole, half = small_plan(), small_plan(mixed_precision="bf16")
+    with torch.device("meta"):
+        model = VAR(SMALL)
+    linear = [
+        each for each in model.modules() if isinstance(each, torch.nn.Linear) and each is not model.head
+    ]
+    saved = 2 * sum(each.numel() for layer in linear for each in layer.parameters())
+    assert whole.resident["reference"] - half.resident["reference"] == saved
+    assert (
+        small_plan(grpo={"reference_dtype": "bfloat16"}).resident["reference"] == half.resident["reference"]
+    )
+    assert "reference" not in whole.phases
+    away = small_plan(grpo={"offload_reference": True})
+    head = sum(each.nbytes for each in model.head.parameters())
+    assert away.resident["reference"] == head
+    assert away.phases["reference"] > whole.resident["reference"] - head
+    assert away.phases["update"] == whole.phases["update"]
 
 
 def test_more_gpus_share_the_images():
@@ -137,7 +162,10 @@ def test_what_the_options_change():
         "h100-80gb",
     )
     for name, flops in plain.flops.items():
-        assert twice.flops[name] == flops * (2 if name in ("update", "reference") else 1)
+        assert twice.flops[name] == flops * (2 if name == "update" else 1)
+    # Of 8 images, both branches: the reference's features, and the log-probs.
+    assert twice.resident["kept for iterations"] == 4 * 8 * 21 * (2 * SMALL.width + 1)
+    assert plain.resident["kept for iterations"] == 0
     assert plain.flops["reference"] > 0
     without = make_plan(
         SMALL,
@@ -149,7 +177,13 @@ def test_what_the_options_change():
         "h100-80gb",
     )
     assert without.flops["reference"] == without.resident["reference"] == 0
-    assert without.flops["update"] == pytest.approx(plain.flops["update"] / 2, rel=1e-3)  # no guidance
+    # No guidance, and the reference's head neither before nor in the backward pass.
+    heads = 2 * 2 * 8 * 2 * 21 * SMALL.width * SMALL.codebook_size
+    with_heads = without.flops["update"] + heads / 2
+    assert with_heads == pytest.approx(plain.flops["update"] / 2, rel=1e-3)
+    few = small_plan(grpo={"train_scales": 2})
+    assert few.flops["rollout"] == plain.flops["rollout"]
+    assert few.flops["update"] < plain.flops["update"] * 5 / 21 * 1.2
     recomputed = small_plan(gradient_checkpointing=True)
     assert recomputed.activations < plain.activations / 2
     assert 1.2 < recomputed.flops["update"] / plain.flops["update"] < 4 / 3

@@ -1,19 +1,31 @@
 """What the method asks of a model family. A new family is a module in this folder that meets it.
 
-Shapes: B images · L tokens of all scales · l tokens of the scales at hand · V codebook size · D codebook
-width · h w the full latent grid · H W pixels
+Shapes: B images · L tokens of all scales · l tokens of the scales at hand · V codebook size · C width of the
+features · D codebook width · h w the full latent grid · H W pixels
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nextscale.base.conditions import Condition
 from nextscale.models.scales import ScaleSchedule
+
+MIN_BLOCKS = 16
+"""A reader is given the logits in at least so many blocks of tokens, where there are as many tokens. What it
+computes then takes a sixteenth of the memory that it would take for all tokens at once."""
+MAX_BLOCK_BYTES = 32 * 2**20
+"""Most bytes of the logits of one block: enough to keep a GPU busy, and little beside a large model's
+activations however many images there are."""
+
+Reader = Callable[[Tensor, slice], Mapping[str, Tensor]]
+"""Takes the (B, l, V) logits of a block and which of the tokens it has; returns named (B, l) tensors, which
+may be of fewer images."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +78,14 @@ class NextScaleModel(nn.Module, ABC):
     Attributes:
         config: the record of its sizes, with `codebook_size`, `codebook_width` and `scale_sizes` among them.
         schedule: the scales.
+        head: the module that makes logits of features, token by token.
         num_classes: of a class-conditional model; 0 of any other.
         gradient_checkpointing: recompute activations in the backward pass.
     """
 
     config: Any
     schedule: ScaleSchedule
+    head: Any
     num_classes: int = 0
     gradient_checkpointing: bool = False
 
@@ -95,19 +109,64 @@ class NextScaleModel(nn.Module, ABC):
         """An empty cache for one batch of images to be sampled; owned by the caller."""
 
     @abstractmethod
-    def forward(self, conditioning: Conditioning, inputs_BlD: Tensor, cache: Any | None = None) -> Tensor:
-        """Logits of the next tokens.
+    def features(self, conditioning: Conditioning, inputs_BlD: Tensor, cache: Any | None = None) -> Tensor:
+        """(B, l, C) features of the next tokens, from which the head makes their logits.
 
         Args:
             conditioning: of the B images.
-            inputs_BlD: without a cache, all scales at once under the block-causal mask (teacher forcing): the
-                (B, L - 1, D) of `Tokenizer.tokens_to_inputs`. With one, the next scale alone: its (B, l,
-                D), or (B, 0, D) for the first scale.
+            inputs_BlD: without a cache, all scales or the first few at once under the block-causal mask
+                (teacher forcing): the (B, L - 1, D) of `Tokenizer.tokens_to_inputs`, or as much of them as
+                these scales have. With one, the next scale alone: its (B, l, D), or (B, 0, D) for the first
+                scale.
             cache: from `new_cache`; it grows by the scale.
+        """
+
+    def logits(self, features_BlC: Tensor) -> Tensor:
+        """(B, l, V) float32 logits: log-probabilities need that precision, under autocast too."""
+        with torch.autocast(features_BlC.device.type, enabled=False):
+            return self.head(features_BlC.float())
+
+    def forward(
+        self,
+        conditioning: Conditioning,
+        inputs_BlD: Tensor,
+        cache: Any | None = None,
+        read: Reader | None = None,
+    ) -> Any:
+        """Logits of the next tokens, or what `read` makes of them.
+
+        The logits are the largest tensors of an update by far. A reader gets them in blocks of tokens, and
+        the backward pass computes each block again, so that they never exist as a whole. It is called here,
+        since only within its forward pass does a sharded model have its weights.
+
+        Args:
+            conditioning, inputs_BlD, cache: as in `features`.
+            read: called once for each block, and again in the backward pass.
 
         Returns:
-            (B, L, V) logits, or with a cache (B, l, V); always float32.
+            (B, l, V) float32 logits; with `read` its results, each put together for all tokens.
         """
+        features_BlC = self.features(conditioning, inputs_BlD, cache)
+        if read is None:
+            return self.logits(features_BlC)
+        blocks: list[Mapping[str, Tensor]] = []
+        start = 0
+        for block_BlC in features_BlC.split(self._block_length(features_BlC), 1):
+            at = slice(start, start + block_BlC.shape[1])
+            start = at.stop
+            if torch.is_grad_enabled():
+                blocks.append(checkpoint(self._read, block_BlC, at, read, use_reentrant=False))
+            else:
+                blocks.append(self._read(block_BlC, at, read))
+        return {name: torch.cat([each[name] for each in blocks], 1) for name in blocks[0]}
+
+    def _read(self, features_BlC: Tensor, at: slice, read: Reader) -> Mapping[str, Tensor]:
+        return read(self.logits(features_BlC), at)
+
+    def _block_length(self, features_BlC: Tensor) -> int:
+        num_images, num_tokens, _ = features_BlC.shape
+        fitting = MAX_BLOCK_BYTES // (4 * num_images * self.config.codebook_size)  # of float32
+        return max(1, min(fitting, -(-num_tokens // MIN_BLOCKS)))
 
 
 class Tokenizer(Protocol):

@@ -169,6 +169,13 @@ class AdaLNBeforeHead(nn.Module):
         return F.layer_norm(x_BlC, x_BlC.shape[-1:], eps=1e-6) * (two[0] + 1) + two[1]
 
 
+class Head(nn.Linear):
+    """From features to logits, in float32 whatever its weights are stored in."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input.float(), self.weight.float(), self.bias.float())
+
+
 class VAR(NextScaleModel):
     """The next-scale transformer.
 
@@ -197,7 +204,7 @@ class VAR(NextScaleModel):
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head_nm = AdaLNBeforeHead(width)
-        self.head = nn.Linear(width, config.codebook_size)
+        self.head = Head(width, config.codebook_size)
         self.init_weights()
 
     def encode_conditions(self, conditions: Sequence[Condition]) -> Conditioning:
@@ -230,11 +237,14 @@ class VAR(NextScaleModel):
     def new_cache(self) -> "KVCache":
         return KVCache()
 
-    def forward(self, conditioning: Conditioning, inputs_BlD: Tensor, cache: KVCache | None = None) -> Tensor:
+    def features(
+        self, conditioning: Conditioning, inputs_BlD: Tensor, cache: KVCache | None = None
+    ) -> Tensor:
         start = 0 if cache is None else cache.num_tokens
         condition_BC = self.class_emb(conditioning["labels"])
         x_BlC = self._embed(condition_BC, inputs_BlD, start)
-        bias_ll = self.attn_bias_for_masking if cache is None else None
+        length = x_BlC.shape[1]
+        bias_ll = self.attn_bias_for_masking[..., :length, :length] if cache is None else None
         shared_B16C = None
         if self.config.shared_adaln:
             shared_B16C = rearrange(self.shared_ada_lin(condition_BC), "B (n C) -> B 1 n C", n=6)
@@ -242,7 +252,7 @@ class VAR(NextScaleModel):
         for layer, block in enumerate(cast("Iterable[Block]", self.blocks)):
             arguments = x_BlC, block.modulation(condition_BC, shared_B16C), bias_ll, cache, layer
             x_BlC = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
-        return self._logits(x_BlC, condition_BC)
+        return self.head_nm(x_BlC, condition_BC)
 
     def _embed(self, condition_BC: Tensor, inputs_BlD: Tensor, start: int) -> Tensor:
         x_BlC = self.word_embed(inputs_BlD.to(self.word_embed.weight.dtype)).float()
@@ -251,11 +261,6 @@ class VAR(NextScaleModel):
             x_BlC = torch.cat([first_B1C, x_BlC], dim=1)
         at = slice(start, start + x_BlC.shape[1])
         return x_BlC + self.lvl_embed(self.lvl_1L[:, at]).float() + self.pos_1LC[:, at].float()
-
-    def _logits(self, x_BlC: Tensor, condition_BC: Tensor) -> Tensor:
-        normed_BlC = self.head_nm(x_BlC, condition_BC)
-        with torch.autocast(x_BlC.device.type, enabled=False):  # log-probabilities need float32's precision
-            return F.linear(normed_BlC.float(), self.head.weight.float(), self.head.bias.float())
 
     def init_weights(self, adaln_std: float = 0.5, adaln_gamma_std: float = 1e-5) -> None:
         """Random weights as in the official code: every block starts near the identity.

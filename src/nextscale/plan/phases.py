@@ -15,14 +15,14 @@ from transformers import CLIPConfig, CLIPModel
 from nextscale.base.conditions import Condition
 from nextscale.base.processes import share_of
 from nextscale.grpo import GRPOConfig
-from nextscale.losses import Microbatch, Objective
+from nextscale.losses import Microbatch, Objective, trained_lengths
 from nextscale.models.protocol import Conditioning, NextScaleModel
 from nextscale.models.scales import ScaleSchedule
 from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
 from nextscale.plan.counting import Count, count, without_data
 from nextscale.policy import SamplingConfig
-from nextscale.reference import Reference
+from nextscale.reference import Reference, cast, reference_dtype
 from nextscale.runs.config import RunConfig
 from nextscale.sampling import sample
 
@@ -84,14 +84,14 @@ class Phases:
         return total
 
     def reference(self) -> Count:
-        """The reference model's forward pass within the loss."""
+        """The reference model's pass, without its head, which is part of the loss."""
         batch = self._trained_at_once
 
         def run(config: VARConfig) -> Count:
-            reference = Reference(VAR(config))
+            reference = self._reference(config)
             conditioning = self._conditioning(reference.model, batch)
-            run = partial(reference.log_probs, conditioning, self._inputs(batch), self.sampling)
-            return self._count(run, batch)
+            inputs_BlD = self._inputs(batch)[:, : self._num_trained - 1]
+            return self._count(partial(reference.features, conditioning, inputs_BlD, self.sampling), batch)
 
         return self._by_depth(run)
 
@@ -102,7 +102,7 @@ class Phases:
         def run(config: VARConfig) -> Count:
             model = VAR(config)
             model.gradient_checkpointing = self.run.gradient_checkpointing
-            reference = Reference(VAR(config)) if self.grpo.needs_reference else None
+            reference = self._reference(config) if self.grpo.needs_reference else None
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
             objective = Objective(self.grpo, self.sampling, model.schedule, reference)
@@ -121,6 +121,14 @@ class Phases:
         token = int64 + float32 + self.tokenizer.codebook_width * float32
         return self.num_images * (image + self._num_tokens * token)
 
+    def kept_bytes(self) -> float:
+        """Bytes that the first iteration keeps for the others: log-probs, and the reference's features."""
+        if self.grpo.num_iterations == 1:
+            return 0.0
+        float32 = 4
+        sequences = (2 if self.sampling.is_guided else 1) if self.grpo.needs_reference else 0
+        return float32 * self.num_images * self._num_trained * (1.0 + sequences * self.transformer.width)
+
     def cache_bytes(self) -> float:
         """Bytes of the keys and values of all blocks and tokens when the last scale is sampled."""
         sequences = self._drawn_at_once * (2 if self.sampling.is_guided else 1)
@@ -130,6 +138,10 @@ class Phases:
     @property
     def _num_tokens(self) -> int:
         return ScaleSchedule(self.transformer.scale_sizes).num_tokens
+
+    @property
+    def _num_trained(self) -> int:
+        return sum(trained_lengths(ScaleSchedule(self.transformer.scale_sizes).lengths, self.grpo))
 
     @property
     def _drawn_at_once(self) -> int:
@@ -142,6 +154,9 @@ class Phases:
 
     def _inputs(self, batch: int) -> Tensor:
         return torch.zeros(batch, self._num_tokens - 1, self.transformer.codebook_width)
+
+    def _reference(self, config: VARConfig) -> Reference:
+        return Reference(cast(VAR(config), reference_dtype(self.grpo, self.run.mixed_precision)))
 
     def _conditioning(self, model: NextScaleModel, batch: int) -> Conditioning:
         return model.encode_conditions([Condition(0, "any")] * batch)

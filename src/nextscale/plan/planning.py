@@ -20,6 +20,7 @@ from nextscale.plan.counting import Count
 from nextscale.plan.gpus import find_gpu
 from nextscale.plan.phases import Phases
 from nextscale.policy import SamplingConfig
+from nextscale.reference import cast, reference_dtype
 from nextscale.rewards.networks.backbones import backbone_config
 from nextscale.runs.config import RunConfig
 
@@ -28,6 +29,9 @@ UTILISATION = 0.3
 USABLE_MEMORY = 0.9
 """Fraction of a GPU's memory that a plan may use; the rest is for CUDA, cuDNN and fragmentation."""
 FLOAT32 = 4  # bytes
+WITHOUT_GRADIENTS = ("rollout", "decode", "reward")
+"""Phases in which the gradients do not exist: they are freed after each optimizer step, but for those that
+DistributedDataParallel reduces in place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,7 @@ class Plan:
         activations: the part of the update's bytes that is saved for the backward pass.
         memory: bytes of one GPU.
         rate: assumed FLOP/s of all GPUs together.
+        keeps_gradients: whether the gradients exist in all phases.
     """
 
     gpu: str
@@ -64,11 +69,17 @@ class Plan:
     activations: float
     memory: float
     rate: float
+    keeps_gradients: bool = False
 
     @property
     def peak(self) -> float:
         """Most bytes that one process holds at the same time."""
-        return sum(self.resident.values()) + max(self.phases.values())
+        return sum(self.resident.values()) + max(map(self.needed, self.phases))
+
+    def needed(self, phase: str) -> float:
+        """Bytes that a phase needs besides what is resident, less the gradients where there are none."""
+        are_absent = phase in WITHOUT_GRADIENTS and not self.keeps_gradients
+        return self.phases[phase] - (self.resident["gradients"] if are_absent else 0)
 
     @property
     def fits(self) -> bool:
@@ -106,9 +117,10 @@ def make_plan(
     device = find_gpu(gpu)
     grpo.check_processes(num_gpus)
     num_images = grpo.num_images
-    sizes = {"transformer": _transformer_size(transformer)}
+    sizes = {"transformer": _by_depth(transformer, VAR)}
     if grpo.needs_reference:
-        sizes["reference"] = sizes["transformer"]
+        dtype = reference_dtype(grpo, run.mixed_precision)
+        sizes["reference"] = _by_depth(transformer, lambda config: cast(VAR(config), dtype))
     sizes["tokenizer"] = _size(lambda: VQVAE(tokenizer))
     named = {**backbones, **(evaluated or {})}
     clips = {name: config for name in named.values() if name and (config := backbone_config(name))}
@@ -124,10 +136,13 @@ def make_plan(
         "update": of.update(),
     }
     flops = {name: each.flops * num_images / share for name, each in counts.items()}
-    flops["update"] -= flops["reference"]  # which runs inside the loss
-    for name in ("reference", "update"):
-        flops[name] *= grpo.num_iterations
+    flops["update"] -= flops["reference"]  # which runs inside the loss, once a rollout
+    flops["update"] *= grpo.num_iterations
 
+    reference = sizes["reference"].num_bytes if grpo.needs_reference else 0
+    waiting = 0  # bytes of the reference in main memory
+    if grpo.offload_reference:
+        waiting = reference - _size(lambda: VAR(transformer.replace(depth=1)).head).num_bytes
     whole = FLOAT32 * sizes["transformer"].parameters
     is_sharded = bool(run.fsdp) and num_gpus > 1
     shards = num_gpus if is_sharded else 1
@@ -136,12 +151,15 @@ def make_plan(
         "weights": sizes["transformer"].num_bytes / shards,
         "gradients": trained,
         "AdamW moments": 2 * trained,
-        "reference": sizes["reference"].num_bytes / shards if grpo.needs_reference else 0,
+        "reference": (reference - waiting) / shards,
         "tokenizer": sizes["tokenizer"].num_bytes,
         "rewards": sum(sizes[name].num_bytes for name in clips),
         "scored images": of.scored_bytes(),
+        "kept for iterations": of.kept_bytes(),
     }
     phases = {name: counts[name].peak for name in ("rollout", "decode", "reward", "update")}
+    if waiting:
+        phases["reference"] = waiting + counts["reference"].peak
     phases["AdamW"] = trained  # on a GPU, torch's AdamW holds the square roots of all second moments at once
     if is_sharded:
         for name in ("rollout", "decode", "reward"):
@@ -168,6 +186,7 @@ def make_plan(
         activations=counts["update"].saved,
         memory=device.memory,
         rate=peak_rate * UTILISATION * num_images / share,
+        keeps_gradients=num_gpus > 1 and not is_sharded,
     )
 
 
@@ -178,12 +197,18 @@ def describe(plan: Plan) -> str:
     operations = [f"{name} {_with_unit(number)}" for name, number in plan.flops.items()]
     total = sum(plan.flops.values())
     names = {"update": "backward pass", "AdamW": "AdamW's step"}
-    details = {"rollout": f"keys and values {_gigabytes(plan.cache)}"}
+    place = "" if plan.keeps_gradients else "in place of the gradients"
+    details: dict[str, str] = dict.fromkeys(WITHOUT_GRADIENTS, place)
+    details["rollout"] = "; ".join(filter(None, [f"keys and values {_gigabytes(plan.cache)}", place]))
     details["update"] = f"activations {_gigabytes(plan.activations)}"
-    largest = max(plan.phases, key=plan.phases.__getitem__)
+    largest = max(plan.phases, key=plan.needed)
     rows = [(name, number, "") for name, number in plan.resident.items() if number]
     rows += [
-        (f"{'+' if name == largest else ' '} {names.get(name, name)}", number, details.get(name, ""))
+        (
+            f"{'+' if name == largest else ' '} {names.get(name, name)}",
+            number,
+            details.get(name, ""),
+        )
         for name, number in plan.phases.items()
     ]
     verdict = "fits" if plan.fits else "does not fit"
@@ -240,9 +265,9 @@ def _block_size(config: VARConfig) -> int:
     return two - one
 
 
-def _transformer_size(config: VARConfig) -> _Size:
+def _by_depth(config: VARConfig, build: Callable[[VARConfig], nn.Module]) -> _Size:
     """The size with all blocks, extrapolated from one and two blocks, which are quicker to build."""
-    one, two = (_size(lambda depth=depth: VAR(config.replace(depth=depth))) for depth in (1, 2))
+    one, two = (_size(lambda depth=depth: build(config.replace(depth=depth))) for depth in (1, 2))
     more = config.depth - 1
     return _Size(
         one.parameters + more * (two.parameters - one.parameters),

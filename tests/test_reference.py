@@ -1,0 +1,82 @@
+"""The reference: its places, its precision, and a model that is its own reference."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from nextscale.models.protocol import Conditioning
+from nextscale.pipeline import VARPipeline
+from nextscale.policy import SamplingConfig
+from nextscale.reference import Reference
+from nextscale.rescoring import teacher_forced_logits
+
+MakePipeline = Callable[..., VARPipeline]
+GUIDED = SamplingConfig(guidance_scale=1.5, temperature=0.8)
+
+
+def test_its_log_probs_are_the_models(tiny_pipeline: VARPipeline) -> None:
+    model = tiny_pipeline.transformer
+    drawn = tiny_pipeline.draw(tiny_pipeline.conditions([0, 1]), [(0,), (1,)], 2, GUIDED)
+    reference = Reference.copy_of(model)
+    features = reference.features(drawn.conditioning, drawn.inputs, GUIDED)
+    assert features.shape == (8, 30, 64)
+    part = slice(7, 20)
+    ours = reference.log_probs(features[:, part], model.schedule.guidance_ramp()[part], GUIDED)
+    with torch.no_grad():
+        logits = teacher_forced_logits(model, model.schedule, drawn.conditioning, drawn.inputs, GUIDED)
+    torch.testing.assert_close(ours, logits.log_softmax(-1)[:, part], rtol=0, atol=1e-5)
+    assert not any(each.requires_grad for each in reference.model.parameters())
+    assert all(each.requires_grad for each in model.parameters())
+
+
+def test_under_autocast_linear_layers_in_bfloat16_give_the_same_numbers(tiny_pipeline: VARPipeline) -> None:
+    model = tiny_pipeline.transformer
+    drawn = tiny_pipeline.draw(tiny_pipeline.conditions([0, 1]), [(0,), (1,)], 2, GUIDED)
+    whole, half = Reference.copy_of(model), Reference.copy_of(model, "bfloat16")
+    with torch.autocast("cpu", torch.bfloat16):
+        features = [each.features(drawn.conditioning, drawn.inputs, GUIDED) for each in (whole, half)]
+    assert torch.equal(features[0], features[1])
+    sizes = [sum(each.nbytes for each in each.model.parameters()) for each in (whole, half)]
+    assert sizes[1] < 0.65 * sizes[0]
+    # Without autocast it brings its own.
+    alone = half.features(drawn.conditioning, drawn.inputs, GUIDED)
+    assert torch.equal(alone, features[1])
+
+
+def test_weights_that_wait_elsewhere_are_brought_for_the_features_alone(tiny_pipeline: VARPipeline) -> None:
+    """Here to a device without data, where the images are; the weights themselves stay."""
+    reference = Reference.copy_of(tiny_pipeline.transformer, is_offloaded=True)
+    weights = [*reference.model.parameters(), *reference.model.buffers()]
+    labels = torch.zeros(3, dtype=torch.long, device="meta")
+    conditioning = Conditioning({"labels": labels}, {"labels": labels[:1]})
+    inputs = torch.zeros(3, 29, 8, device="meta")
+    assert reference.features(conditioning, inputs, GUIDED).device.type == "meta"
+    after = [*reference.model.parameters(), *reference.model.buffers()]
+    assert all(each is other for each, other in zip(after, weights, strict=True))
+    assert all(each.device.type == "cpu" for each in after)
+
+
+def test_the_trained_model_may_be_its_own_reference(make_pipeline: MakePipeline) -> None:
+    """As with an adapter that a context switches off: here it takes back what was added to the head."""
+    pipe = make_pipeline()
+    model, head = pipe.transformer, pipe.transformer.head
+    depth: list[int] = []
+
+    @contextmanager
+    def switched_off() -> Iterator[None]:
+        depth.append(1)
+        head.weight.data.mul_(0.5)
+        yield
+        head.weight.data.mul_(2.0)
+
+    drawn = pipe.draw(pipe.conditions([0, 1]), [(0,), (1,)], 2, GUIDED)
+    base = Reference.copy_of(model)
+    head.weight.data.mul_(2.0)
+    reference, ramp = Reference(model, switched_off), model.schedule.guidance_ramp()
+
+    def log_probs(of: Reference, conditioning: Conditioning) -> torch.Tensor:
+        return of.log_probs(of.features(conditioning, drawn.inputs, GUIDED), ramp, GUIDED)
+
+    assert torch.equal(log_probs(reference, drawn.conditioning), log_probs(base, drawn.conditioning))
+    assert len(depth) == 2 and all(each.requires_grad for each in model.parameters())
