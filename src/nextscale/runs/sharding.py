@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from nextscale.models.protocol import NextScaleModel
@@ -48,6 +48,7 @@ class Sharded:
             fully_shard(part, reshard_after_forward=reshard_after_forward)
         # What is in no part is gathered for the whole of a pass.
         fully_shard(self.model, reshard_after_forward=False)
+        register_fsdp_forward_method(self.model, "features")  # which a reference runs alone
 
     @contextmanager
     def whole(self) -> Iterator[None]:
