@@ -4,6 +4,8 @@ Shapes: B images · L tokens of all scales · V codebook size · D codebook widt
 """
 
 import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -17,20 +19,24 @@ class Reference:
     """A frozen model.
 
     Args:
-        model: of the same family and sizes as the trained one; its parameters are frozen here.
+        model: of the same family and sizes as the trained one, or the trained one itself.
+        context: what it runs within; makes the trained model its own reference, with the adapter off.
     """
 
-    def __init__(self, model: NextScaleModel) -> None:
-        self.model = model.requires_grad_(False)
+    def __init__(
+        self, model: NextScaleModel, context: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        self.model, self.context = model, context
 
     @classmethod
     def copy_of(cls, model: NextScaleModel) -> "Reference":
         """A copy of the model as it is now; takes as much memory again."""
-        return cls(copy.deepcopy(model))
+        return cls(copy.deepcopy(model).requires_grad_(False))
 
     @torch.no_grad()
     def log_probs(self, conditioning: Conditioning, inputs_BLD: Tensor, sampling: SamplingConfig) -> Tensor:
         """(B, L, V) log-probabilities after guidance and temperature, before filtering (see `exact_kl`)."""
         schedule = self.model.schedule
-        logits_BLV = teacher_forced_logits(self.model, schedule, conditioning, inputs_BLD, sampling)
+        with self.context():
+            logits_BLV = teacher_forced_logits(self.model, schedule, conditioning, inputs_BLD, sampling)
         return logits_BLV.log_softmax(-1)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nextscale.advantages import add_constraints, combined_advantages
+from nextscale.base.average import Average
 from nextscale.base.clock import Clock
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError, RewardError, TrainingError
@@ -27,6 +29,7 @@ from nextscale.controllers import Constraints, Controller, EntropyFloor
 from nextscale.evaluation import Embedder, Judges, evaluate, step_metrics
 from nextscale.grpo import GRPOConfig, check_grpo
 from nextscale.losses import Objective, microbatches
+from nextscale.models.lora import adapter_off, write_adapter
 from nextscale.optimizer import OptimizerConfig, make_optimizer
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
@@ -49,6 +52,7 @@ from nextscale.runs.environment import environment
 from nextscale.runs.hacking import HackingWatch
 from nextscale.runs.launch import check_trainable, make_accelerator
 from nextscale.runs.writer import RunFolder
+from nextscale.tuning import TuningConfig, check_tuning, frozen_fingerprint, tune, untune
 
 
 class GRPOTrainer:
@@ -61,6 +65,7 @@ class GRPOTrainer:
         conditions: what to train on; by default `grpo.class_labels`, or else all classes of the model.
         sampling: the policy that draws, and is trained; by default the pipeline's. The trained pipeline keeps
             it as its own.
+        tuning: what of the transformer is trained: by default all of it.
         judges: independent classifiers for the evaluation.
         embed: embeddings for the evaluation's diversity.
         config_yaml: the contents of the run's `config.yaml`; by default the options above.
@@ -80,6 +85,7 @@ class GRPOTrainer:
         *,
         conditions: Sequence[Condition] | None = None,
         sampling: SamplingConfig | None = None,
+        tuning: TuningConfig | None = None,
         optimizer: OptimizerConfig | None = None,
         run: RunConfig | None = None,
         judges: Judges | None = None,
@@ -90,6 +96,7 @@ class GRPOTrainer:
     ) -> None:
         self.grpo, self.run = grpo or GRPOConfig(), run or RunConfig()
         self.sampling, self.optimizer_config = sampling or pipe.sampling, optimizer or OptimizerConfig()
+        self.tuning = tuning or TuningConfig()
         self.rewards, self.judges, self.embed = RewardSet.of(rewards), judges, embed
         self.accelerator = make_accelerator(self.run)
         if conditions is not None and self.grpo.class_labels:
@@ -101,6 +108,8 @@ class GRPOTrainer:
         self.grpo.check_processes(self.accelerator.num_processes)
         self._check_held_out()
         check_trainable(pipe.transformer)
+        untune(pipe.transformer)  # of a trainer that was made and never run
+        check_tuning(self.tuning, pipe.transformer)
         check_grpo(self.grpo, self.rewards.weights, self.rewards.constraints)
         self.folder = RunFolder(Path(self.run.output_dir), self.accelerator.is_main_process)
         self.folder.check(resume=bool(self.run.resume), overwrite=self.run.overwrite)
@@ -111,7 +120,13 @@ class GRPOTrainer:
         self.pipe = pipe.to(self.accelerator.device)
         transformer = pipe.transformer
         transformer.gradient_checkpointing = self.run.gradient_checkpointing
-        reference = Reference.copy_of(transformer) if self.grpo.needs_reference else None
+        tune(transformer, self.tuning, self.run.seed)
+        self.frozen = frozen_fingerprint(transformer)
+        reference: Reference | None = None
+        if self.grpo.needs_reference and self.tuning.use_peft:  # the base itself: no second copy
+            reference = Reference(transformer, partial(adapter_off, transformer))
+        elif self.grpo.needs_reference:
+            reference = Reference.copy_of(transformer)
         self.objective = Objective(
             self.grpo, self.sampling, transformer.schedule, reference, self.accelerator.device
         )
@@ -130,6 +145,10 @@ class GRPOTrainer:
             transformer, self.optimizer_config, self.run.max_steps * self.grpo.num_iterations
         )
         self.model, self.optimizer = self.accelerator.prepare(transformer, adamw)
+        self.average: Average | None = None
+        if self.tuning.ema_decay is not None:
+            trained = (each for each in self.model.parameters() if each.requires_grad)
+            self.average = Average(trained, self.tuning.ema_decay)
         self.step_done, self.seconds_done = 0, 0.0
         self.step_evaluated: int | None = None
         self.saved: tuple[int, int | None] | None = None  # the two, when the last checkpoint was written
@@ -153,7 +172,8 @@ class GRPOTrainer:
 
     def train(self) -> Path:
         """Run all steps; returns the run's folder. The pipeline is then as one that was loaded with these
-        weights.
+        weights: an adapter is merged, and where the average of the weights is what is exported, it has that,
+        also after a run that was stopped.
 
         Raises:
             ConfigError: as `open` does.
@@ -172,6 +192,7 @@ class GRPOTrainer:
             # reference.
             self.model = self.pipe.transformer
             self.accelerator.free_memory()
+            self._release()
             self.pipe.transformer.gradient_checkpointing = False
 
     def _train(self) -> Path:
@@ -220,6 +241,8 @@ class GRPOTrainer:
             )
         if process.is_main_process:
             check_finite(self.pipe.transformer)
+        self._release(self.folder.final / "adapter" if process.is_main_process else None)
+        if process.is_main_process:
             self.pipe.save_pretrained(self.folder.final)
             write_model_card(self.folder.final, self.folder.path, sampling=self.sampling)
         process.wait_for_everyone()
@@ -265,6 +288,8 @@ class GRPOTrainer:
                 if math.isfinite(grad_norm):
                     self.optimizer.step()
                     self.scheduler.step()
+                    if self.average is not None:
+                        self.average.update()
                     self.num_skipped = 0
                 else:
                     num_skipped += 1
@@ -389,7 +414,8 @@ class GRPOTrainer:
         begin = time.perf_counter()
         self.accelerator.wait_for_everyone()
         metrics: dict[str, float] = {}
-        with fail_together():
+        average = self.average if self.tuning.evaluates_average else None
+        with fail_together(), average.in_place() if average else nullcontext():
             if self.accelerator.is_main_process:
                 with self.autocast():
                     result = evaluate(
@@ -439,6 +465,8 @@ class GRPOTrainer:
             self.step_done,
             state,
             self.run.save_total_limit,
+            average=self.average,
+            frozen=self.frozen,
         )
 
     def load(self, path: Path) -> None:
@@ -447,13 +475,33 @@ class GRPOTrainer:
         Raises:
             CheckpointError: a file of it is missing or broken, or was written by an earlier version.
         """
-        state = load_checkpoint(self.accelerator, self.model, self.optimizer.optimizer, path)
+        state = load_checkpoint(
+            self.accelerator,
+            self.model,
+            self.optimizer.optimizer,
+            path,
+            average=self.average,
+            frozen=self.frozen,
+        )
         self.step_done, self.seconds_done = state["step"], state["seconds"]
         self.step_evaluated, self.num_skipped = state["step_evaluated"], state["num_skipped"]
         self.saved = self.step_done, self.step_evaluated
         self.scheduler.load_state_dict(state["scheduler"])
         for name, controller in self.controllers.items():
             controller.load_state_dict(state["controllers"][name])
+
+    def _release(self, adapter: Path | None = None) -> None:
+        """Make the pipeline one as any other, with the weights to export; write their adapter before.
+
+        Args:
+            adapter: the folder to write it to.
+        """
+        if self.average is not None and self.tuning.exports_average:
+            self.average.exchange()
+        self.average = None
+        if adapter is not None and self.tuning.use_peft:
+            write_adapter(self.pipe.transformer, adapter, self.pipe.source, self.sampling)
+        untune(self.pipe.transformer)
 
     def autocast(self) -> torch.autocast:
         """What networks run under: bfloat16 where the run asks for it."""
@@ -486,6 +534,7 @@ class GRPOTrainer:
             "sampling": self.sampling.model_dump(),
             "rewards": self.rewards.describe(),
             "grpo": self.grpo.model_dump(),
+            "tuning": self.tuning.model_dump(),
             "optimizer": self.optimizer_config.model_dump(),
             "run": self.run.model_dump(),
         }

@@ -37,7 +37,7 @@ def rehearse(recipe: Recipe, num_processes: int) -> list[str]:
     check_folder(recipe)
     model = zoo.describe(recipe.model, recipe.vae)
     with torch.device("meta"):
-        networks = VAR(model.transformer.replace(depth=1)), VQVAE(model.tokenizer)
+        networks = VAR(model.transformer), VQVAE(model.tokenizer)
     check_fit(recipe, VARPipeline(*networks, model.class_names))
     for name, config in recipe.rewards.items():
         if backbones[name] not in missing:

@@ -71,6 +71,16 @@ class KVCache:
         return k_BHld, v_BHld
 
 
+class Head(nn.Linear):
+    """The output head, in float32 whatever its weights are and whatever autocast says: log-probabilities
+    need that precision. A layer of its own, so that it may carry an adapter."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return F.linear(input.float(), self.weight.float(), bias)
+
+
 class Attention(nn.Module):
     """Multi-head attention with L2-normalized queries and keys and a learned scale per head."""
 
@@ -197,7 +207,7 @@ class VAR(NextScaleModel):
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head_nm = AdaLNBeforeHead(width)
-        self.head = nn.Linear(width, config.codebook_size)
+        self.head = Head(width, config.codebook_size)
         self.init_weights()
 
     def encode_conditions(self, conditions: Sequence[Condition]) -> Conditioning:
@@ -245,8 +255,8 @@ class VAR(NextScaleModel):
 
     def _logits(self, x_BlC: Tensor, condition_BC: Tensor) -> Tensor:
         normed_BlC = self.head_nm(x_BlC, condition_BC)
-        with torch.autocast(x_BlC.device.type, enabled=False):  # log-probabilities need float32's precision
-            return F.linear(normed_BlC.float(), self.head.weight.float(), self.head.bias.float())
+        with torch.autocast(x_BlC.device.type, enabled=False):  # of an adapter on the head, too
+            return self.head(normed_BlC)
 
     def init_weights(self, adaln_std: float = 0.5, adaln_gamma_std: float = 1e-5) -> None:
         """Random weights as in the official code: every block starts near the identity.
