@@ -19,19 +19,21 @@ class Reference:
     """A frozen model.
 
     Args:
-        model: of the same family and sizes as the trained one, or the trained one itself.
-        context: what it runs within; makes the trained model its own reference, with the adapter off.
+        model: of the same family and sizes as the trained one; its parameters are frozen here. With
+            `context`, the trained one itself, which is left as it is.
+        context: what the model runs within, such as one that switches its adapter off.
     """
 
     def __init__(
-        self, model: NextScaleModel, context: Callable[[], AbstractContextManager[None]] = nullcontext
+        self, model: NextScaleModel, context: Callable[[], AbstractContextManager[None]] | None = None
     ) -> None:
-        self.model, self.context = model, context
+        self.model = model if context else model.requires_grad_(False)
+        self.context = context or nullcontext
 
     @classmethod
     def copy_of(cls, model: NextScaleModel) -> "Reference":
         """A copy of the model as it is now; takes as much memory again."""
-        return cls(copy.deepcopy(model).requires_grad_(False))
+        return cls(copy.deepcopy(model))
 
     @torch.no_grad()
     def log_probs(self, conditioning: Conditioning, inputs_BLD: Tensor, sampling: SamplingConfig) -> Tensor:

@@ -115,7 +115,7 @@ def _precision(args: Namespace, recipe: "Recipe | None") -> str:
         return args.mixed_precision
     if recipe and "mixed_precision" in recipe.run.model_fields_set:
         return recipe.run.mixed_precision
-    run, _ = find_run(args.adapter or args.model)
+    run, _ = find_run(str(Path(args.adapter).parent) if args.adapter else args.model)
     settings = read_run(run).config.get("run") if run else None
     return settings.get("mixed_precision", "no") if isinstance(settings, dict) else "no"
 

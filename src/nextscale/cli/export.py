@@ -42,6 +42,8 @@ def run(args: Namespace) -> int:
     from nextscale.runs.reader import find_run
 
     run, model = find_run(args.model)
+    if args.adapter:  # of a run's final/ or of anyone
+        run, _ = find_run(str(Path(args.adapter).parent))
     pipe = load_pipeline(model, args.vae, adapter=args.adapter)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     is_official = args.format == "official"

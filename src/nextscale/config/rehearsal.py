@@ -66,4 +66,5 @@ def plan_recipe(recipe: Recipe, gpu: str = DEFAULT_GPU, num_gpus: int = 1) -> Pl
         evaluated["run.diversity_clip"] = recipe.run.diversity_clip
     model, recipe = zoo.describe(recipe.model, recipe.vae), resolve(recipe)
     sizes = model.transformer, model.tokenizer
-    return make_plan(*sizes, trained, recipe.grpo, recipe.sampling, recipe.run, gpu, num_gpus, evaluated)
+    options = recipe.grpo, recipe.sampling, recipe.run
+    return make_plan(*sizes, trained, *options, gpu, num_gpus, evaluated, recipe.tuning)

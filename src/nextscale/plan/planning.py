@@ -13,14 +13,15 @@ from transformers import CLIPModel
 
 from nextscale.grpo import GRPOConfig
 from nextscale.models.scales import ScaleSchedule
-from nextscale.models.var import VAR, VARConfig
+from nextscale.models.var import VARConfig
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
 from nextscale.plan.counting import Count
 from nextscale.plan.gpus import find_gpu
-from nextscale.plan.phases import Phases
+from nextscale.plan.phases import Phases, tuned_transformer
 from nextscale.policy import SamplingConfig
 from nextscale.rewards.networks.backbones import backbone_config
 from nextscale.runs.config import RunConfig
+from nextscale.tuning import TuningConfig
 
 UTILISATION = 0.3
 """Assumed fraction of a GPU's peak throughput; well-tuned training of large models reaches more."""
@@ -36,7 +37,7 @@ class Plan:
     Attributes:
         gpu, num_gpus: what it is to run on.
         dtype: of the matrix products.
-        parameters: number of parameters, by network.
+        parameters: number of parameters, by network; and of those that are trained, where not all are.
         unknown: rewards (and other users of a network) whose network is unknown and not counted.
         num_images: images per step, over all GPUs.
         tokens_per_image: number of tokens of all scales, L.
@@ -90,6 +91,7 @@ def make_plan(
     gpu: str,
     num_gpus: int = 1,
     evaluated: Mapping[str, str | None] | None = None,
+    tuning: TuningConfig | None = None,
 ) -> Plan:
     """Plan a run.
 
@@ -98,22 +100,30 @@ def make_plan(
         gpu: a name in `gpus.GPUS`.
         num_gpus: number of GPUs, each with one process.
         evaluated: purpose to name of networks that are loaded too, but run in evaluations only.
+        tuning: what of the transformer is trained; by default all of it.
 
     Raises:
-        ConfigError: the GPU is unknown, or the processes cannot share the groups.
+        ConfigError: the GPU is unknown, the processes cannot share the groups, or `tuning` does not fit the
+            model.
     """
     device = find_gpu(gpu)
     grpo.check_processes(num_gpus)
     num_images = grpo.num_images
-    sizes = {"transformer": _transformer_size(transformer)}
-    if grpo.needs_reference:
-        sizes["reference"] = sizes["transformer"]
-    sizes["tokenizer"] = _size(lambda: VQVAE(tokenizer))
+    tuning = tuning or TuningConfig()
+    tuned = tuned_transformer(transformer, tuning)
+    weights, trained = _size(tuned), _size(tuned, is_trained=True)
+    sizes = {"transformer": weights}
+    if trained.parameters < weights.parameters:
+        sizes["trained"] = trained
+    has_copy = grpo.needs_reference and not tuning.use_peft  # an adapter is switched off instead
+    if has_copy:
+        sizes["reference"] = weights
+    sizes["tokenizer"] = _size(_on_meta(lambda: VQVAE(tokenizer)))
     named = {**backbones, **(evaluated or {})}
     clips = {name: config for name in named.values() if name and (config := backbone_config(name))}
-    sizes |= {name: _size(lambda config=config: CLIPModel(config)) for name, config in clips.items()}
+    sizes |= {name: _size(_on_meta(lambda c=config: CLIPModel(c))) for name, config in clips.items()}
 
-    of = Phases(transformer, tokenizer, grpo, sampling, run, num_images // num_gpus)
+    of = Phases(transformer, tokenizer, grpo, sampling, run, num_images // num_gpus, tuning)
     counts = {
         "rollout": of.rollout(),
         "decode": of.decode(),
@@ -126,20 +136,21 @@ def make_plan(
     for name in ("reference", "update"):
         flops[name] *= grpo.num_iterations
 
-    trained = FLOAT32 * sizes["transformer"].parameters
+    one_each = FLOAT32 * trained.parameters
     resident = {
-        "weights": sizes["transformer"].num_bytes,
-        "gradients": trained,
-        "AdamW moments": 2 * trained,
-        "reference": sizes["reference"].num_bytes if grpo.needs_reference else 0,
+        "weights": weights.num_bytes,
+        "gradients": one_each,
+        "AdamW moments": 2 * one_each,
+        "average": one_each if tuning.ema_decay is not None else 0,
+        "reference": weights.num_bytes if has_copy else 0,
         "tokenizer": sizes["tokenizer"].num_bytes,
         "rewards": sum(sizes[name].num_bytes for name in clips),
         # DistributedDataParallel reduces gradients in its own buckets, which together are as large again.
-        "gradient buckets": trained if num_gpus > 1 else 0,
+        "gradient buckets": one_each if num_gpus > 1 else 0,
         "scored images": of.scored_bytes(),
     }
     phases = {name: counts[name].peak for name in ("rollout", "decode", "reward", "update")}
-    phases["AdamW"] = trained  # on a GPU, torch's AdamW holds the square roots of all second moments at once
+    phases["AdamW"] = one_each  # on a GPU, torch's AdamW holds the square roots of all second moments at once
     in_bfloat16 = run.mixed_precision == "bf16" and device.bfloat16 is not None
     peak_rate = device.bfloat16 if in_bfloat16 and device.bfloat16 else device.float32
     return Plan(
@@ -213,21 +224,15 @@ class _Size:
     num_bytes: int
 
 
-def _size(build: Callable[[], nn.Module]) -> _Size:
+def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     with torch.device("meta"):
-        model = build()
-    parameters = list(model.parameters())
-    return _Size(
-        sum(each.numel() for each in parameters),
-        sum(each.nbytes for each in [*parameters, *model.buffers()]),
-    )
+        return build()
 
 
-def _transformer_size(config: VARConfig) -> _Size:
-    """The size with all blocks, extrapolated from one and two blocks, which are quicker to build."""
-    one, two = (_size(lambda depth=depth: VAR(config.replace(depth=depth))) for depth in (1, 2))
-    more = config.depth - 1
+def _size(model: nn.Module, is_trained: bool = False) -> _Size:
+    """The size of a model, or of what is trained of it."""
+    parameters = [each for each in model.parameters() if each.requires_grad or not is_trained]
+    buffers = [] if is_trained else list(model.buffers())
     return _Size(
-        one.parameters + more * (two.parameters - one.parameters),
-        one.num_bytes + more * (two.num_bytes - one.num_bytes),
+        sum(each.numel() for each in parameters), sum(each.nbytes for each in [*parameters, *buffers])
     )
