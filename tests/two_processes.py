@@ -41,5 +41,16 @@ for scale_rewards in ("group", "batch", "none"):
     trainer.train()
     for key, each in pipe.transformer.named_parameters():
         content[f"{scale_rewards}/trained/{key}"] = each.detach()
+
+# What is trained alone, an adapter or the parts that are not frozen, and its average.
+for name, tuning in {
+    "lora": {"use_peft": True, "lora_r": 4, "freeze": "blocks.0.ffn", "ema_decay": 0.5},
+    "freeze": {"freeze": ("blocks.0", "class_emb"), "ema_decay": 0.5},
+}.items():
+    pipe = random_pipeline()
+    one = {"max_steps": 3, "learning_rate": 1e-5, "save_steps": 3} | tuning
+    make_trainer(pipe, folder / f"{name}-{state.num_processes}", redness, **one).train()
+    for key, each in pipe.transformer.named_parameters():
+        content[f"{name}/trained/{key}"] = each.detach()
 torch.save(content, folder / f"{state.num_processes}-{state.process_index}.pt")
 state.destroy_process_group()

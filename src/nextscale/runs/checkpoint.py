@@ -77,8 +77,8 @@ def save_checkpoint(
     check_finite(accelerator.unwrap_model(model))
     averaged: dict[str, Tensor] = {}
     if average is not None:
-        with average.in_place():
-            averaged = _weights(model)
+        with average.in_place():  # on a CPU, what `_weights` gives are the model's own tensors
+            averaged = {name: each.clone() for name, each in _weights(model).items()}
     # Before its first step an optimizer has no state, and asking for one would make it take a step.
     moments: Any = get_optimizer_state_dict(model, optimizer, options=WHOLE) if optimizer.state else {}
     if accelerator.is_main_process:
