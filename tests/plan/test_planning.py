@@ -196,7 +196,6 @@ def test_a_recipe_of_a_published_model_is_checked_without_weights(name, monkeypa
         ("grpo.constraint_rate", "2", "constraint_rate 2.0 has no effect without a constraint"),
         ("grpo.loss_type", "grop", "did you mean 'grpo'"),
         ("tuning.freeze", "blocks.99", "'blocks.99' matches no parameter"),
-        ("tuning", "{use_peft: true, lora_target_modules: [qkv]}", "did you mean 'mat_qkv'"),
     ):
         with pytest.raises(ConfigError, match=says):
             rehearse(load_recipe(name, {key: value}), 1)
@@ -275,7 +274,7 @@ def test_frozen_parameters_are_counted_by_hand():
     # The last block alone needs gradients within: a plan that took all blocks for alike would not see it.
     last = tuned_plan(depth=4, freeze=("blocks.0", "blocks.1", "blocks.2", "*embed", "class_emb", "pos_*"))
     assert last.activations < tuned_plan(depth=4, freeze=("blocks.1", "blocks.2", "blocks.3")).activations
-    with pytest.raises(ConfigError, match="'blocks.9' matches no parameter"):
+    with pytest.raises(ConfigError, match=r"'blocks\.9' matches no parameter"):
         tuned_plan(freeze="blocks.9")
 
 
