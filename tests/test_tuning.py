@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nextscale.base.average import Average
-from nextscale.base.errors import CheckpointError, ConfigError
+from nextscale.base.errors import CheckpointError, ConfigError, RewardError
 from nextscale.base.patterns import matching
 from nextscale.models.lora import adapter_off, merged
 from nextscale.models.var import VAR, VARConfig
@@ -268,6 +268,32 @@ def test_a_trainer_of_an_adapter_leaves_nothing_behind(make_pipeline: MakePipeli
         assert len(trainable(again)) == len(list(again.transformer.parameters()))
 
 
+def test_a_run_that_stops_leaves_its_adapter_merged_and_goes_on_from_its_base(
+    make_pipeline: MakePipeline, tmp_path: Path
+) -> None:
+    calls: list[int] = []
+
+    def fails_once(images: Tensor, conditions: Any) -> Tensor:
+        calls.append(len(images))
+        if len(calls) == 3:
+            raise RuntimeError("not today")
+        return redness(images, conditions)
+
+    pipe, straight, options = make_pipeline(), make_pipeline(), LORA | {"max_steps": 3, "save_steps": 1}
+    with pytest.raises(RewardError, match="not today"):
+        make_trainer(pipe, tmp_path / "run", fails_once, **options).train()
+    assert state_of(pipe).keys() == state_of(make_pipeline()).keys() and trainable(pipe)
+    two = make_pipeline()
+    make_trainer(two, tmp_path / "two", fails_once, **options | {"max_steps": 2}).train()
+    assert equal(state_of(pipe), state_of(two))  # what it had learned in its two steps
+    with pytest.raises(CheckpointError, match="go on with the model that it began with"):
+        make_trainer(pipe, tmp_path / "run", fails_once, resume="auto", **options).train()
+    again = make_pipeline()
+    make_trainer(again, tmp_path / "run", fails_once, resume="auto", **options).train()
+    make_trainer(straight, tmp_path / "straight", fails_once, **options).train()
+    assert equal(state_of(again), state_of(straight))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -347,7 +373,8 @@ def test_an_adapter_works_with_every_other_option(
     make_pipeline: MakePipeline, tmp_path: Path, options: dict
 ) -> None:
     """Sampled and re-scored under one policy, from the reference on, in bf16 and with all that adapts."""
-    rewards = RewardSet({"red": redness, "bright": brightness}, constraints={"bright": AtLeast(0.6)})
+    named: dict[str, Any] = {"red": redness, "bright": brightness}
+    rewards = RewardSet(named, constraints={"bright": AtLeast(0.6)})
     others = {"entropy_floor": 0.9, "constraint_start": 1.0, "num_iterations": 2, "ema_decay": 0.5}
     others |= {"gradient_checkpointing": True, "per_device_train_batch_size": 6, "max_steps": 2}
     for precision in ("no", "bf16"):

@@ -151,7 +151,8 @@ def write_adapter(model: nn.Module, folder: Path, base: str | None, sampling: Sa
     """
     from peft import get_peft_model_state_dict
 
-    config = copy.copy(model.peft_config[NAME])  # pyright: ignore[reportArgumentType, reportIndexIssue]
+    configs: Any = model.peft_config
+    config = copy.copy(configs[NAME])
     config.base_model_name_or_path = Path(base).name if base and Path(base).is_absolute() else base
     config.inference_mode = True
     config.target_modules = sorted(config.target_modules)
