@@ -254,7 +254,10 @@ def test_a_trainer_of_an_adapter_leaves_nothing_behind(make_pipeline: MakePipeli
     assert any(".lora_" in name for name in state_of(pipe))
     pipe.save_pretrained(tmp_path / "saved")  # a model as any other, at any time
     assert equal(state_of(VARPipeline.from_pretrained(tmp_path / "saved")), before)
+    lost = make_trainer(pipe, tmp_path / "lost", **LORA)
     final = make_trainer(pipe, tmp_path / "run", **LORA).train() / "final"
+    with pytest.raises(ConfigError, match="no longer has this trainer's adapter"):
+        lost.train()
     first = make_pipeline()
     make_trainer(first, tmp_path / "first", **LORA).train()
     assert equal(state_of(first), state_of(pipe))

@@ -29,7 +29,7 @@ from nextscale.controllers import Constraints, Controller, EntropyFloor
 from nextscale.evaluation import Embedder, Judges, evaluate, step_metrics
 from nextscale.grpo import GRPOConfig, check_grpo
 from nextscale.losses import Objective, microbatches
-from nextscale.models.lora import adapter_off, write_adapter
+from nextscale.models.lora import adapted_layers, adapter_off, write_adapter
 from nextscale.optimizer import OptimizerConfig, make_optimizer
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
@@ -181,6 +181,11 @@ class GRPOTrainer:
             TrainingError: the gradient stays infinite or NaN; a checkpoint from before is written first.
             Interrupted: a KeyboardInterrupt, on Ctrl-C or SIGTERM; a checkpoint is written first.
         """
+        if self.tuning.use_peft and not adapted_layers(self.pipe.transformer):
+            raise ConfigError(
+                "the pipeline no longer has this trainer's adapter: make a trainer anew, and train before "
+                "another one is made for the same pipeline"
+            )
         self.open()
         try:
             return self._train()
