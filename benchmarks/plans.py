@@ -13,11 +13,12 @@ from nextscale.config.rehearsal import plan_recipe
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
 BEGIN, END = "<!-- benchmarks/plans.py writes from here -->", "<!-- to here -->"
-# The GPUs that each model's recipes are meant for.
+# The GPUs that each model's recipes are meant for, and a recipe of its own.
 PLACES = {
     "var-d16": (("rtx-4090-24gb", 1),),
     "var-d30": (("a100-80gb", 1), ("h100-80gb", 1)),
     "var-d36": (("h100-80gb", 8),),
+    "var-d30-combined-lora": (("a100-40gb", 1),),
 }
 HEAD = """| recipe | GPUs | peak of one process, GB | fits | PFLOP a step | s a step | hours for all steps |
 | --- | --- | --- | --- | --- | --- | --- |"""
@@ -27,7 +28,7 @@ def table() -> str:
     rows = [HEAD]
     for name in packaged_recipes():
         recipe = load_recipe(name)
-        for gpu, num_gpus in PLACES.get(recipe.model, ()):
+        for gpu, num_gpus in PLACES.get(name, PLACES.get(recipe.model, ())):
             plan = plan_recipe(recipe, gpu, num_gpus)
             hours = plan.seconds * recipe.run.max_steps / 3600
             cells = [name, f"{num_gpus} x {gpu}", f"{plan.peak / 1e9:.1f}", "yes" if plan.fits else "no"]

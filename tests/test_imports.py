@@ -14,7 +14,7 @@ FLOORS = (
     ("policy", "grpo", "models.*"),
     ("runs.*", "report.*"),
     ("sampling", "rescoring", "rewards.*", "pipeline"),
-    ("reference", "losses", "advantages", "controllers", "optimizer", "rollout", "evaluation"),
+    ("reference", "losses", "advantages", "controllers", "tuning", "optimizer", "rollout", "evaluation"),
     ("toy.*", "trainer"),
     ("plan.*",),
     ("config.*", "recipes.*"),

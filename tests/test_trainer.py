@@ -22,6 +22,7 @@ from nextscale.policy import SamplingConfig
 from nextscale.rewards import AtLeast, AtMost, RewardSet
 from nextscale.runs.config import RunConfig
 from nextscale.trainer import GRPOTrainer
+from nextscale.tuning import TuningConfig
 
 MakePipeline = Callable[..., VARPipeline]
 GUIDED = SamplingConfig(guidance_scale=1.5)
@@ -38,7 +39,7 @@ def brightness(images: Tensor, conditions: list) -> Tensor:
 def make_trainer(pipe: VARPipeline, folder: Path, reward: Any = redness, **options: Any) -> GRPOTrainer:
     """A quiet trainer; options go to the record that has them."""
     records = {}
-    for record in (GRPOConfig, OptimizerConfig, RunConfig):
+    for record in (GRPOConfig, TuningConfig, OptimizerConfig, RunConfig):
         own = {name: value for name, value in options.items() if name in record.model_fields}
         records[record] = own
     assert sum(map(len, records.values())) == len(options)
@@ -48,6 +49,7 @@ def make_trainer(pipe: VARPipeline, folder: Path, reward: Any = redness, **optio
         reward,
         GRPOConfig(**{"num_groups": 4, "num_generations": 4} | records[GRPOConfig]),
         sampling=GUIDED,
+        tuning=TuningConfig(**records[TuningConfig]),
         optimizer=OptimizerConfig(**{"learning_rate": 1e-3} | records[OptimizerConfig]),
         run=RunConfig(**quiet | {"output_dir": str(folder)} | records[RunConfig]),
     )
@@ -59,8 +61,9 @@ def gradient(trainer: GRPOTrainer) -> dict[str, Tensor]:
 
     def take(*_: Any, **__: Any) -> None:
         for name, parameter in trainer.pipe.transformer.named_parameters():
-            assert parameter.grad is not None
-            taken[name] = parameter.grad.clone()
+            assert (parameter.grad is not None) == parameter.requires_grad
+            if parameter.grad is not None:
+                taken[name] = parameter.grad.clone()
 
     trainer.optimizer.step = take  # type: ignore[method-assign]
     trainer.scheduler.step = lambda: None  # type: ignore[method-assign]

@@ -55,6 +55,12 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         | {"per_device_train_batch_size": 1},
     ),
     "none": (pair, {"scale_rewards": "none", "num_iterations": 3, "max_steps": 1}),
+    # What is trained alone, an adapter or the parts that are not frozen, and its average.
+    "lora": (
+        redness,
+        {"use_peft": True, "lora_r": 4, "freeze": "blocks.0.ffn", "ema_decay": 0.5, "save_steps": 3},
+    ),
+    "freeze": (redness, {"freeze": ("blocks.0", "class_emb"), "ema_decay": 0.5, "save_steps": 3}),
 }
 IN_TWO: dict[str, tuple[Any, dict[str, Any]]] = {
     "sharded": (pair, {"fsdp": True, "per_device_train_batch_size": 3}),
@@ -63,6 +69,8 @@ IN_TWO: dict[str, tuple[Any, dict[str, Any]]] = {
         pair,
         {"fsdp": True, "resume": str(folder / "group-1/checkpoints/step-000003"), "max_steps": 4},
     ),
+    "sharded-lora": (redness, {**CASES["lora"][1], "fsdp": True, "gradient_checkpointing": True}),
+    "sharded-freeze": (redness, {**CASES["freeze"][1], "fsdp": True}),
 }
 trained: dict[str, Any] = {}
 for name, (rewards, own) in (CASES | (IN_TWO if number == 2 else {})).items():

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nextscale.rescoring import log_probs
     from nextscale.runs.config import RunConfig
     from nextscale.trainer import GRPOTrainer
+    from nextscale.tuning import TuningConfig
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "RewardError",
     "RunConfig",
     "SamplingConfig",
+    "TuningConfig",
     "VAROutput",
     "VARPipeline",
     "log_probs",
@@ -49,6 +51,7 @@ _HOMES = {
     "OptimizerConfig": "optimizer",
     "RunConfig": "runs.config",
     "GRPOTrainer": "trainer",
+    "TuningConfig": "tuning",
 }
 
 

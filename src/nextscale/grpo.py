@@ -103,12 +103,19 @@ class GRPOConfig(Record):
             )
 
 
-def check_grpo(grpo: GRPOConfig, weights: Mapping[str, float], constraints: Collection[str]) -> None:
+def check_grpo(
+    grpo: GRPOConfig,
+    weights: Mapping[str, float],
+    constraints: Collection[str],
+    *,
+    has_adapter: bool = False,
+) -> None:
     """Check that every option that differs from its default has an effect on a run with these rewards.
 
     Args:
         weights: name to weight of the rewards that are trained on.
         constraints: names of the constrained rewards.
+        has_adapter: whether an adapter is trained, whose base is the reference.
 
     Raises:
         ConfigError: an option has none, and what it needs; or a scale's entropy has a floor, but no weight.
@@ -124,7 +131,9 @@ def check_grpo(grpo: GRPOConfig, weights: Mapping[str, float], constraints: Coll
         "with grpo.scale_rewards none: set that to group or batch",
     )
     lone = list(weights.values()) == [1.0], "on a single reward of weight 1: give a second reward"
-    no_reference = not grpo.needs_reference, "without a reference: set grpo.beta or grpo.measure_kl"
+    no_copy = not grpo.needs_reference, "without a reference: set grpo.beta or grpo.measure_kl"
+    if has_adapter:
+        no_copy = True, "with tuning.use_peft, where the reference is the model itself: remove that"
     uncorrected = (
         not grpo.importance_sampling_correction,
         "without grpo.importance_sampling_correction: set that too",
@@ -140,8 +149,8 @@ def check_grpo(grpo: GRPOConfig, weights: Mapping[str, float], constraints: Coll
         "measure_kl": kl_in_loss,
         "advantage_epsilon": unscaled,
         "multi_objective_aggregation": lone,
-        "reference_dtype": no_reference,
-        "offload_reference": no_reference,
+        "reference_dtype": no_copy,
+        "offload_reference": no_copy,
         "importance_sampling_mode": uncorrected,
         "importance_sampling_clip_max": uncorrected,
         "epsilon": on_policy,

@@ -22,6 +22,7 @@ from nextscale.base.tensors import to_dtype
 from nextscale.models import hub, official, zoo
 from nextscale.models.class_names import find_class
 from nextscale.models.folder import CONFIG, read_config, read_networks, write_folder
+from nextscale.models.lora import merged, read_adapter
 from nextscale.models.protocol import Conditioning, NextScaleModel
 from nextscale.models.var import VAR
 from nextscale.models.vqvae import VQVAE, check_same_grids
@@ -148,6 +149,10 @@ class VARPipeline:
         dtype: torch.dtype | str = torch.float32,
         device: torch.device | str = "cpu",
         class_names: Sequence[str] | None = None,
+        *,
+        adapter: str | Path | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
     ) -> "VARPipeline":
         """Load official VAR checkpoints; all sizes are read from the tensors.
 
@@ -157,16 +162,21 @@ class VARPipeline:
             dtype: of the transformer, as torch's dtype or by name ("bfloat16"); the tokenizer stays float32.
             class_names: one for each class. The files hold none; a model with 1000 classes gets those of
                 ImageNet by default.
+            adapter, token, cache_dir: as `from_pretrained` takes them.
 
         Raises:
-            CheckpointError: a file cannot be used, or the two do not belong together.
+            CheckpointError: a file cannot be used, the two do not belong together, or the adapter is for
+                another model.
             ConfigError: the class names are not as many as the classes, or there is no such dtype or device.
         """
-        transformer, tokenizer = official.load_official(var, vae, to_dtype(dtype))
+        dtype = to_dtype(dtype)
+        transformer, tokenizer = official.load_official(var, vae, torch.float32 if adapter else dtype)
         if class_names is None:
             class_names = zoo.names_of(transformer.config)
         pipe = cls(transformer, tokenizer, class_names, zoo.OFFICIAL_SAMPLING)
         pipe.source = str(var)
+        if adapter:
+            pipe._adapt(adapter, dtype, hub.Access(token=token, cache_dir=cache_dir))
         return pipe.to(device)
 
     @classmethod
@@ -176,6 +186,7 @@ class VARPipeline:
         dtype: torch.dtype | str = torch.float32,
         device: torch.device | str = "cpu",
         *,
+        adapter: str | Path | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -186,22 +197,26 @@ class VARPipeline:
             name: "toy", which comes with the package; a published model such as "var-d16"; a folder that
                 `save_pretrained` wrote; or a hub repository ("owner/name") that `push_to_hub` wrote.
             dtype: of the transformer, as a torch dtype or by name ("bfloat16"); the tokenizer stays float32.
-            revision: branch, tag or commit of the hub repository; by default its main branch.
+            adapter: a LoRA adapter in peft's format, a folder such as runs/mine/final/adapter or a hub
+                repository; it is merged, and the pipeline is sampled as the adapter was trained.
+            revision: branch, tag or commit of the model's hub repository; by default its main branch.
             token: access token for the hub; by default the one that `hf auth login` stored.
             cache_dir: folder to download to; by default the hub's own cache.
 
         Raises:
             CheckpointError: there is no such model, it cannot be downloaded, or one of its files cannot be
-                used.
+                used; or the adapter is none, or that of another model.
             ConfigError: the dtype or device cannot be used, or `revision` is given for a local model.
         """
         dtype = to_dtype(dtype)
         access = hub.Access(revision=revision, token=token, cache_dir=cache_dir)
         if str(name) in zoo.OFFICIAL_MODELS:
-            return cls.from_official(*zoo.fetch_official(str(name), **access), dtype, device)
+            files = zoo.fetch_official(str(name), **access)
+            own: Any = {"adapter": adapter, "token": token, "cache_dir": cache_dir}
+            return cls.from_official(*files, dtype, device, **own)
         folder = zoo.folder_of(name, **access)
         config = read_config(folder)
-        networks = read_networks(folder, config, dtype)
+        networks = read_networks(folder, config, torch.float32 if adapter else dtype)
         try:
             pipe = cls(*networks, config.class_names, config.sampling)
         except ConfigError as error:
@@ -209,7 +224,15 @@ class VARPipeline:
                 f"'{folder / CONFIG}' is not the configuration of a model: {error}"
             ) from None
         pipe.source = str(name)
+        if adapter:
+            pipe._adapt(adapter, dtype, hub.Access(token=token, cache_dir=cache_dir))
         return pipe.to(device)
+
+    def _adapt(self, adapter: str | Path, dtype: torch.dtype, access: hub.Access) -> None:
+        """Merge an adapter into the transformer, in float32, and take its way of sampling."""
+        sampling = read_adapter(self.transformer, zoo.adapter_folder(adapter, **access))
+        self.sampling = sampling or self.sampling
+        self.transformer.to(dtype)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | str | None = None) -> Path:
         """Write `transformer.safetensors`, `tokenizer.safetensors` and `config.json`; returns the folder.
@@ -218,7 +241,7 @@ class VARPipeline:
             folder: created if needed.
             dtype: of the stored floating-point tensors; by default each tensor's own.
         """
-        parts = self.transformer, self.tokenizer, self.class_names, self.sampling
+        parts = merged(self.transformer), self.tokenizer, self.class_names, self.sampling
         write_folder(Path(folder), *parts, dtype)
         return Path(folder)
 
@@ -235,7 +258,7 @@ class VARPipeline:
         if not isinstance(self.transformer, VAR):
             kind = type(self.transformer).__name__
             raise ConfigError(f"a {kind} has no official format here: write it with save_pretrained")
-        return official.save_official(self.transformer, self.tokenizer, folder, dtype)
+        return official.save_official(merged(self.transformer), self.tokenizer, folder, dtype)
 
     def push_to_hub(
         self,

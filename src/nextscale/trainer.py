@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from nextscale.advantages import add_constraints, combined_advantages
+from nextscale.base.average import Average
 from nextscale.base.clock import Clock
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError, RewardError, TrainingError
@@ -30,6 +32,7 @@ from nextscale.controllers import Constraints, Controller, EntropyFloor
 from nextscale.evaluation import Embedder, Judges, evaluate, step_metrics
 from nextscale.grpo import GRPOConfig, check_grpo
 from nextscale.losses import Objective, microbatches
+from nextscale.models.lora import adapted_layers, adapter_off, write_adapter
 from nextscale.optimizer import OptimizerConfig, make_optimizer
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
@@ -53,6 +56,7 @@ from nextscale.runs.hacking import HackingWatch
 from nextscale.runs.launch import asks_for_fsdp, check_trainable, make_accelerator, reshards_after_forward
 from nextscale.runs.sharding import Sharded, whole_of
 from nextscale.runs.writer import RunFolder
+from nextscale.tuning import TuningConfig, check_tuning, frozen_fingerprint, tune, untune
 
 MAX_DRIFT = {"no": 0.01, "bf16": 0.05}
 """Mean difference of log-probs between sampler and trainer, by precision, above which they hardly run the
@@ -69,6 +73,7 @@ class GRPOTrainer:
         conditions: what to train on; by default `grpo.class_labels`, or else all classes of the model.
         sampling: the policy that draws, and is trained; by default the pipeline's. The trained pipeline keeps
             it as its own.
+        tuning: what of the transformer is trained: by default all of it.
         judges: independent classifiers for the evaluation.
         embed: embeddings for the evaluation's diversity.
         config_yaml: the contents of the run's `config.yaml`; by default the options above.
@@ -88,6 +93,7 @@ class GRPOTrainer:
         *,
         conditions: Sequence[Condition] | None = None,
         sampling: SamplingConfig | None = None,
+        tuning: TuningConfig | None = None,
         optimizer: OptimizerConfig | None = None,
         run: RunConfig | None = None,
         judges: Judges | None = None,
@@ -98,6 +104,7 @@ class GRPOTrainer:
     ) -> None:
         self.grpo, self.run = grpo or GRPOConfig(), run or RunConfig()
         self.sampling, self.optimizer_config = sampling or pipe.sampling, optimizer or OptimizerConfig()
+        self.tuning = tuning or TuningConfig()
         self.rewards, self.judges, self.embed = RewardSet.of(rewards), judges, embed
         self.accelerator = make_accelerator(self.run)
         if conditions is not None and self.grpo.class_labels:
@@ -109,7 +116,14 @@ class GRPOTrainer:
         self.grpo.check_processes(self.accelerator.num_processes)
         self._check_held_out()
         check_trainable(pipe.transformer)
-        check_grpo(self.grpo, self.rewards.weights, self.rewards.constraints)
+        untune(pipe.transformer)  # of a trainer that was made and never run
+        check_tuning(self.tuning, pipe.transformer)
+        check_grpo(
+            self.grpo,
+            self.rewards.weights,
+            self.rewards.constraints,
+            has_adapter=self.tuning.use_peft,
+        )
         self.folder = RunFolder(Path(self.run.output_dir), self.accelerator.is_main_process)
         self.folder.check(resume=bool(self.run.resume), overwrite=self.run.overwrite)
         self._check_continuable()
@@ -119,10 +133,31 @@ class GRPOTrainer:
         self.pipe = pipe.to(self.accelerator.device)
         transformer = pipe.transformer
         transformer.gradient_checkpointing = self.run.gradient_checkpointing
-        reference = None
-        if self.grpo.needs_reference:
+        tune(transformer, self.tuning, self.run.seed)
+        self.frozen = frozen_fingerprint(transformer)
+
+        # Over several processes, the model is a copy in each, or spread over all. The reference is a copy of
+        # it, or with LoRA the model itself with its adapter off.
+        reference: Reference | None = None
+        if self.grpo.needs_reference and not self.tuning.use_peft:
             dtype = reference_dtype(self.grpo, self.run.mixed_precision)
             reference = Reference.copy_of(transformer, dtype, self.grpo.offload_reference)
+        self.sharded: Sharded | None = None
+        if asks_for_fsdp(self.run):
+            if self.grpo.offload_reference:
+                raise ConfigError(
+                    "grpo.offload_reference has no effect with FSDP, which spreads the reference over all "
+                    "processes: remove one of them"
+                )
+            reshards = reshards_after_forward()
+            self.sharded = Sharded(transformer, reshard_after_forward=reshards)
+            pipe.transformer = self.model = transformer = self.sharded.model
+            if reference is not None:
+                reference.model = Sharded(reference.model, reshard_after_forward=reshards).model
+        else:
+            self.model = self.accelerator.prepare(transformer)
+        if self.grpo.needs_reference and self.tuning.use_peft:
+            reference = Reference(transformer, partial(adapter_off, transformer))
         self.objective = Objective(
             self.grpo, self.sampling, transformer.schedule, reference, self.accelerator.device
         )
@@ -137,20 +172,14 @@ class GRPOTrainer:
             self.entropy_floor = EntropyFloor(grpo.entropy_floor, grpo.entropy_floor_rate, num_scales)
             self.controllers["entropy_floor"] = self.entropy_floor
 
-        # Over several processes, the model is a copy in each, or spread over all.
-        self.sharded: Sharded | None = None
-        if asks_for_fsdp(self.run):
-            reshards = reshards_after_forward()
-            self.sharded = Sharded(transformer, reshard_after_forward=reshards)
-            pipe.transformer = self.model = transformer = self.sharded.model
-            if reference is not None:
-                reference.model = Sharded(reference.model, reshard_after_forward=reshards).model
-        else:
-            self.model = self.accelerator.prepare(transformer)
         adamw, self.scheduler = make_optimizer(
             transformer, self.optimizer_config, self.run.max_steps * self.grpo.num_iterations
         )
         self.optimizer = self.accelerator.prepare(adamw)
+        self.average: Average | None = None
+        if self.tuning.ema_decay is not None:
+            trained = (each for each in transformer.parameters() if each.requires_grad)
+            self.average = Average(trained, self.tuning.ema_decay)
         self.step_done, self.seconds_done = 0, 0.0
         self.step_evaluated: int | None = None
         self.saved: tuple[int, int | None] | None = None  # the two, when the last checkpoint was written
@@ -175,7 +204,8 @@ class GRPOTrainer:
 
     def train(self) -> Path:
         """Run all steps; returns the run's folder. The pipeline is then as one that was loaded with these
-        weights.
+        weights: an adapter is merged, and where the average of the weights is what is exported, it has that,
+        also after a run that was stopped.
 
         Raises:
             ConfigError: as `open` does.
@@ -183,6 +213,11 @@ class GRPOTrainer:
             TrainingError: the gradient stays infinite or NaN; a checkpoint from before is written first.
             Interrupted: a KeyboardInterrupt, on Ctrl-C or SIGTERM; a checkpoint is written first.
         """
+        if self.tuning.use_peft and not adapted_layers(self.pipe.transformer):
+            raise ConfigError(
+                "the pipeline no longer has this trainer's adapter: make a trainer anew, and train before "
+                "another one is made for the same pipeline"
+            )
         self.open()
         try:
             return self._train()
@@ -194,6 +229,7 @@ class GRPOTrainer:
             # reference.
             self.model = self.pipe.transformer
             self.accelerator.free_memory()
+            self._release()
             self.pipe.transformer.gradient_checkpointing = False
 
     def _train(self) -> Path:
@@ -243,6 +279,7 @@ class GRPOTrainer:
                 signal_number,
             )
         check_finite(self.pipe.transformer)
+        self._release(self.folder.final / "adapter" if process.is_main_process else None)
         if process.is_main_process:
             self.pipe.save_pretrained(self.folder.final)
             write_model_card(self.folder.final, self.folder.path, sampling=self.sampling)
@@ -296,6 +333,8 @@ class GRPOTrainer:
                 if math.isfinite(grad_norm):
                     self.optimizer.step()
                     self.scheduler.step()
+                    if self.average is not None:
+                        self.average.update()
                     self.num_skipped = 0
                 else:
                     num_skipped += 1
@@ -392,6 +431,7 @@ class GRPOTrainer:
     def unshard(self) -> None:
         """Give the pipeline back its transformer, whole, where it was sharded."""
         if self.sharded is not None:
+            self._take_average()
             self.pipe.transformer, self.sharded = self.sharded.restore(), None
 
     # ---- measuring and saving
@@ -418,7 +458,8 @@ class GRPOTrainer:
     def evaluate(self) -> dict[str, float]:
         """Measure the model on fixed seeds and write its sample grid; metrics with the prefix `eval_`."""
         begin = time.perf_counter()
-        with self.whole(), self.autocast():
+        average = self.average if self.tuning.evaluates_average else None
+        with average.in_place() if average else nullcontext(), self.whole(), self.autocast():
             result = evaluate(
                 self.pipe,
                 self.rewards,
@@ -465,6 +506,8 @@ class GRPOTrainer:
             self.step_done,
             state,
             self.run.save_total_limit,
+            average=self.average,
+            frozen=self.frozen,
         )
 
     def load(self, path: Path) -> None:
@@ -473,13 +516,37 @@ class GRPOTrainer:
         Raises:
             CheckpointError: a file of it is missing or broken, or was written by an earlier version.
         """
-        state = load_checkpoint(self.accelerator, self.model, self.optimizer.optimizer, path)
+        state = load_checkpoint(
+            self.accelerator,
+            self.model,
+            self.optimizer.optimizer,
+            path,
+            average=self.average,
+            frozen=self.frozen,
+        )
         self.step_done, self.seconds_done = state["step"], state["seconds"]
         self.step_evaluated, self.num_skipped = state["step_evaluated"], state["num_skipped"]
         self.saved = self.step_done, self.step_evaluated
         self.scheduler.load_state_dict(state["scheduler"])
         for name, controller in self.controllers.items():
             controller.load_state_dict(state["controllers"][name])
+
+    def _release(self, adapter: Path | None = None) -> None:
+        """Make the pipeline one as any other, with the weights to export; write their adapter before.
+
+        Args:
+            adapter: the folder to write it to.
+        """
+        self._take_average()
+        if adapter is not None and self.tuning.use_peft:
+            write_adapter(self.pipe.transformer, adapter, self.pipe.source, self.sampling)
+        untune(self.pipe.transformer)
+
+    def _take_average(self) -> None:
+        """Put the average in the weights' place, if it is what is exported; it is not kept any longer."""
+        if self.average is not None and self.tuning.exports_average:
+            self.average.exchange()
+        self.average = None
 
     def autocast(self) -> torch.autocast:
         """What networks run under: bfloat16 where the run asks for it."""
@@ -522,6 +589,7 @@ class GRPOTrainer:
             "sampling": self.sampling.model_dump(),
             "rewards": self.rewards.describe(),
             "grpo": self.grpo.model_dump(),
+            "tuning": self.tuning.model_dump(),
             "optimizer": self.optimizer_config.model_dump(),
             "run": self.run.model_dump(),
         }

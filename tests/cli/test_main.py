@@ -621,6 +621,36 @@ def test_samples_are_those_of_the_pipeline(folder, tmp_path, capsys):
             assert read.tobytes() == image.tobytes()
 
 
+def test_an_adapter_is_trained_drawn_from_evaluated_and_exported(folder, fails, tmp_path, capsys):
+    """Trained and drawn from in processes of their own; merged, it is the run's final model."""
+    recipe, model = folder / "recipe.yaml", str(folder / "model")
+    options = ["--tuning.use_peft", "--tuning.lora_r", "2", "--tuning.ema_decay", "0.5"]
+    done = run("train", recipe, *options, "--run.output_dir", tmp_path / "run")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    final, adapter = tmp_path / "run" / "final", tmp_path / "run" / "final" / "adapter"
+    words = ["--classes", "boat,3", "--num-images", "1", "--output", "drawn.png"]
+    done = run("sample", "--model", model, "--adapter", adapter, *words, cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert main(["sample", "--model", str(final), *words[:4], "--output", str(tmp_path / "final.png")]) == 0
+    assert (tmp_path / "drawn.png").read_bytes() == (tmp_path / "final.png").read_bytes()
+    capsys.readouterr()
+    found = []
+    for which in (["evaluate", str(final)], ["evaluate", model, "--adapter", str(adapter)]):
+        assert main([*which, "--recipe", str(recipe), "--num-images", "8", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert (found[0].pop("model"), found[1].pop("model")) == (str(final), model)
+    assert found[1].pop("adapter") == str(adapter) and found[0] == found[1]
+    exported = str(tmp_path / "exported")
+    assert main(["export", model, "--adapter", str(adapter), "--output", exported]) == 0
+    merged = load_file(tmp_path / "exported" / "transformer.safetensors")
+    expected = load_file(final / "transformer.safetensors")
+    assert merged.keys() == expected.keys() and all(merged[name].equal(expected[name]) for name in merged)
+    assert "learns to be bright" in (tmp_path / "exported" / "README.md").read_text()  # the run's card
+    capsys.readouterr()
+    assert "for other weights than" in fails("sample", "--model", final, "--adapter", adapter)
+    assert "no adapter 'nowhere'" in fails("evaluate", model, "--adapter", "nowhere", "--recipe", recipe)
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -31,6 +31,7 @@ def test_packaged_recipes_say_what_they_show_and_load_by_name(name):
 
 def test_the_packaged_recipes():
     assert set(packaged_recipes()) >= {"toy-painting", "toy-aesthetic", "toy-combined", "toy-collapse"}
+    assert {"toy-painting-lora", "var-d16-painting-lora", "var-d30-combined-lora"} <= set(packaged_recipes())
 
 
 def test_a_file_wins_over_a_packaged_name(write, monkeypatch):

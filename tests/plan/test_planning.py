@@ -20,6 +20,7 @@ from nextscale.plan.planning import USABLE_MEMORY, UTILISATION, describe, make_p
 from nextscale.policy import SamplingConfig
 from nextscale.rewards.networks.clip import load_clip
 from nextscale.runs.config import RunConfig
+from nextscale.tuning import TuningConfig
 
 GUIDED = SamplingConfig(guidance_scale=1.5)
 SMALL = VARConfig(depth=3, width=64, num_heads=2, codebook_size=96, codebook_width=8, scale_sizes=(1, 2, 4))
@@ -238,13 +239,14 @@ def test_a_recipe_of_a_published_model_is_checked_without_weights(name, monkeypa
     monkeypatch.setattr("nextscale.models.hub.find_cached", lambda *words: None)
     recipe = load_recipe(name)
     assert rehearse(recipe, 1) == [recipe.model, "openai/clip-vit-large-patch14"]
-    assert recipe.run.output_dir == f"runs/{name}" and recipe.model == name.rpartition("-")[0]
+    assert recipe.run.output_dir == f"runs/{name}" and name.startswith(f"{recipe.model}-")
     for key, value, says in (
         ("grpo.class_labels", "[0, 1000]", "class 1000 is out of range"),
         ("grpo.class_labels", "[volcano, volcan]", "no class 'volcan'; did you mean 'volcano'"),
         ("grpo.scale_weighting", "[1.0, 2.0]", "scale_weighting needs 10"),
         ("grpo.constraint_rate", "2", "constraint_rate 2.0 has no effect without a constraint"),
         ("grpo.loss_type", "grop", "did you mean 'grpo'"),
+        ("tuning.freeze", "blocks.99", "'blocks.99' matches no parameter"),
     ):
         with pytest.raises(ConfigError, match=says):
             rehearse(load_recipe(name, {key: value}), 1)
@@ -277,6 +279,54 @@ def test_recipes_fit_where_they_say_and_tell_their_plan(model):
         assert other.sampling == recipe.sampling and other.optimizer == recipe.optimizer
         assert other.run.replace(output_dir=recipe.run.output_dir) == recipe.run
         assert set(other.rewards) < set(recipe.rewards)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu"), [("var-d16-painting-lora", "rtx-4090-24gb"), ("var-d30-combined-lora", "a100-40gb")]
+)
+def test_an_adapters_recipe_fits_where_it_says_and_differs_in_nothing_else(name, gpu):
+    recipe, whole = load_recipe(name), load_recipe(name.removesuffix("-lora"))
+    plan = plan_recipe(recipe, gpu)
+    assert plan.fits
+    told = f"{plan.peak / 1e9:.0f} GB and {plan.seconds:.2g} s a step on 1 x {gpu}"
+    assert told in (RECIPES / f"{name}.yaml").read_text()
+    assert recipe.tuning.use_peft and not whole.tuning.use_peft
+    assert (recipe.sampling, recipe.rewards, recipe.grpo) == (whole.sampling, whole.rewards, whole.grpo)
+
+
+def tuned_plan(num_gpus=1, depth=3, **tuning):
+    grpo, config = GRPOConfig(num_groups=4, num_generations=2), SMALL.replace(depth=depth)
+    more = {"evaluated": None, "tuning": TuningConfig(**tuning)}
+    return make_plan(config, SMALL_VQVAE, {}, grpo, GUIDED, RunConfig(), "h100-80gb", num_gpus, **more)
+
+
+def test_an_adapter_is_counted_by_hand():
+    r, C, depth, float32 = 4, SMALL.width, 3, 4
+    layers = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)]  # mat_qkv, proj, fc1, fc2
+    trained = depth * sum(r * (inputs + outputs) for inputs, outputs in layers)
+    whole, lora = tuned_plan(2), tuned_plan(2, use_peft=True, lora_r=r, ema_decay=0.9)
+    assert lora.parameters["trained"] == trained and "trained" not in whole.parameters
+    assert lora.parameters["transformer"] == whole.parameters["transformer"] + trained
+    assert lora.resident["weights"] == whole.resident["weights"] + float32 * trained
+    for name in ("gradients", "gradient buckets", "average"):
+        assert lora.resident[name] == float32 * trained
+    assert lora.resident["AdamW moments"] == 2 * lora.phases["AdamW"] == 2 * float32 * trained
+    assert lora.resident["reference"] == whole.resident["average"] == 0
+    assert lora.flops["reference"] == pytest.approx(whole.flops["reference"])
+    assert lora.flops["update"] < 0.85 * whole.flops["update"]  # no gradients of the base's weights
+
+
+def test_frozen_parameters_are_counted_by_hand():
+    whole, frozen = tuned_plan(), tuned_plan(freeze="blocks.*")
+    blocks = sum(each.numel() for each in VAR(SMALL).blocks.parameters())
+    assert frozen.parameters["trained"] == whole.parameters["transformer"] - blocks
+    assert frozen.resident["gradients"] == 4 * frozen.parameters["trained"]
+    assert frozen.resident["reference"] == whole.resident["reference"]
+    # The last block alone needs gradients within: a plan that took all blocks for alike would not see it.
+    last = tuned_plan(depth=4, freeze=("blocks.0", "blocks.1", "blocks.2", "*embed", "class_emb", "pos_*"))
+    assert last.activations < tuned_plan(depth=4, freeze=("blocks.1", "blocks.2", "blocks.3")).activations
+    with pytest.raises(ConfigError, match=r"'blocks\.9' matches no parameter"):
+        tuned_plan(freeze="blocks.9")
 
 
 def test_a_plan_as_text():

@@ -55,6 +55,10 @@ class Record(pydantic.BaseModel):
         except pydantic.ValidationError as error:
             raise ConfigError(describe_validation_error(cls, error)) from None
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, as peft asks of the configuration of a model."""
+        return self.model_dump()
+
     def replace(self, **changes: Any) -> Self:
         """A validated copy with some fields changed."""
         return type(self)(**{name: getattr(self, name) for name in type(self).model_fields} | changes)

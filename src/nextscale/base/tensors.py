@@ -114,21 +114,21 @@ def build_strictly(make: Callable[[], Model], state: StateDict, path: str | Path
             model = make()
     except ValueError as error:
         raise CheckpointError(f"'{path}' has sizes that no model can have: {error}") from None
-    check_tensors(state, model, path)
+    check_tensors(state, model.state_dict(), path)
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(True)
 
 
-def check_tensors(state: StateDict, model: nn.Module, path: str | Path) -> None:
+def check_tensors(state: StateDict, expected: StateDict, path: str | Path) -> None:
     """Check that these are the tensors of a model.
 
     Args:
+        expected: the model's own.
         path: file that they come from, for the error message.
 
     Raises:
         CheckpointError: a key is missing, unknown, of another shape or of another kind of dtype.
     """
-    expected = model.state_dict()
     for key, value in expected.items():
         if key not in state:
             unknown = [name for name in state if name not in expected]

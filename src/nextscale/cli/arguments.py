@@ -57,6 +57,11 @@ def add_vae(parser: Parser) -> None:
     parser.option("--vae", str, "tokenizer file, if the model is a file such as var_d16.pth")
 
 
+def add_adapter(parser: Parser) -> None:
+    text = "LoRA adapter to merge into the model: a folder such as runs/mine/final/adapter, or a repository"
+    parser.option("--adapter", str, text)
+
+
 def add_drawing_options(parser: Parser, otherwise: str) -> None:
     """Add how images are drawn; None leaves it to the recipe or the model."""
     options = (
@@ -77,7 +82,7 @@ def load_model(args: argparse.Namespace) -> "VARPipeline":
     from nextscale.config.build import load_pipeline
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return load_pipeline(args.model, args.vae, device=device)
+    return load_pipeline(args.model, args.vae, device=device, adapter=args.adapter)
 
 
 def classes_of(args: argparse.Namespace) -> list[str] | None:

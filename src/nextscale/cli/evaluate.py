@@ -27,6 +27,7 @@ def add(commands: Any) -> None:
     parser = add_command(commands, "evaluate", run, summary, examples)
     parser.add_argument("model", metavar="MODEL", help=arguments.MODEL)
     arguments.add_vae(parser)
+    arguments.add_adapter(parser)
     which = parser.add_mutually_exclusive_group()
     text = "use this recipe's rewards, classes and sampling (default in the miniature world: toy-combined's "
     text += "rewards)"
@@ -89,6 +90,7 @@ def run(args: Namespace) -> int:
         )
     settings = {
         "model": args.model,
+        **({"adapter": args.adapter} if args.adapter else {}),
         "sampling": sampling.model_dump(),
         "mixed_precision": precision,
         "seed": args.seed,
@@ -121,7 +123,7 @@ def _precision(args: Namespace, recipe: "Recipe | None") -> str:
         return args.mixed_precision
     if recipe and "mixed_precision" in recipe.run.model_fields_set:
         return recipe.run.mixed_precision
-    run, _ = find_run(args.model)
+    run, _ = find_run(str(Path(args.adapter).parent) if args.adapter else args.model)
     settings = read_run(run).config.get("run") if run else None
     return settings.get("mixed_precision", "no") if isinstance(settings, dict) else "no"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nextscale.base.errors import ConfigError
-from nextscale.cli.arguments import MODEL, add_vae
+from nextscale.cli.arguments import MODEL, add_adapter, add_vae
 from nextscale.cli.parser import add_command
 
 
@@ -13,12 +13,14 @@ def add(commands: Any) -> None:
     examples = [
         "export runs/toy-painting --output painter",
         "export runs/mine --output mine --format official --dtype bfloat16",
+        "export var-d16 --adapter runs/mine/final/adapter --output mine",
         "export runs/mine --output mine --push-to-hub owner/name --private",
     ]
     summary = "write the final model of a run, or any other model, with its model card"
     parser = add_command(commands, "export", run, summary, examples)
     parser.add_argument("model", metavar="MODEL", help=f"folder of a run, or {MODEL}")
     add_vae(parser)
+    add_adapter(parser)
     parser.add_argument("--output", type=Path, required=True, metavar="PATH", help="folder to write to")
     text = "file format: nextscale's own, or that of VAR's official code (default: nextscale)"
     parser.add_argument("--format", choices=("nextscale", "official"), default="nextscale", help=text)
@@ -40,7 +42,9 @@ def run(args: Namespace) -> int:
     from nextscale.runs.reader import find_run
 
     run, model = find_run(args.model)
-    pipe = load_pipeline(model, args.vae)
+    if args.adapter:  # of a run's final/ or of anyone
+        run, _ = find_run(str(Path(args.adapter).parent))
+    pipe = load_pipeline(model, args.vae, adapter=args.adapter)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     is_official = args.format == "official"
     save = pipe.save_official if is_official else pipe.save_pretrained

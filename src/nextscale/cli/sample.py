@@ -22,6 +22,7 @@ def add(commands: Any) -> None:
     parser = add_command(commands, "sample", run, "draw images from a model", examples)
     parser.option("--model", str, arguments.MODEL, "toy")
     arguments.add_vae(parser)
+    arguments.add_adapter(parser)
     parser.option("--classes", str, arguments.CLASSES, shown=f"the first {MAX_ROWS}")
     parser.option("--num-images", int, "images per class", 4)
     arguments.add_drawing_options(parser, "the model's")

@@ -21,6 +21,7 @@ from nextscale.rewards.python import PythonConfig
 from nextscale.toy.judges import judge_images
 from nextscale.toy.world import CLASSES, IMAGE_SIZE
 from nextscale.trainer import GRPOTrainer
+from nextscale.tuning import check_tuning
 
 
 @dataclass(frozen=True)
@@ -34,19 +35,23 @@ class Parts:
 
 
 def load_pipeline(
-    name: str, vae: str | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    name: str,
+    vae: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    adapter: str | None = None,
 ) -> VARPipeline:
-    """The model that `Recipe.model` and `Recipe.vae` name.
+    """The model that `Recipe.model` and `Recipe.vae` name, with an adapter merged if one is given.
 
     Raises:
         CheckpointError: it cannot be loaded.
         ConfigError: `vae` is given, but the model is not a file.
     """
     if vae is None:
-        return VARPipeline.from_pretrained(name, dtype, device)
+        return VARPipeline.from_pretrained(name, dtype, device, adapter=adapter)
     if not Path(name).is_file():
         raise ConfigError(f"vae has no effect on '{name}', which is no file: give a transformer's, or no vae")
-    return VARPipeline.from_official(name, vae, dtype, device)
+    return VARPipeline.from_official(name, vae, dtype, device, adapter=adapter)
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -110,13 +115,15 @@ def build_parts(recipe: Recipe) -> Parts:
 
 
 def check_fit(recipe: Recipe, pipe: VARPipeline) -> None:
-    """Check that the model has the recipe's classes, and as many scales as it gives weights for, and that the
-    algorithm's options have an effect on its rewards."""
+    """Check that the model has the recipe's classes, the layers that it names, and as many scales as it gives
+    weights for, and that the algorithm's options have an effect on its rewards."""
     weights = {name: each.weight for name, each in recipe.rewards.items() if each.weight is not None}
-    check_grpo(recipe.grpo, weights, [name for name, each in recipe.rewards.items() if each.constraint])
+    constraints = [name for name, each in recipe.rewards.items() if each.constraint]
+    check_grpo(recipe.grpo, weights, constraints, has_adapter=recipe.tuning.use_peft)
     find_loss(recipe.grpo.loss_type)
     if recipe.grpo.class_labels:
         pipe.conditions(recipe.grpo.class_labels)
+    check_tuning(recipe.tuning, pipe.transformer)
     loss_weights(pipe.transformer.schedule.lengths, recipe.grpo)
 
 
@@ -135,6 +142,7 @@ def build_trainer(recipe: Recipe, command: Sequence[str] = ()) -> GRPOTrainer:
         parts.rewards,
         recipe.grpo,
         sampling=recipe.sampling,
+        tuning=recipe.tuning,
         optimizer=recipe.optimizer,
         run=recipe.run,
         judges=parts.judges,

@@ -19,6 +19,7 @@ from nextscale.policy import SamplingConfig
 from nextscale.rewards.kinds import AnyReward, in_full
 from nextscale.rewards.protocol import RewardConfig
 from nextscale.runs.config import RunConfig
+from nextscale.tuning import TuningConfig
 
 
 class Recipe(Record):
@@ -35,6 +36,7 @@ class Recipe(Record):
     """Keys that are not given are the model's: see `config.build.resolve`."""
     rewards: dict[str, AnyReward] = Field(min_length=1)
     grpo: GRPOConfig = GRPOConfig()
+    tuning: TuningConfig = TuningConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     run: RunConfig = RunConfig()
 

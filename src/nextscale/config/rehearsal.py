@@ -37,7 +37,7 @@ def rehearse(recipe: Recipe, num_processes: int) -> list[str]:
     check_folder(recipe)
     model = zoo.describe(recipe.model, recipe.vae)
     with torch.device("meta"):
-        networks = VAR(model.transformer.replace(depth=1)), VQVAE(model.tokenizer)
+        networks = VAR(model.transformer), VQVAE(model.tokenizer)
     check_fit(recipe, VARPipeline(*networks, model.class_names))
     for name, config in recipe.rewards.items():
         if backbones[name] not in missing:
@@ -66,4 +66,5 @@ def plan_recipe(recipe: Recipe, gpu: str = DEFAULT_GPU, num_gpus: int = 1) -> Pl
         evaluated["run.diversity_clip"] = recipe.run.diversity_clip
     model, recipe = zoo.describe(recipe.model, recipe.vae), resolve(recipe)
     sizes = model.transformer, model.tokenizer
-    return make_plan(*sizes, trained, recipe.grpo, recipe.sampling, recipe.run, gpu, num_gpus, evaluated)
+    options = recipe.grpo, recipe.sampling, recipe.run
+    return make_plan(*sizes, trained, *options, gpu, num_gpus, evaluated, recipe.tuning)

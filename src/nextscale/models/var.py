@@ -170,7 +170,8 @@ class AdaLNBeforeHead(nn.Module):
 
 
 class Head(nn.Linear):
-    """From features to logits, in float32 whatever its weights are stored in."""
+    """From features to logits, in float32 whatever its weights are stored in. A layer of its own, so that it
+    may carry an adapter."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input.float(), self.weight.float(), self.bias.float())

@@ -12,6 +12,7 @@ from nextscale.base.records import did_you_mean
 from nextscale.models import hub
 from nextscale.models.class_names import imagenet_names
 from nextscale.models.folder import CONFIG, FILES, FolderConfig, read_config
+from nextscale.models.lora import ADAPTER_FILES
 from nextscale.models.official import load_official
 from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
@@ -206,6 +207,29 @@ def folder_of(name: str | Path, files: Sequence[str] = FILES, **access: Unpack[h
         return hub.download(str(name), files, **access)
     except CheckpointError as error:
         raise CheckpointError(f"no model '{name}': there is no such folder, and {error}") from None
+
+
+def adapter_folder(name: str | Path, **access: Unpack[hub.Access]) -> Path:
+    """The folder of an adapter: one on this machine, or the cache folder of a hub repository.
+
+    Raises:
+        CheckpointError: there is no adapter of that name, or it cannot be downloaded.
+    """
+    folder = Path(name)
+    for inner in ("adapter", "final/adapter"):
+        if not (folder / ADAPTER_FILES[0]).is_file() and (folder / inner).is_dir():
+            raise CheckpointError(f"'{name}' is not the folder of an adapter; that is '{folder / inner}'")
+    if folder.exists() or not hub.is_repository(str(name)):
+        if not all((folder / file).is_file() for file in ADAPTER_FILES):
+            raise CheckpointError(
+                f"no adapter '{name}': expected a folder with {' and '.join(ADAPTER_FILES)}, such as "
+                "runs/mine/final/adapter, or a hub repository"
+            )
+        return folder
+    try:
+        return hub.download(str(name), ADAPTER_FILES, **access)
+    except CheckpointError as error:
+        raise CheckpointError(f"no adapter '{name}': there is no such folder, and {error}") from None
 
 
 def describe(name: str, vae: str | None = None) -> FolderConfig:

@@ -4,18 +4,19 @@ Shapes: B images processed at once · L tokens of all scales · D codebook width
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from nextscale.base.conditions import Condition
 from nextscale.base.processes import share_of
 from nextscale.grpo import GRPOConfig
 from nextscale.losses import Microbatch, Objective, trained_lengths
+from nextscale.models.lora import adapter_off
 from nextscale.models.protocol import Conditioning, NextScaleModel
 from nextscale.models.scales import ScaleSchedule
 from nextscale.models.var import VAR, VARConfig
@@ -25,6 +26,7 @@ from nextscale.policy import SamplingConfig
 from nextscale.reference import Reference, cast, reference_dtype
 from nextscale.runs.config import RunConfig
 from nextscale.sampling import sample
+from nextscale.tuning import TuningConfig, tune
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class Phases:
     """The phases of a step in one process.
 
     Each method returns the operations for all images of the process, and the memory for those processed at
-    once. All blocks are the same, so the transformer is run with one block and with two, and every further
-    block adds as much as the second.
+    once. Where all blocks are the same, the transformer is run with one block and with two, and every further
+    block adds as much as the second; where some are frozen or adapted otherwise than the rest, with all.
 
     Attributes:
         num_images: images per step of this process.
@@ -46,14 +48,15 @@ class Phases:
     sampling: SamplingConfig
     run: RunConfig
     num_images: int
+    tuning: TuningConfig = field(default_factory=TuningConfig)
     as_on_gpu: bool = True
 
     def rollout(self) -> Count:
         """Sampling of the tokens."""
         batch = self._drawn_at_once
 
-        def draw(config: VARConfig) -> Count:
-            transformer, tokenizer = VAR(config), VQVAE(self.tokenizer)
+        def draw(transformer: VAR) -> Count:
+            tokenizer = VQVAE(self.tokenizer)
             conditioning, uniforms_BL = (
                 self._conditioning(transformer, batch),
                 torch.zeros(batch, self._num_tokens),
@@ -87,8 +90,8 @@ class Phases:
         """The reference model's pass, without its head, which is part of the loss."""
         batch = self._trained_at_once
 
-        def run(config: VARConfig) -> Count:
-            reference = self._reference(config)
+        def run(model: VAR) -> Count:
+            reference = self._reference(model)
             conditioning = self._conditioning(reference.model, batch)
             inputs_BlD = self._inputs(batch)[:, : self._num_trained - 1]
             return self._count(partial(reference.features, conditioning, inputs_BlD, self.sampling), batch)
@@ -99,12 +102,12 @@ class Phases:
         """The loss, including the reference, and its backward pass with gradients already allocated."""
         batch = self._trained_at_once
 
-        def run(config: VARConfig) -> Count:
-            model = VAR(config)
+        def run(model: VAR) -> Count:
             model.gradient_checkpointing = self.run.gradient_checkpointing
-            reference = self._reference(config) if self.grpo.needs_reference else None
+            reference = self._reference(model) if self.grpo.needs_reference else None
             for parameter in model.parameters():
-                parameter.grad = torch.zeros_like(parameter)
+                if parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
             objective = Objective(self.grpo, self.sampling, model.schedule, reference)
             tokens_BL = torch.zeros(batch, self._num_tokens, dtype=torch.long)
             conditioning = self._conditioning(model, batch)
@@ -155,9 +158,6 @@ class Phases:
     def _inputs(self, batch: int) -> Tensor:
         return torch.zeros(batch, self._num_tokens - 1, self.transformer.codebook_width)
 
-    def _reference(self, config: VARConfig) -> Reference:
-        return Reference(cast(VAR(config), reference_dtype(self.grpo, self.run.mixed_precision)))
-
     def _conditioning(self, model: NextScaleModel, batch: int) -> Conditioning:
         return model.encode_conditions([Condition(0, "any")] * batch)
 
@@ -165,9 +165,48 @@ class Phases:
         counted = count(run, bfloat16=self.run.mixed_precision == "bf16")
         return replace(counted, flops=counted.flops * self.num_images / batch)
 
-    def _by_depth(self, run: Callable[[VARConfig], Count]) -> Count:
-        counts = []
-        for depth in (1, 2):
-            with without_data(as_on_gpu=self.as_on_gpu):
-                counts.append(run(self.transformer.replace(depth=depth)))
-        return counts[0].extrapolate(counts[1], self.transformer.depth - 1)
+    def _reference(self, model: VAR) -> Reference:
+        """As the trainer makes it: a copy of the model, or the model with its adapter off."""
+        if self.tuning.use_peft:
+            return Reference(model, partial(adapter_off, model))
+        dtype = reference_dtype(self.grpo, self.run.mixed_precision)
+        return Reference(cast(VAR(self.transformer.replace(depth=len(model.blocks))), dtype))
+
+    def _by_depth(self, run: Callable[[VAR], Count]) -> Count:
+        depth = self.transformer.depth
+        if not _is_uniform(tuned_transformer(self.transformer, self.tuning)):
+            return self._at_depth(run, depth)
+        return self._at_depth(run, 1).extrapolate(self._at_depth(run, min(2, depth)), depth - 1)
+
+    def _at_depth(self, run: Callable[[VAR], Count], depth: int) -> Count:
+        model = tuned_transformer(self.transformer, self.tuning)
+        model.blocks = model.blocks[:depth]
+        with without_data(as_on_gpu=self.as_on_gpu):
+            _leave_meta(model)
+            return run(model)
+
+
+def tuned_transformer(config: VARConfig, tuning: TuningConfig) -> VAR:
+    """The model as it is trained, on the meta device."""
+    with torch.device("meta"):
+        model = VAR(config)
+        tune(model, tuning)
+    return model
+
+
+def _is_uniform(model: VAR) -> bool:
+    """Whether the same parameters are trained in all blocks."""
+    parameters = [
+        [(name, each.requires_grad) for name, each in block.named_parameters()] for block in model.blocks
+    ]
+    return all(each == parameters[0] for each in parameters)
+
+
+def _leave_meta(model: nn.Module) -> None:
+    """Give a model tensors of the mode that is on; `to_empty` cannot, from the meta device to this mode."""
+    for module in model.modules():
+        for name, each in list(module.named_parameters(recurse=False)):
+            empty = torch.empty(each.shape, dtype=each.dtype)
+            setattr(module, name, nn.Parameter(empty, each.requires_grad))
+        for name, each in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(each.shape, dtype=each.dtype))

@@ -14,15 +14,16 @@ from transformers import CLIPModel
 from nextscale.base.processes import share_of
 from nextscale.grpo import GRPOConfig
 from nextscale.models.scales import ScaleSchedule
-from nextscale.models.var import VAR, VARConfig
+from nextscale.models.var import VARConfig
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
 from nextscale.plan.counting import Count
 from nextscale.plan.gpus import find_gpu
-from nextscale.plan.phases import Phases
+from nextscale.plan.phases import Phases, tuned_transformer
 from nextscale.policy import SamplingConfig
 from nextscale.reference import cast, reference_dtype
 from nextscale.rewards.networks.backbones import backbone_config
 from nextscale.runs.config import RunConfig
+from nextscale.tuning import TuningConfig
 
 UTILISATION = 0.3
 """Assumed fraction of a GPU's peak throughput; well-tuned training of large models reaches more."""
@@ -41,7 +42,7 @@ class Plan:
     Attributes:
         gpu, num_gpus: what it is to run on.
         dtype: of the matrix products.
-        parameters: number of parameters, by network.
+        parameters: number of parameters, by network; and of those that are trained, where not all are.
         unknown: rewards (and other users of a network) whose network is unknown and not counted.
         num_images: images per step, over all GPUs.
         tokens_per_image: number of tokens of all scales, L.
@@ -102,6 +103,7 @@ def make_plan(
     gpu: str,
     num_gpus: int = 1,
     evaluated: Mapping[str, str | None] | None = None,
+    tuning: TuningConfig | None = None,
 ) -> Plan:
     """Plan a run.
 
@@ -110,24 +112,31 @@ def make_plan(
         gpu: a name in `gpus.GPUS`.
         num_gpus: number of GPUs, each with one process.
         evaluated: purpose to name of networks that are loaded too, but run in evaluations only.
+        tuning: what of the transformer is trained; by default all of it.
 
     Raises:
-        ConfigError: the GPU is unknown, or there are more processes than images.
+        ConfigError: the GPU is unknown, there are more processes than images, or `tuning` does not fit the
+            model.
     """
     device = find_gpu(gpu)
     grpo.check_processes(num_gpus)
     num_images = grpo.num_images
-    sizes = {"transformer": _by_depth(transformer, VAR)}
-    if grpo.needs_reference:
-        dtype = reference_dtype(grpo, run.mixed_precision)
-        sizes["reference"] = _by_depth(transformer, lambda config: cast(VAR(config), dtype))
-    sizes["tokenizer"] = _size(lambda: VQVAE(tokenizer))
+    tuning = tuning or TuningConfig()
+    tuned = tuned_transformer(transformer, tuning)
+    weights, trained = _size(tuned), _size(tuned, is_trained=True)
+    sizes = {"transformer": weights}
+    if trained.parameters < weights.parameters:
+        sizes["trained"] = trained
+    has_copy = grpo.needs_reference and not tuning.use_peft  # an adapter is switched off instead
+    if has_copy:
+        sizes["reference"] = _size(cast(tuned, reference_dtype(grpo, run.mixed_precision)))
+    sizes["tokenizer"] = _size(_on_meta(lambda: VQVAE(tokenizer)))
     named = {**backbones, **(evaluated or {})}
     clips = {name: config for name in named.values() if name and (config := backbone_config(name))}
-    sizes |= {name: _size(lambda config=config: CLIPModel(config)) for name, config in clips.items()}
+    sizes |= {name: _size(_on_meta(lambda c=config: CLIPModel(c))) for name, config in clips.items()}
 
     share = len(share_of(num_images, 0, num_gpus))  # the largest, which all wait for
-    of = Phases(transformer, tokenizer, grpo, sampling, run, share)
+    of = Phases(transformer, tokenizer, grpo, sampling, run, share, tuning)
     counts = {
         "rollout": of.rollout(),
         "decode": of.decode(),
@@ -139,18 +148,16 @@ def make_plan(
     flops["update"] -= flops["reference"]  # which runs inside the loss, once a rollout
     flops["update"] *= grpo.num_iterations
 
-    reference = sizes["reference"].num_bytes if grpo.needs_reference else 0
-    waiting = 0  # bytes of the reference in main memory
-    if grpo.offload_reference:
-        waiting = reference - _size(lambda: VAR(transformer.replace(depth=1)).head).num_bytes
-    whole = FLOAT32 * sizes["transformer"].parameters
     is_sharded = bool(run.fsdp) and num_gpus > 1
     shards = num_gpus if is_sharded else 1
-    trained = whole / shards
+    one_each = FLOAT32 * trained.parameters / shards
+    reference = sizes["reference"].num_bytes if has_copy else 0
+    waiting = reference - _size(tuned.head).num_bytes if grpo.offload_reference else 0  # in main memory
     resident = {
-        "weights": sizes["transformer"].num_bytes / shards,
-        "gradients": trained,
-        "AdamW moments": 2 * trained,
+        "weights": weights.num_bytes / shards,
+        "gradients": one_each,
+        "AdamW moments": 2 * one_each,
+        "average": one_each if tuning.ema_decay is not None else 0,
         "reference": (reference - waiting) / shards,
         "tokenizer": sizes["tokenizer"].num_bytes,
         "rewards": sum(sizes[name].num_bytes for name in clips),
@@ -160,15 +167,16 @@ def make_plan(
     phases = {name: counts[name].peak for name in ("rollout", "decode", "reward", "update")}
     if waiting:
         phases["reference"] = waiting + counts["reference"].peak
-    phases["AdamW"] = trained  # on a GPU, torch's AdamW holds the square roots of all second moments at once
+    phases["AdamW"] = one_each  # on a GPU, torch's AdamW holds the square roots of all second moments at once
     if is_sharded:
         for name in ("rollout", "decode", "reward"):
-            phases[name] += whole  # gathered once for all scales and batches
+            phases[name] += weights.num_bytes  # gathered once for all scales and batches
         # A pass over the model holds what is in no block, and two blocks, one at work and one on its way;
         # each with its gradient.
-        block = _block_size(transformer)
-        others = sizes["transformer"].parameters - transformer.depth * block
-        phases["update"] += 2 * FLOAT32 * (others + 2 * block)
+        block, trained_block = (_size(tuned.blocks[0], is_trained=each).parameters for each in (False, True))
+        others = weights.parameters - transformer.depth * block
+        trained_others = trained.parameters - transformer.depth * trained_block
+        phases["update"] += FLOAT32 * (others + 2 * block + trained_others + 2 * trained_block)
     in_bfloat16 = run.mixed_precision == "bf16" and device.bfloat16 is not None
     peak_rate = device.bfloat16 if in_bfloat16 and device.bfloat16 else device.float32
     return Plan(
@@ -249,27 +257,15 @@ class _Size:
     num_bytes: int
 
 
-def _size(build: Callable[[], nn.Module]) -> _Size:
+def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     with torch.device("meta"):
-        model = build()
-    parameters = list(model.parameters())
+        return build()
+
+
+def _size(model: nn.Module, is_trained: bool = False) -> _Size:
+    """The size of a model, or of what is trained of it."""
+    parameters = [each for each in model.parameters() if each.requires_grad or not is_trained]
+    buffers = [] if is_trained else list(model.buffers())
     return _Size(
-        sum(each.numel() for each in parameters),
-        sum(each.nbytes for each in [*parameters, *model.buffers()]),
-    )
-
-
-def _block_size(config: VARConfig) -> int:
-    """Number of parameters of a transformer block."""
-    one, two = (_size(lambda depth=depth: VAR(config.replace(depth=depth))).parameters for depth in (1, 2))
-    return two - one
-
-
-def _by_depth(config: VARConfig, build: Callable[[VARConfig], nn.Module]) -> _Size:
-    """The size with all blocks, extrapolated from one and two blocks, which are quicker to build."""
-    one, two = (_size(lambda depth=depth: build(config.replace(depth=depth))) for depth in (1, 2))
-    more = config.depth - 1
-    return _Size(
-        one.parameters + more * (two.parameters - one.parameters),
-        one.num_bytes + more * (two.num_bytes - one.num_bytes),
+        sum(each.numel() for each in parameters), sum(each.nbytes for each in [*parameters, *buffers])
     )

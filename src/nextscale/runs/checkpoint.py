@@ -1,7 +1,8 @@
 """Checkpoints that are whole or absent, and the newest of a run.
 
 trainer_state.json      step, controllers, schedule, and the optimizer's settings
-model.safetensors       the weights that are trained
+model.safetensors       the weights; where some are frozen, as under an adapter, the trained ones alone
+average.safetensors     their moving average, if one is kept
 optimizer.safetensors   the optimizer's state of each, as PARAMETER/STATE
 random-RANK.safetensors the random states of each process
 
@@ -11,6 +12,8 @@ Tensors and JSON alone: whatever a checkpoint holds, loading it runs nothing.
 import json
 import random
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from nextscale.base.average import Average
 from nextscale.base.errors import CheckpointError, first_sentence
 from nextscale.base.files import write_text_aside
 from nextscale.base.tensors import check_tensors
@@ -36,6 +40,7 @@ from nextscale.runs.sharding import local_part_of
 
 STATE_FILE = "trainer_state.json"
 MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
+AVERAGE_FILE = "average.safetensors"
 FORMAT_VERSION = 2
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # however the model is spread over processes
 
@@ -48,6 +53,9 @@ def save_checkpoint(
     step: int,
     state: dict[str, Any],
     limit: int,
+    *,
+    average: Average | None = None,
+    frozen: str | None = None,
 ) -> Path:
     """Write a checkpoint aside and rename it when it is whole; then remove all but the newest `limit`.
 
@@ -56,6 +64,8 @@ def save_checkpoint(
         folder: the run's folder of checkpoints.
         step: the number of steps done.
         state: the trainer's own state; must be JSON.
+        average: of what is trained, if one is kept.
+        frozen: fingerprint of the parameters that are not trained, if there are any: they are not written.
 
     Returns:
         the checkpoint's path.
@@ -65,8 +75,12 @@ def save_checkpoint(
     """
     final = folder / step_name(step)
     aside = folder / f".writing-{final.name}"
-    weights: Any = get_model_state_dict(model, options=WHOLE)
+    weights = _weights(model)
     check_finite(accelerator.unwrap_model(model))
+    averaged: dict[str, Tensor] = {}
+    if average is not None:
+        with average.in_place():  # on a CPU, what `_weights` gives are the model's own tensors
+            averaged = {name: each.clone() for name, each in _weights(model).items()}
     # Before its first step an optimizer has no state, and asking for one would make it take a step.
     moments: Any = get_optimizer_state_dict(model, optimizer, options=WHOLE) if optimizer.state else {}
     if accelerator.is_main_process:
@@ -76,11 +90,14 @@ def save_checkpoint(
     save_file(_random_state(), aside / f"random-{accelerator.process_index}.safetensors")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        save_file({name: each.contiguous() for name, each in weights.items()}, aside / MODEL_FILE)
+        save_file(weights, aside / MODEL_FILE)
+        if averaged:
+            save_file(averaged, aside / AVERAGE_FILE)
         save_file(_flat(moments.get("state", {})), aside / OPTIMIZER_FILE)
         content = state | {
             "format_version": FORMAT_VERSION,
             "step": step,
+            "frozen": frozen,
             "optimizer": moments.get("param_groups", []),
         }
         write_text_aside(aside / STATE_FILE, json.dumps(content, indent=2) + "\n")
@@ -93,12 +110,22 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, path: Path
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    path: Path,
+    *,
+    average: Average | None = None,
+    frozen: str | None = None,
 ) -> dict[str, Any]:
     """Restore the model, the optimizer and the random states; returns the trainer's own state.
 
+    Args:
+        average, frozen: as in `save_checkpoint`.
+
     Raises:
-        CheckpointError: a file of the checkpoint is missing or broken, or was written by an earlier version.
+        CheckpointError: a file of the checkpoint is missing or broken, or was written by an earlier version;
+        or the parameters that are not trained are not those of its run.
     """
     if (path / "optimizer.bin").exists():
         raise CheckpointError(
@@ -109,9 +136,15 @@ def load_checkpoint(
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         if state["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format_version {state['format_version']}, expected {FORMAT_VERSION}")
-        weights: Any = load_file(path / MODEL_FILE)
-        check_tensors(weights, accelerator.unwrap_model(model), path / MODEL_FILE)
-        set_model_state_dict(model, weights, options=WHOLE)
+        if state.get("frozen") != frozen:
+            raise CheckpointError(
+                f"checkpoint '{path}' holds only what its run trained, and the rest of this model is not "
+                "that run's: go on with the model that it began with, and the same options of tuning"
+            )
+        if average is not None:
+            _load_weights(model, path / AVERAGE_FILE)
+            average.exchange()  # what the model holds now is replaced next
+        _load_weights(model, path / MODEL_FILE)
         if groups := state["optimizer"]:
             moments: Any = {"state": _nested(load_file(path / OPTIMIZER_FILE)), "param_groups": groups}
             set_optimizer_state_dict(model, optimizer, moments, options=WHOLE)
@@ -123,6 +156,32 @@ def load_checkpoint(
     except Exception as error:  # of a damaged file, whatever its bytes lead to
         raise CheckpointError(f"checkpoint '{path}' cannot be read: {first_sentence(error)}") from error
     return state
+
+
+def _is_trained(model: nn.Module) -> Callable[[str], bool]:
+    """Whether a tensor of a model's state is in its checkpoints: all of a model that is trained whole, else
+    the parameters that are trained."""
+    parameters = dict(model.named_parameters())
+    if all(each.requires_grad for each in parameters.values()):
+        return lambda name: True
+    # Wrappers for several processes put their own words before the names.
+    trained = {name.removeprefix("module.") for name, each in parameters.items() if each.requires_grad}
+    return lambda name: name in trained
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """What is trained of a model, however it is spread over processes, on the CPU."""
+    state: Any = get_model_state_dict(model, options=replace(WHOLE, ignore_frozen_params=True))
+    is_trained = _is_trained(model)
+    return {name: each.contiguous() for name, each in state.items() if is_trained(name)}
+
+
+def _load_weights(model: nn.Module, file: Path) -> None:
+    weights: Any = load_file(file)
+    state: Any = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
+    is_trained = _is_trained(model)
+    check_tensors(weights, {name: each for name, each in state.items() if is_trained(name)}, file)
+    set_model_state_dict(model, weights, options=replace(WHOLE, strict=False))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
