@@ -80,7 +80,7 @@ def test_d16_costs_what_the_official_model_does():
     reference = phases.reference().flops
     assert reference == 2 * forward
     update = phases.update().flops - reference
-    assert update == pytest.approx(2 * (930e9 - 3 * hidden), rel=0.03)
+    assert update == pytest.approx(2 * (930e9 - 3 * hidden), rel=0.04)
     # Twice as much backward as forward, but for the inputs, which get no gradient; and attention, which is
     # run again, and computes its weights once more in its backward kernel.
     again = config.depth * (4 + 2) * pairs * config.width

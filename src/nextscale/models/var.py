@@ -127,10 +127,22 @@ def _attend_backward(
     q_BlHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor, d_out_BlHd: Tensor
 ) -> tuple[Tensor, ...]:
     """The gradients of queries, keys and values."""
+    if q_BlHd.device.type == "cpu" and q_BlHd.dtype != torch.float32:
+        return _attend_backward_on_cpu(q_BlHd, k_BLHd, v_BLHd, d_out_BlHd)
     with torch.enable_grad():
         leaves = [each.detach().requires_grad_() for each in (q_BlHd, k_BLHd, v_BLHd)]
         out_BlHd = _attend(*leaves)
     return torch.autograd.grad(out_BlHd, leaves, d_out_BlHd)
+
+
+def _attend_backward_on_cpu(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same in matrix products, which is faster there in bfloat16; the weights' logits are float32."""
+    q_BHld, k_BHLd, v_BHLd, d_out_BHld = (each.transpose(1, 2) for each in tensors)
+    weights_BHlL = (q_BHld.float() @ k_BHLd.float().mT).softmax(-1).to(v_BHLd.dtype)
+    d_weights_BHlL = d_out_BHld @ v_BHLd.mT
+    d_logits_BHlL = torch._softmax_backward_data(d_weights_BHlL, weights_BHlL, -1, weights_BHlL.dtype)
+    gradients = d_logits_BHlL @ k_BHLd, d_logits_BHlL.mT @ q_BHld, weights_BHlL.mT @ d_out_BHld
+    return tuple(each.transpose(1, 2) for each in gradients)
 
 
 class Attention(nn.Module):
@@ -150,8 +162,11 @@ class Attention(nn.Module):
 
     def forward(self, x_BlC: Tensor, lengths: tuple[int, ...], cache: KVCache | None, layer: int) -> Tensor:
         qkv = self.mat_qkv(x_BlC)  # called, not read for its weight: it may carry an adapter
-        qkv = qkv + torch.cat([self.q_bias, self.zero_k_bias, self.v_bias]).to(qkv.dtype)
-        q_BlHd, k_BlHd, v_BlHd = rearrange(qkv, "B l (n H d) -> n B l H d", n=3, H=self.num_heads)
+        q_BlC, k_BlC, v_BlC = qkv.chunk(3, -1)
+        q_BlC, v_BlC = q_BlC + self.q_bias.to(qkv.dtype), v_BlC + self.v_bias.to(qkv.dtype)
+        q_BlHd, k_BlHd, v_BlHd = (
+            rearrange(each, "B l (H d) -> B l H d", H=self.num_heads) for each in (q_BlC, k_BlC, v_BlC)
+        )
         scale_H1 = self.scale_mul_1H11.clamp_max(MAX_LOG_ATTENTION_SCALE).exp()[0, :, :, 0]
         q_BlHd = (F.normalize(q_BlHd, dim=-1) * scale_H1).to(v_BlHd.dtype)
         k_BLHd, v_BLHd = F.normalize(k_BlHd, dim=-1).to(v_BlHd.dtype), v_BlHd
@@ -208,15 +223,15 @@ class Block(nn.Module):
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
         # The residual stream stays float32: in bfloat16, sampling and teacher forcing would drift apart.
         attended = self.attn(_modulate(x_BlC, scale1, shift1, self.attn.proj.weight), lengths, cache, layer)
-        x_BlC = x_BlC + attended.float() * gamma1
+        x_BlC = torch.addcmul(x_BlC, attended, gamma1)
         fed = self.ffn(_modulate(x_BlC, scale2, shift2, self.ffn.fc1.weight))
-        return x_BlC + fed.float() * gamma2
+        return torch.addcmul(x_BlC, fed, gamma2)
 
 
 def _modulate(x_BlC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor, weight: Tensor) -> Tensor:
     """LayerNorm without affine parameters, then scale and shift, in the dtype of the next layer's weight."""
     normed = F.layer_norm(x_BlC, x_BlC.shape[-1:], eps=1e-6)
-    return (normed * (scale_B1C + 1) + shift_B1C).to(weight.dtype)
+    return torch.addcmul(shift_B1C, normed, scale_B1C + 1).to(weight.dtype)
 
 
 class AdaLNBeforeHead(nn.Module):
