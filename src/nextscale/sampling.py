@@ -70,10 +70,12 @@ def sample(
         log_probs.append(token_log_probs(log_probs_BlV, tokens_Bl))
         tokens.append(tokens_Bl)
         latent_BDhw = tokenizer.add_scale(latent_BDhw, tokens_Bl, k)
-    if (is_nan_S := torch.stack(is_nan)).any():  # once, for the device is waited for
+    is_nan_S = torch.stack(is_nan)
+    if is_nan_S.any():  # looked at once, in the end: it waits for the device
+        scale = is_nan_S.tolist().index(True) + 1
         raise CheckpointError(
-            f"the model's logits are NaN at scale {is_nan_S.tolist().index(True) + 1}: its weights hold NaN or "
-            "infinity, or training has diverged; go back to an earlier checkpoint, or lower the learning rate"
+            f"the model's logits are NaN at scale {scale}: its weights hold NaN or infinity, or training "
+            "has diverged; go back to an earlier checkpoint, or lower the learning rate"
         )
     return Samples(torch.cat(tokens, 1), torch.cat(log_probs, 1), torch.cat(inputs, 1), latent_BDhw)
 

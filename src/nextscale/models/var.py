@@ -85,10 +85,8 @@ class AttentionByScale(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, q_BlHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor, lengths: tuple[int, ...]
-    ) -> Tensor:
-        """(B, l, H, d), from queries of scales of these lengths, and keys and values up to the last of them."""
+    def forward(ctx: Any, q_BlHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """(B, l, H, d), from queries of scales of these lengths, and the keys and values up to the last."""
         ctx.save_for_backward(q_BlHd, k_BLHd, v_BLHd)
         ctx.lengths = lengths
         parts = _scales(lengths, k_BLHd.shape[1])
