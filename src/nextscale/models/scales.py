@@ -56,7 +56,7 @@ class ScaleSchedule:
             ValueError: a scale begins or ends elsewhere.
         """
         lengths = tuple(part.stop - part.start for part in self.slices if start <= part.start < stop)
-        if start not in {part.start for part in self.slices} or start + sum(lengths) != stop:
+        if not lengths or start not in {part.start for part in self.slices} or start + sum(lengths) != stop:
             raise ValueError(f"tokens {start} to {stop} are not whole scales of {self.lengths} tokens")
         return lengths
 
