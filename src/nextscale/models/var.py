@@ -24,6 +24,7 @@ from nextscale.models.protocol import Conditioning, NextScaleModel
 from nextscale.models.scales import ScaleSchedule
 
 MAX_LOG_ATTENTION_SCALE = math.log(100)
+NORM_EPS = 1e-6
 
 
 class VARConfig(Record):
@@ -160,11 +161,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BlC: Tensor, lengths: tuple[int, ...], cache: KVCache | None, layer: int) -> Tensor:
         qkv = self.mat_qkv(x_BlC)  # called, not read for its weight: it may carry an adapter
-        q_BlC, k_BlC, v_BlC = qkv.chunk(3, -1)
-        q_BlC, v_BlC = q_BlC + self.q_bias.to(qkv.dtype), v_BlC + self.v_bias.to(qkv.dtype)
-        q_BlHd, k_BlHd, v_BlHd = (
-            rearrange(each, "B l (H d) -> B l H d", H=self.num_heads) for each in (q_BlC, k_BlC, v_BlC)
-        )
+        qkv = qkv + torch.cat([self.q_bias, self.zero_k_bias, self.v_bias]).to(qkv.dtype)
+        q_BlHd, k_BlHd, v_BlHd = rearrange(qkv, "B l (n H d) -> n B l H d", n=3, H=self.num_heads)
         scale_H1 = self.scale_mul_1H11.clamp_max(MAX_LOG_ATTENTION_SCALE).exp()[0, :, :, 0]
         q_BlHd = (F.normalize(q_BlHd, dim=-1) * scale_H1).to(v_BlHd.dtype)
         k_BLHd, v_BLHd = F.normalize(k_BlHd, dim=-1).to(v_BlHd.dtype), v_BlHd
@@ -226,10 +224,41 @@ class Block(nn.Module):
         return torch.addcmul(x_BlC, fed, gamma2)
 
 
+class Modulated(torch.autograd.Function):
+    """LayerNorm without affine parameters, then scale and shift.
+
+    The normalised input is computed again in the backward pass: autograd would save it, one more float32 tensor
+    of the stream's size beside the stream itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BlC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Tensor:
+        normed_BlC, mean_Bl1, rstd_Bl1 = torch.native_layer_norm(
+            x_BlC, x_BlC.shape[-1:], None, None, NORM_EPS
+        )
+        ctx.save_for_backward(x_BlC, scale_B1C, mean_Bl1, rstd_Bl1)
+        return torch.addcmul(shift_B1C, normed_BlC, scale_B1C + 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (d_BlC,), (x_BlC, scale_B1C, mean_Bl1, rstd_Bl1) = gradients, ctx.saved_tensors
+        normed_BlC = (x_BlC - mean_Bl1) * rstd_Bl1
+        dx_BlC = torch.ops.aten.native_layer_norm_backward(
+            d_BlC * (scale_B1C + 1),
+            x_BlC,
+            x_BlC.shape[-1:],
+            mean_Bl1,
+            rstd_Bl1,
+            None,
+            None,
+            [True, False, False],
+        )[0]
+        return dx_BlC, (d_BlC * normed_BlC).sum(1, keepdim=True), d_BlC.sum(1, keepdim=True)
+
+
 def _modulate(x_BlC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor, weight: Tensor) -> Tensor:
-    """LayerNorm without affine parameters, then scale and shift, in the dtype of the next layer's weight."""
-    normed = F.layer_norm(x_BlC, x_BlC.shape[-1:], eps=1e-6)
-    return torch.addcmul(shift_B1C, normed, scale_B1C + 1).to(weight.dtype)
+    """LayerNorm, then scale and shift, in the dtype of the next layer's weight."""
+    return Modulated.apply(x_BlC, scale_B1C, shift_B1C).to(weight.dtype)
 
 
 class AdaLNBeforeHead(nn.Module):
@@ -239,7 +268,7 @@ class AdaLNBeforeHead(nn.Module):
 
     def forward(self, x_BlC: Tensor, condition_BC: Tensor) -> Tensor:
         two = rearrange(self.ada_lin(condition_BC), "B (n C) -> n B 1 C", n=2).float()
-        return F.layer_norm(x_BlC, x_BlC.shape[-1:], eps=1e-6) * (two[0] + 1) + two[1]
+        return Modulated.apply(x_BlC, two[0], two[1])
 
 
 class VAR(NextScaleModel):
