@@ -161,8 +161,12 @@ class Attention(nn.Module):
 
     def forward(self, x_BlC: Tensor, lengths: tuple[int, ...], cache: KVCache | None, layer: int) -> Tensor:
         qkv = self.mat_qkv(x_BlC)  # called, not read for its weight: it may carry an adapter
-        qkv = qkv + torch.cat([self.q_bias, self.zero_k_bias, self.v_bias]).to(qkv.dtype)
-        q_BlHd, k_BlHd, v_BlHd = rearrange(qkv, "B l (n H d) -> n B l H d", n=3, H=self.num_heads)
+        # Each in a tensor of its own: what a backward pass saves of one would keep the others as well.
+        biases = self.q_bias, self.zero_k_bias, self.v_bias
+        q_BlHd, k_BlHd, v_BlHd = (
+            rearrange(each_BlC + bias_C.to(qkv.dtype), "B l (H d) -> B l H d", H=self.num_heads)
+            for each_BlC, bias_C in zip(qkv.chunk(3, -1), biases, strict=True)
+        )
         scale_H1 = self.scale_mul_1H11.clamp_max(MAX_LOG_ATTENTION_SCALE).exp()[0, :, :, 0]
         q_BlHd = (F.normalize(q_BlHd, dim=-1) * scale_H1).to(v_BlHd.dtype)
         k_BLHd, v_BLHd = F.normalize(k_BlHd, dim=-1).to(v_BlHd.dtype), v_BlHd
