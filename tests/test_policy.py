@@ -193,6 +193,33 @@ def test_a_full_codebook_is_inverted_in_float64():
         assert np.array_equal(tokens[0].numpy(), expected)
 
 
+@pytest.mark.parametrize("num_codes", [1, 5, 64, 65, 4096, 4097])
+def test_the_inverse_transform_over_several_blocks_of_codes(num_codes):
+    generator = torch.Generator().manual_seed(num_codes)
+    kept = torch.rand(7, num_codes, generator=generator) < 0.1
+    kept[:, torch.randint(num_codes, (1,), generator=generator)] = True
+    logits = 5 * torch.randn(7, num_codes, generator=generator)
+    log_probs = logits.masked_fill(~kept, -INF).log_softmax(-1)
+    uniforms = torch.rand(7, 50, generator=generator)
+    uniforms[:, 0], uniforms[:, 1], uniforms[:, 2] = 0.0, JUST_BELOW_1, 2.0**-24
+    tokens = draw_tokens(log_probs[:, None].expand(-1, 50, -1), uniforms)
+    assert kept.gather(1, tokens).all()
+    for row in range(7):
+        cumulative = np.cumsum(np.exp(log_probs[row].double().numpy()))
+        points = uniforms[row].double().numpy() * cumulative[-1]
+        expected = np.searchsorted(cumulative, points, side="right")
+        near = np.abs(cumulative[:, None] - points).min(0) < 1e-7  # rounding may decide these
+        assert (~near[3:]).mean() > 0.9
+        assert np.array_equal(tokens[row].numpy()[~near], expected[~near])
+
+
+def test_the_largest_number_below_1_draws_the_last_kept_code():
+    log_probs = torch.full((1, 1, 200), -INF)
+    log_probs[..., :70] = -math.log(70)
+    just_below_1 = torch.tensor([[1 - 2.0**-53]], dtype=torch.float64)
+    assert draw_tokens(log_probs, just_below_1).item() == 69
+
+
 def test_frequencies_are_the_probabilities():
     probabilities = torch.tensor([0.02, 0.4, 0.0, 0.18, 0.1, 0.3])
     number = 60_000

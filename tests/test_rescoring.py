@@ -34,6 +34,20 @@ def test_recomputed_log_probs_are_those_recorded_while_sampling(make_pipeline, c
     torch.testing.assert_close(recomputed.detach(), samples.log_probs, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("guidance_scale", [1.5, 4.0])
+def test_in_bfloat16_they_are_those_recorded_up_to_what_products_round(make_pipeline, guidance_scale):
+    """Attention runs on the same shapes in both, and all else goes token by token."""
+    pipe, config = make_pipeline(depth=4), SamplingConfig(guidance_scale=guidance_scale)
+    with torch.autocast("cpu", torch.bfloat16):
+        samples = drawn(pipe, config)
+    with torch.autocast("cpu", torch.bfloat16):
+        recomputed = log_probs(pipe, LABELS, samples.tokens, config)
+    difference = (recomputed.detach() - samples.log_probs).abs()
+    assert difference.mean() <= 2e-3
+    exact = log_probs(pipe, LABELS, samples.tokens, config).detach()  # it is bfloat16 that was compared
+    assert (exact - samples.log_probs).abs().mean() > 4e-3
+
+
 def test_another_policy_gives_other_log_probs(tiny_pipeline):
     """The tiny model can tell the policies apart, so that the equality above means something."""
     sampling = SamplingConfig(guidance_scale=1.5, top_k=20, top_p=0.9)

@@ -7,14 +7,18 @@
 
 docs/policy.md explains what is trained when filtering removes tokens, and why.
 
-Shapes: B images · l tokens (of one scale or of all) · V codebook size
+Shapes: B images · l tokens (of one scale or of all) · V codebook size · n blocks of m codes
 """
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from pydantic import Field
 from torch import Tensor
 
 from nextscale.base.records import Record
+
+CODES_PER_BLOCK = 64  # the square root of the official codebook's size
 
 
 class SamplingConfig(Record):
@@ -114,12 +118,31 @@ def policy_log_probs(
 def draw_tokens(log_probs_BlV: Tensor, uniforms_Bl: Tensor) -> Tensor:
     """(B, l) tokens by inverse transform: the first whose cumulative probability exceeds the uniform number.
 
-    One number decides one token, so the same numbers give the same image in any batch, on any device.
-    Computed in float64, so that rounding can never select a removed token (probability 0).
+    One number decides one token, so the same numbers give the same image in any batch, on any device. The
+    codebook is searched block by block, then within a block: so float64 is needed for V / 64 + 64 numbers a
+    token, and rounding can never select a removed token (probability 0).
     """
-    cumulative_BlV = log_probs_BlV.double().exp().cumsum(-1)
-    threshold_Bl1 = uniforms_Bl.double()[..., None] * cumulative_BlV[..., -1:]
-    return torch.searchsorted(cumulative_BlV, threshold_Bl1, right=True).squeeze(-1)
+    num_codes = log_probs_BlV.shape[-1]
+    p_BlV = F.pad(log_probs_BlV.exp(), (0, -num_codes % CODES_PER_BLOCK))
+    p_Blnm = rearrange(p_BlV, "B l (n m) -> B l n m", m=CODES_PER_BLOCK)
+    upto_Bln = p_Blnm.sum(-1, dtype=torch.float64).cumsum(-1)
+    threshold_Bl1 = uniforms_Bl.double()[..., None] * upto_Bln[..., -1:]
+    block_Bl1 = _first_above(upto_Bln, threshold_Bl1)
+
+    before_Bl1 = F.pad(upto_Bln, (1, 0)).gather(-1, block_Bl1)
+    p_Blm = p_Blnm.gather(-2, block_Bl1[..., None].expand(-1, -1, 1, CODES_PER_BLOCK)).squeeze(-2)
+    code_Bl1 = _first_above(p_Blm.double().cumsum(-1), threshold_Bl1 - before_Bl1)
+    tokens_Bl1 = block_Bl1 * CODES_PER_BLOCK + code_Bl1
+    return tokens_Bl1.clamp_max(num_codes - 1).squeeze(-1)  # of NaN, which the sampler refuses in the end
+
+
+def _first_above(cumulative_Bln: Tensor, threshold_Bl1: Tensor) -> Tensor:
+    """(B, l, 1): the first number above the threshold, or the first that is as large as the last."""
+    # Such a number is larger than the one before it: what is found has a positive probability.
+    below_last_Bl1 = torch.nextafter(cumulative_Bln[..., -1:], cumulative_Bln.new_zeros(()))
+    threshold_Bl1 = torch.minimum(threshold_Bl1, below_last_Bl1)
+    found_Bl1 = torch.searchsorted(cumulative_Bln, threshold_Bl1, right=True)
+    return found_Bl1.clamp_max(cumulative_Bln.shape[-1] - 1)
 
 
 def token_log_probs(log_probs_BlV: Tensor, tokens_Bl: Tensor) -> Tensor:

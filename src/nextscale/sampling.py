@@ -56,7 +56,7 @@ def sample(
     conditioning = all_branches(conditioning, config)
     ramp_L = schedule.guidance_ramp().to(uniforms_BL.device)
     latent_BDhw = tokenizer.empty_latent(len(uniforms_BL))
-    tokens, log_probs = [], []
+    tokens, log_probs, is_nan = [], [], []
     inputs = [
         latent_BDhw.new_zeros(len(uniforms_BL), 0, latent_BDhw.shape[1])
     ]  # the first scale sees no input
@@ -64,16 +64,19 @@ def sample(
         if k > 0:
             inputs.append(tokenizer.next_inputs(latent_BDhw, k))
         logits_BlV = guided_logits(transformer, conditioning, inputs[-1], ramp_L[part], config, cache)
-        if logits_BlV.isnan().any():  # costs one device synchronization per scale
-            raise CheckpointError(
-                f"the model's logits are NaN at scale {k + 1}: its weights hold NaN or infinity, or training "
-                "has diverged; go back to an earlier checkpoint, or lower the learning rate"
-            )
+        is_nan.append(logits_BlV.isnan().any())
         log_probs_BlV = policy_log_probs(logits_BlV, config)
         tokens_Bl = draw_tokens(log_probs_BlV, uniforms_BL[:, part])
         log_probs.append(token_log_probs(log_probs_BlV, tokens_Bl))
         tokens.append(tokens_Bl)
         latent_BDhw = tokenizer.add_scale(latent_BDhw, tokens_Bl, k)
+    is_nan_S = torch.stack(is_nan)
+    if is_nan_S.any():  # looked at once, in the end: it waits for the device
+        scale = is_nan_S.tolist().index(True) + 1
+        raise CheckpointError(
+            f"the model's logits are NaN at scale {scale}: its weights hold NaN or infinity, or training "
+            "has diverged; go back to an earlier checkpoint, or lower the learning rate"
+        )
     return Samples(torch.cat(tokens, 1), torch.cat(log_probs, 1), torch.cat(inputs, 1), latent_BDhw)
 
 

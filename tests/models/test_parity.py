@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from nextscale.models.var import VAR, KVCache, VARConfig
+from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
 from nextscale.policy import SamplingConfig, kept_tokens, policy_log_probs
 from nextscale.rescoring import log_probs, teacher_forced_logits
@@ -188,7 +188,7 @@ def test_the_cached_forward_is_the_teacher_forced_one(parity_pipeline, golden):
     transformer, schedule = parity_pipeline.transformer, parity_pipeline.transformer.schedule
     inputs = golden["x_BLCv_wo_first_l"]
     for labels, whole in ((golden["labels"], "logits"), (torch.full((4,), 10), "logits_null")):
-        cache, logits = KVCache(), []
+        cache, logits = transformer.new_cache(), []
         for part in schedule.slices:
             logits.append(
                 transformer(

@@ -49,6 +49,17 @@ class ScaleSchedule:
         ends = [sum(self.lengths[: k + 1]) for k in range(self.num_scales)]
         return tuple(slice(end - length, end) for end, length in zip(ends, self.lengths, strict=True))
 
+    def lengths_of(self, start: int, stop: int) -> tuple[int, ...]:
+        """Number of tokens of each scale from position `start` on, up to `stop`.
+
+        Raises:
+            ValueError: a scale begins or ends elsewhere.
+        """
+        lengths = tuple(part.stop - part.start for part in self.slices if start <= part.start < stop)
+        if not lengths or start not in {part.start for part in self.slices} or start + sum(lengths) != stop:
+            raise ValueError(f"tokens {start} to {stop} are not whole scales of {self.lengths} tokens")
+        return lengths
+
     def scale_of_token(self) -> torch.Tensor:
         """(L,) int64: the index of the scale that each token belongs to."""
         return torch.cat([torch.full((length,), k) for k, length in enumerate(self.lengths)])

@@ -7,16 +7,14 @@ Source: VAR (arXiv 2404.02905), section 3.2; parameter names are those of the of
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import cast
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from nextscale.base.conditions import Condition
@@ -26,6 +24,7 @@ from nextscale.models.protocol import Conditioning, NextScaleModel
 from nextscale.models.scales import ScaleSchedule
 
 MAX_LOG_ATTENTION_SCALE = math.log(100)
+NORM_EPS = 1e-6
 
 
 class VARConfig(Record):
@@ -52,23 +51,97 @@ class VARConfig(Record):
 
 
 class KVCache:
-    """Keys and values of the scales that have run. The caller makes one for each batch that it samples."""
+    """What the scales that have run leave to the next ones. The caller makes one for each batch of images.
 
-    def __init__(self) -> None:
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+    Args:
+        capacity: number of tokens of all scales, L.
 
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens held, of all scales that have run."""
-        return self._layers[0][0].shape[2] if self._layers else 0
+    Attributes:
+        num_tokens: number of tokens of the scales that have run.
+        modulations: of each layer; they depend on the conditions alone, so all scales have the same.
+    """
 
-    def extend(self, layer: int, k_BHld: Tensor, v_BHld: Tensor) -> tuple[Tensor, Tensor]:
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.num_tokens = capacity, 0
+        self.modulations: dict[int, tuple[Tensor, ...]] = {}
+        self._layers: dict[int, Tensor] = {}
+
+    def extend(self, layer: int, k_BlHd: Tensor, v_BlHd: Tensor) -> tuple[Tensor, Tensor]:
         """Append the keys and values of one scale to those of a layer; returns all of that layer's."""
-        if layer in self._layers:
-            k_held, v_held = self._layers[layer]
-            k_BHld, v_BHld = torch.cat([k_held, k_BHld], 2), torch.cat([v_held, v_BHld], 2)
-        self._layers[layer] = k_BHld, v_BHld
-        return k_BHld, v_BHld
+        if layer not in self._layers:  # one buffer for all scales: nothing is copied to make room
+            B, _, H, d = k_BlHd.shape
+            self._layers[layer] = k_BlHd.new_empty(2, B, self.capacity, H, d)
+        held, end = self._layers[layer], self.num_tokens + k_BlHd.shape[1]
+        held[0, :, self.num_tokens : end], held[1, :, self.num_tokens : end] = k_BlHd, v_BlHd
+        return held[0, :, :end], held[1, :, :end]
+
+
+class AttentionByScale(torch.autograd.Function):
+    """Attention of one or several consecutive scales, each to itself and to all coarser ones.
+
+    Each scale is one call without a mask, in training on exactly the shapes that it had in sampling. A mask
+    over all scales would compute 38 % hidden pairs, and have other kernels with other rounding.
+    The backward pass runs each scale's attention again, so that nothing quadratic is saved, and adds up the
+    gradients of keys and values in place: autograd would pad those of every scale to all tokens.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_BlHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """(B, l, H, d), from queries of scales of these lengths, and the keys and values up to the last."""
+        ctx.save_for_backward(q_BlHd, k_BLHd, v_BLHd)
+        ctx.lengths = lengths
+        parts = _scales(lengths, k_BLHd.shape[1])
+        outs = [_attend(q_BlHd[:, at], k_BLHd[:, :end], v_BLHd[:, :end]) for at, end in parts]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        (d_out_BlHd,), (q_BlHd, k_BLHd, v_BLHd) = gradients, ctx.saved_tensors
+        dq_BlHd = torch.empty_like(q_BlHd)
+        # Up to S terms are added to a gradient: in float32.
+        dk_BLHd = torch.zeros_like(k_BLHd, dtype=torch.float32)
+        dv_BLHd = torch.zeros_like(v_BLHd, dtype=torch.float32)
+        for at, end in _scales(ctx.lengths, k_BLHd.shape[1]):
+            seen = q_BlHd[:, at], k_BLHd[:, :end], v_BLHd[:, :end]
+            dq_BlHd[:, at], dk, dv = _attend_backward(*seen, d_out_BlHd[:, at])
+            dk_BLHd[:, :end] += dk
+            dv_BLHd[:, :end] += dv
+        return dq_BlHd, dk_BLHd.to(k_BLHd.dtype), dv_BLHd.to(v_BLHd.dtype), None
+
+
+def _scales(lengths: tuple[int, ...], num_keys: int) -> Iterator[tuple[slice, int]]:
+    """For each scale, where its queries are, and the end of what they attend to."""
+    start, hidden = 0, num_keys - sum(lengths)
+    for length in lengths:
+        yield slice(start, start + length), hidden + start + length
+        start += length
+
+
+def _attend(q_BlHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor) -> Tensor:
+    q_BHld, k_BHLd, v_BHLd = (each.transpose(1, 2) for each in (q_BlHd, k_BLHd, v_BLHd))
+    return F.scaled_dot_product_attention(q_BHld, k_BHLd, v_BHLd, scale=1.0).transpose(1, 2)
+
+
+def _attend_backward(
+    q_BlHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor, d_out_BlHd: Tensor
+) -> tuple[Tensor, ...]:
+    """The gradients of queries, keys and values."""
+    if q_BlHd.device.type == "cpu" and q_BlHd.dtype != torch.float32:
+        return _attend_backward_on_cpu(q_BlHd, k_BLHd, v_BLHd, d_out_BlHd)
+    with torch.enable_grad():
+        leaves = [each.detach().requires_grad_() for each in (q_BlHd, k_BLHd, v_BLHd)]
+        out_BlHd = _attend(*leaves)
+    return torch.autograd.grad(out_BlHd, leaves, d_out_BlHd)
+
+
+def _attend_backward_on_cpu(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same in matrix products, which is faster there in bfloat16; the weights' logits are float32."""
+    q_BHld, k_BHLd, v_BHLd, d_out_BHld = (each.transpose(1, 2) for each in tensors)
+    weights_BHlL = (q_BHld.float() @ k_BHLd.float().mT).softmax(-1).to(v_BHLd.dtype)
+    d_weights_BHlL = d_out_BHld @ v_BHLd.mT
+    d_logits_BHlL = torch.ops.aten._softmax_backward_data(d_weights_BHlL, weights_BHlL, -1, weights_BHlL.dtype)
+    gradients = d_logits_BHlL @ k_BHLd, d_logits_BHlL.mT @ q_BHld, weights_BHlL.mT @ d_out_BHld
+    return tuple(each.transpose(1, 2) for each in gradients)
 
 
 class Attention(nn.Module):
@@ -86,25 +159,21 @@ class Attention(nn.Module):
         self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BlC: Tensor, bias_ll: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x_BlC: Tensor, lengths: tuple[int, ...], cache: KVCache | None, layer: int) -> Tensor:
         qkv = self.mat_qkv(x_BlC)  # called, not read for its weight: it may carry an adapter
-        qkv = qkv + torch.cat([self.q_bias, self.zero_k_bias, self.v_bias]).to(qkv.dtype)
-        q_BHld, k_BHld, v_BHld = rearrange(qkv, "B l (n H d) -> n B H l d", n=3, H=self.num_heads)
-        scale_1H11 = self.scale_mul_1H11.clamp_max(MAX_LOG_ATTENTION_SCALE).exp()
-        q_BHld = (F.normalize(q_BHld, dim=-1) * scale_1H11).to(v_BHld.dtype)
-        k_BHld = F.normalize(k_BHld, dim=-1).to(v_BHld.dtype)
+        # Each in a tensor of its own: what a backward pass saves of one would keep the others as well.
+        biases = self.q_bias, self.zero_k_bias, self.v_bias
+        q_BlHd, k_BlHd, v_BlHd = (
+            rearrange(each_BlC + bias_C.to(qkv.dtype), "B l (H d) -> B l H d", H=self.num_heads)
+            for each_BlC, bias_C in zip(qkv.chunk(3, -1), biases, strict=True)
+        )
+        scale_H1 = self.scale_mul_1H11.clamp_max(MAX_LOG_ATTENTION_SCALE).exp()[0, :, :, 0]
+        q_BlHd = (F.normalize(q_BlHd, dim=-1) * scale_H1).to(v_BlHd.dtype)
+        k_BLHd, v_BLHd = F.normalize(k_BlHd, dim=-1).to(v_BlHd.dtype), v_BlHd
         if cache is not None:
-            k_BHld, v_BHld = cache.extend(layer, k_BHld, v_BHld)
-        bias_ll = None if bias_ll is None else bias_ll.to(q_BHld.dtype)
-        with _attention_kernel(x_BlC):
-            out = F.scaled_dot_product_attention(q_BHld, k_BHld, v_BHld, attn_mask=bias_ll, scale=1.0)
-        return self.proj(rearrange(out, "B H l d -> B l (H d)"))
-
-
-def _attention_kernel(x: Tensor) -> AbstractContextManager[object]:
-    """The plain kernel for training on a CPU: the fused one's backward outlasts all the rest of the model."""
-    slow = x.device.type == "cpu" and torch.is_grad_enabled()
-    return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
+            k_BLHd, v_BLHd = cache.extend(layer, k_BLHd, v_BLHd)
+        out_BlHd = AttentionByScale.apply(q_BlHd, k_BLHd, v_BLHd, lengths)
+        return self.proj(rearrange(out_BlHd, "B l H d -> B l (H d)"))
 
 
 class FeedForward(nn.Module):
@@ -140,23 +209,60 @@ class Block(nn.Module):
     def forward(
         self,
         x_BlC: Tensor,
-        modulation: tuple[Tensor, ...],
-        bias_ll: Tensor | None,
+        condition_BC: Tensor,
+        shared_B16C: Tensor | None,
+        lengths: tuple[int, ...],
         cache: KVCache | None,
         layer: int,
     ) -> Tensor:
+        modulation = None if cache is None else cache.modulations.get(layer)
+        if modulation is None:
+            modulation = self.modulation(condition_BC, shared_B16C)
+        if cache is not None:
+            cache.modulations[layer] = modulation
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
         # The residual stream stays float32: in bfloat16, sampling and teacher forcing would drift apart.
-        attended = self.attn(_modulate(x_BlC, scale1, shift1, self.attn.proj.weight), bias_ll, cache, layer)
-        x_BlC = x_BlC + attended.float() * gamma1
+        attended = self.attn(_modulate(x_BlC, scale1, shift1, self.attn.proj.weight), lengths, cache, layer)
+        x_BlC = torch.addcmul(x_BlC, attended, gamma1)
         fed = self.ffn(_modulate(x_BlC, scale2, shift2, self.ffn.fc1.weight))
-        return x_BlC + fed.float() * gamma2
+        return torch.addcmul(x_BlC, fed, gamma2)
+
+
+class Modulated(torch.autograd.Function):
+    """LayerNorm without affine parameters, then scale and shift.
+
+    The normalised input is computed again in the backward pass: autograd would save it, one more float32
+    tensor of the stream's size beside the stream itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BlC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Tensor:
+        normed_BlC, mean_Bl1, rstd_Bl1 = torch.native_layer_norm(
+            x_BlC, x_BlC.shape[-1:], None, None, NORM_EPS
+        )
+        ctx.save_for_backward(x_BlC, scale_B1C, mean_Bl1, rstd_Bl1)
+        return torch.addcmul(shift_B1C, normed_BlC, scale_B1C + 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (d_BlC,), (x_BlC, scale_B1C, mean_Bl1, rstd_Bl1) = gradients, ctx.saved_tensors
+        normed_BlC = (x_BlC - mean_Bl1) * rstd_Bl1
+        dx_BlC = torch.ops.aten.native_layer_norm_backward(
+            d_BlC * (scale_B1C + 1),
+            x_BlC,
+            x_BlC.shape[-1:],
+            mean_Bl1,
+            rstd_Bl1,
+            None,
+            None,
+            [True, False, False],
+        )[0]
+        return dx_BlC, (d_BlC * normed_BlC).sum(1, keepdim=True), d_BlC.sum(1, keepdim=True)
 
 
 def _modulate(x_BlC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor, weight: Tensor) -> Tensor:
-    """LayerNorm without affine parameters, then scale and shift, in the dtype of the next layer's weight."""
-    normed = F.layer_norm(x_BlC, x_BlC.shape[-1:], eps=1e-6)
-    return (normed * (scale_B1C + 1) + shift_B1C).to(weight.dtype)
+    """LayerNorm, then scale and shift, in the dtype of the next layer's weight."""
+    return Modulated.apply(x_BlC, scale_B1C, shift_B1C).to(weight.dtype)
 
 
 class AdaLNBeforeHead(nn.Module):
@@ -166,7 +272,7 @@ class AdaLNBeforeHead(nn.Module):
 
     def forward(self, x_BlC: Tensor, condition_BC: Tensor) -> Tensor:
         two = rearrange(self.ada_lin(condition_BC), "B (n C) -> n B 1 C", n=2).float()
-        return F.layer_norm(x_BlC, x_BlC.shape[-1:], eps=1e-6) * (two[0] + 1) + two[1]
+        return Modulated.apply(x_BlC, two[0], two[1])
 
 
 class Head(nn.Linear):
@@ -227,16 +333,11 @@ class VAR(NextScaleModel):
         return Conditioning({"labels": labels_B}, {"labels": null})
 
     def parts(self) -> list[list[nn.Module]]:
-        """The modulation of each block, which is computed ahead of it, and its layers."""
-        parts: list[list[nn.Module]] = []
-        for block in cast("Iterable[Block]", self.blocks):
-            if not self.config.shared_adaln:
-                parts.append([block.ada_lin])
-            parts.append([block.attn, block.ffn])
-        return parts
+        """The blocks."""
+        return [[block] for block in self.blocks]
 
-    def new_cache(self) -> "KVCache":
-        return KVCache()
+    def new_cache(self) -> KVCache:
+        return KVCache(self.schedule.num_tokens)
 
     def features(
         self, conditioning: Conditioning, inputs_BlD: Tensor, cache: KVCache | None = None
@@ -244,15 +345,16 @@ class VAR(NextScaleModel):
         start = 0 if cache is None else cache.num_tokens
         condition_BC = self.class_emb(conditioning["labels"])
         x_BlC = self._embed(condition_BC, inputs_BlD, start)
-        length = x_BlC.shape[1]
-        bias_ll = self.attn_bias_for_masking[..., :length, :length] if cache is None else None
+        lengths = self.schedule.lengths_of(start, start + x_BlC.shape[1])
         shared_B16C = None
         if self.config.shared_adaln:
             shared_B16C = rearrange(self.shared_ada_lin(condition_BC), "B (n C) -> B 1 n C", n=6)
         recompute = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(cast("Iterable[Block]", self.blocks)):
-            arguments = x_BlC, block.modulation(condition_BC, shared_B16C), bias_ll, cache, layer
+            arguments = x_BlC, condition_BC, shared_B16C, lengths, cache, layer
             x_BlC = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
+        if cache is not None:
+            cache.num_tokens += x_BlC.shape[1]
         return self.head_nm(x_BlC, condition_BC)
 
     def _embed(self, condition_BC: Tensor, inputs_BlD: Tensor, start: int) -> Tensor:

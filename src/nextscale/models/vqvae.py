@@ -220,7 +220,8 @@ class VQVAE(nn.Module):
 
     def images_to_latent(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) images in [0, 1] to the (B, D, h, w) latent before quantization."""
-        return self.quant_conv(self.encoder(images * 2 - 1))
+        images = images.contiguous(memory_format=torch.channels_last)
+        return self.quant_conv(self.encoder(images * 2 - 1)).contiguous()
 
     @torch.no_grad()
     def decode(self, tokens_BL: Tensor) -> Tensor:
@@ -229,8 +230,10 @@ class VQVAE(nn.Module):
 
     def latent_to_images(self, f_hat_BDhw: Tensor) -> Tensor:
         """(B, D, h, w) quantized latent to (B, 3, H, W) float32 images in [0, 1]."""
+        # Channels last: convolutions are then up to twice as fast, as no layer changes the layout.
+        f_hat_BDhw = f_hat_BDhw.contiguous(memory_format=torch.channels_last)
         images = self.decoder(self.post_quant_conv(f_hat_BDhw)).clamp(-1, 1)
-        return images.float().add(1).mul(0.5)
+        return images.float().add(1).mul(0.5).contiguous()
 
     def empty_latent(self, num_images: int) -> Tensor:
         """(B, D, h, w) zeros: the latent before the first scale."""
