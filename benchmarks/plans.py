@@ -1,9 +1,10 @@
 """The plans of all recipes for published models, as the table in docs/planning.md.
 
 python benchmarks/plans.py            # print the table
-python benchmarks/plans.py --write    # write it into the page
+python benchmarks/plans.py --write    # write it into the page, and each recipe's line into the recipe
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -20,6 +21,8 @@ PLACES = {
     "var-d36": (("h100-80gb", 8),),
     "var-d30-combined-lora": (("a100-40gb", 1),),
 }
+RECIPES = PAGE.parents[1] / "src" / "nextscale" / "recipes"
+EXPECTED = r"# Expected: (.+) GB and (.+) s a step on (\d+) x ([\w-]+\w)"
 HEAD = """| recipe | GPUs | peak of one process, GB | fits | PFLOP a step | s a step | hours for all steps |
 | --- | --- | --- | --- | --- | --- | --- |"""
 
@@ -44,6 +47,12 @@ def main() -> None:
     before, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     PAGE.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}")
+    for name in packaged_recipes():
+        text = (RECIPES / f"{name}.yaml").read_text()
+        if found := re.search(EXPECTED, text):
+            plan = plan_recipe(load_recipe(name), found[4], int(found[3]))
+            told = f"{plan.peak / 1e9:.0f} GB and {plan.seconds:.2g} s a step on {found[3]} x {found[4]}"
+            (RECIPES / f"{name}.yaml").write_text(text.replace(found[0], f"# Expected: {told}"))
 
 
 if __name__ == "__main__":

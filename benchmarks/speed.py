@@ -4,12 +4,12 @@
     python benchmarks/speed.py d16 --dtype bf16 --peer path/to/VAR --repeats 5 --only-peer
     python benchmarks/speed.py d30 --device cuda --dtype bf16 --fill --peer path/to/VAR --output d30.json
 
-Every time is the median of `--repeats`, after one run that does not count. "Bound" is the time that a part's
-matrix products would take at the rate of one large matrix product, measured on the same machine before and
+Every time is the median of `--repeats`, after one run that does not count. "Bound" is the time that the
+matrix products of a part would take at the rate of one large one, measured on the same machine before and
 after; a backward pass counts as two forward passes, whatever it computes again. Normalisations, activations
-and the drawing itself are not in it. `--fill` doubles the batch until memory is full. With `--peer`, a checkout
-of the public VAR code runs in turn with ours, A B A B, in one process, with the same weights, threads,
-precision, guidance and filters; the ratio is its median time over ours. On a CPU that others use as well,
+and the drawing itself are not in it. `--fill` doubles the batch until memory is full. With `--peer`, a
+checkout of the public VAR code runs in turn with ours, A B A B, in one process, with the same weights,
+threads, precision, guidance and filters; the ratio is its median time over ours. On a CPU that others use as well,
 `--cpu-time` with OMP_NUM_THREADS=1 counts the seconds of the process alone.
 """
 

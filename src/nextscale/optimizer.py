@@ -34,11 +34,15 @@ def make_optimizer(
     model: nn.Module, config: OptimizerConfig, num_updates: int
 ) -> tuple[torch.optim.AdamW, LRScheduler]:
     """AdamW on all trainable parameters, and its schedule over `num_updates` optimizer steps."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    on_gpu = bool(parameters) and all(each.device.type == "cuda" for each in parameters)
     optimizer = torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        parameters,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.weight_decay,
+        # One kernel in place of several, none of which then allocates a copy of the parameters.
+        fused=True if on_gpu else None,
     )
     scheduler = get_scheduler(
         config.lr_scheduler_type,

@@ -85,11 +85,10 @@ def test_d16_costs_what_the_official_model_does():
     assert update == pytest.approx(2 * (930e9 - 3 * hidden + 3 * head), rel=0.04)
     # Twice as much backward as forward, but for the inputs, which get no gradient; and attention, which is
     # run again, and computes its weights once more in its backward kernel; and the logits, which are computed
-    # again. The reference's head runs beside the model's.
-    again = config.depth * (4 + 2) * pairs * config.width
+    # again. The reference's head runs beside the model's, both times.
+    again = config.depth * (4 + 2) * pairs * config.width + head
     inputs = 2 * 679 * config.codebook_width * config.width
     assert update == pytest.approx(2 * (3 * forward + again - inputs + 2 * head), rel=1e-4)
-    assert update == pytest.approx(2 * (930e9 + 3 * head), rel=0.02)
 
 
 def test_memory_by_hand():
@@ -108,9 +107,7 @@ def test_memory_by_hand():
     assert plan.phases["update"] >= plan.activations > 0
     # There are no gradients while images are drawn.
     drawing = plan.phases["rollout"] - plan.resident["gradients"]
-    assert plan.peak == sum(plan.resident.values()) + max(
-        drawing, plan.phases["update"], plan.phases["AdamW"]
-    )
+    assert plan.peak == sum(plan.resident.values()) + max(drawing, plan.phases["update"])
 
 
 def test_a_reference_in_bfloat16_or_in_main_memory():
@@ -157,7 +154,6 @@ def test_fsdp_spreads_the_memory():
     block = sum(each.numel() for each in model.blocks[0].parameters())
     gathered = parameters - (SMALL.depth - 2) * block
     assert sharded.phases["update"] == two.phases["update"] + 8 * gathered
-    assert 2 * sharded.phases["AdamW"] == two.phases["AdamW"]
 
 
 def test_what_the_options_change():
@@ -317,9 +313,9 @@ def test_an_adapter_is_counted_by_hand():
     assert lora.parameters["trained"] == trained and "trained" not in whole.parameters
     assert lora.parameters["transformer"] == whole.parameters["transformer"] + trained
     assert lora.resident["weights"] == whole.resident["weights"] + float32 * trained
-    for name in ("gradients", "gradient buckets", "average"):
+    for name in ("gradients", "average"):
         assert lora.resident[name] == float32 * trained
-    assert lora.resident["AdamW moments"] == 2 * lora.phases["AdamW"] == 2 * float32 * trained
+    assert lora.resident["AdamW moments"] == 2 * float32 * trained
     assert lora.resident["reference"] == whole.resident["average"] == 0
     assert lora.flops["reference"] == pytest.approx(whole.flops["reference"])
     assert lora.flops["update"] < 0.85 * whole.flops["update"]  # no gradients of the base's weights

@@ -8,6 +8,7 @@ Source: VAR (arXiv 2404.02905), section 3.2; parameter names are those of the of
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -97,16 +98,20 @@ class AttentionByScale(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         (d_out_BlHd,), (q_BlHd, k_BLHd, v_BLHd) = gradients, ctx.saved_tensors
-        dq_BlHd = torch.empty_like(q_BlHd)
+        is_bf16_on_cpu = q_BlHd.device.type == "cpu" and q_BlHd.dtype == torch.bfloat16
+        attend_backward = _attend_backward_on_cpu if is_bf16_on_cpu else _attend_backward
+        # Heads first, and each head's numbers together, as matrix products want them.
+        q, k, v, d_out = (each.transpose(1, 2).contiguous() for each in (q_BlHd, k_BLHd, v_BLHd, d_out_BlHd))
+        dq = torch.empty_like(q)
         # Up to S terms are added to a gradient: in float32.
-        dk_BLHd = torch.zeros_like(k_BLHd, dtype=torch.float32)
-        dv_BLHd = torch.zeros_like(v_BLHd, dtype=torch.float32)
-        for at, end in _scales(ctx.lengths, k_BLHd.shape[1]):
-            seen = q_BlHd[:, at], k_BLHd[:, :end], v_BLHd[:, :end]
-            dq_BlHd[:, at], dk, dv = _attend_backward(*seen, d_out_BlHd[:, at])
-            dk_BLHd[:, :end] += dk
-            dv_BLHd[:, :end] += dv
-        return dq_BlHd, dk_BLHd.to(k_BLHd.dtype), dv_BLHd.to(v_BLHd.dtype), None
+        dk, dv = (torch.zeros_like(each, dtype=torch.float32) for each in (k, v))
+        for at, end in _scales(ctx.lengths, k.shape[2]):
+            seen = q[:, :, at], k[:, :, :end], v[:, :, :end], d_out[:, :, at]
+            dq[:, :, at], dk_seen, dv_seen = attend_backward(*seen)
+            dk[:, :, :end] += dk_seen
+            dv[:, :, :end] += dv_seen
+        dq_BlHd, dk_BLHd, dv_BLHd = (each.transpose(1, 2) for each in (dq, dk, dv))
+        return dq_BlHd, dk_BLHd.to(k.dtype), dv_BLHd.to(v.dtype), None
 
 
 def _scales(lengths: tuple[int, ...], num_keys: int) -> Iterator[tuple[slice, int]]:
@@ -122,26 +127,37 @@ def _attend(q_BlHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q_BHld, k_BHLd, v_BHLd, scale=1.0).transpose(1, 2)
 
 
-def _attend_backward(
-    q_BlHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor, d_out_BlHd: Tensor
-) -> tuple[Tensor, ...]:
+def _attend_backward(q_BHld: Tensor, k_BHLd: Tensor, v_BHLd: Tensor, d_out_BHld: Tensor) -> Sequence[Tensor]:
     """The gradients of queries, keys and values."""
-    if q_BlHd.device.type == "cpu" and q_BlHd.dtype != torch.float32:
-        return _attend_backward_on_cpu(q_BlHd, k_BLHd, v_BLHd, d_out_BlHd)
     with torch.enable_grad():
-        leaves = [each.detach().requires_grad_() for each in (q_BlHd, k_BLHd, v_BLHd)]
-        out_BlHd = _attend(*leaves)
-    return torch.autograd.grad(out_BlHd, leaves, d_out_BlHd)
+        leaves = [each.detach().requires_grad_() for each in (q_BHld, k_BHLd, v_BHLd)]
+        out_BHld = F.scaled_dot_product_attention(*leaves, scale=1.0)
+    return torch.autograd.grad(out_BHld, leaves, d_out_BHld)
 
 
-def _attend_backward_on_cpu(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The same in matrix products, which is faster there in bfloat16; the weights' logits are float32."""
-    q_BHld, k_BHLd, v_BHLd, d_out_BHld = (each.transpose(1, 2) for each in tensors)
-    weights_BHlL = (q_BHld.float() @ k_BHLd.float().mT).softmax(-1).to(v_BHLd.dtype)
+def _attend_backward_on_cpu(
+    q_BHld: Tensor, k_BHLd: Tensor, v_BHLd: Tensor, d_out_BHld: Tensor
+) -> Sequence[Tensor]:
+    """The same of bfloat16 in matrix products: faster there than the fused kernel's backward pass."""
+    # Attention is sharp: bfloat16 would round its logits by up to 0.25. The factors are bfloat16 numbers, so
+    # that to multiply them as such loses nothing, and sums stay float32.
+    with _products_of_bfloat16():
+        logits_BHlL = q_BHld.float() @ k_BHLd.float().mT
+    weights_BHlL = logits_BHlL.softmax(-1).to(v_BHLd.dtype)
     d_weights_BHlL = d_out_BHld @ v_BHLd.mT
-    d_logits_BHlL = torch.ops.aten._softmax_backward_data(d_weights_BHlL, weights_BHlL, -1, weights_BHlL.dtype)
-    gradients = d_logits_BHlL @ k_BHLd, d_logits_BHlL.mT @ q_BHld, weights_BHlL.mT @ d_out_BHld
-    return tuple(each.transpose(1, 2) for each in gradients)
+    d_logits_BHlL = torch.ops.aten._softmax_backward_data(d_weights_BHlL, weights_BHlL, -1, v_BHLd.dtype)
+    return d_logits_BHlL @ k_BHLd, d_logits_BHlL.mT @ q_BHld, weights_BHlL.mT @ d_out_BHld
+
+
+@contextmanager
+def _products_of_bfloat16() -> Iterator[None]:
+    """On a CPU, multiply float32 matrices as bfloat16, and add the products up in float32."""
+    matmul = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 class Attention(nn.Module):
@@ -203,7 +219,7 @@ class Block(nn.Module):
         if shared_B16C is not None:
             six_B16C = shared_B16C + self.ada_gss
         else:
-            six_B16C = rearrange(self.ada_lin(condition_BC), "B (n C) -> B 1 n C", n=6)
+            six_B16C = rearrange(_as_stored(self.ada_lin, condition_BC), "B (n C) -> B 1 n C", n=6)
         return six_B16C.float().unbind(2)
 
     def forward(
@@ -260,6 +276,13 @@ class Modulated(torch.autograd.Function):
         return dx_BlC, (d_BlC * normed_BlC).sum(1, keepdim=True), d_BlC.sum(1, keepdim=True)
 
 
+def _as_stored(layer: nn.Module, condition_BC: Tensor) -> Tensor:
+    """A modulation in the dtype of its weights, a third of the model's, whatever autocast says. It has one
+    row an image: to cast the weights and their gradients would cost more than the product."""
+    with torch.autocast(condition_BC.device.type, enabled=False):
+        return layer(condition_BC)
+
+
 def _modulate(x_BlC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor, weight: Tensor) -> Tensor:
     """LayerNorm, then scale and shift, in the dtype of the next layer's weight."""
     return Modulated.apply(x_BlC, scale_B1C, shift_B1C).to(weight.dtype)
@@ -271,7 +294,7 @@ class AdaLNBeforeHead(nn.Module):
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x_BlC: Tensor, condition_BC: Tensor) -> Tensor:
-        two = rearrange(self.ada_lin(condition_BC), "B (n C) -> n B 1 C", n=2).float()
+        two = rearrange(_as_stored(self.ada_lin, condition_BC), "B (n C) -> n B 1 C", n=2).float()
         return Modulated.apply(x_BlC, two[0], two[1])
 
 
@@ -348,7 +371,8 @@ class VAR(NextScaleModel):
         lengths = self.schedule.lengths_of(start, start + x_BlC.shape[1])
         shared_B16C = None
         if self.config.shared_adaln:
-            shared_B16C = rearrange(self.shared_ada_lin(condition_BC), "B (n C) -> B 1 n C", n=6)
+            six_BC = _as_stored(self.shared_ada_lin, condition_BC)
+            shared_B16C = rearrange(six_BC, "B (n C) -> B 1 n C", n=6)
         recompute = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(cast("Iterable[Block]", self.blocks)):
             arguments = x_BlC, condition_BC, shared_B16C, lengths, cache, layer

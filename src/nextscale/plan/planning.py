@@ -167,10 +167,9 @@ def make_plan(
     phases = {name: counts[name].peak for name in ("rollout", "decode", "reward", "update")}
     if waiting:
         phases["reference"] = waiting + counts["reference"].peak
-    phases["AdamW"] = one_each  # on a GPU, torch's AdamW holds the square roots of all second moments at once
     if is_sharded:
         for name in ("rollout", "decode", "reward"):
-            phases[name] += weights.num_bytes  # gathered once for all scales and batches
+            phases[name] += FLOAT32 * weights.parameters  # gathered once for all scales and batches
         # A pass over the model holds what is in no block, and two blocks, one at work and one on its way;
         # each with its gradient.
         block, trained_block = (_size(tuned.blocks[0], is_trained=each).parameters for each in (False, True))
@@ -204,7 +203,7 @@ def describe(plan: Plan) -> str:
     networks += [f"that of '{name}' unknown, not counted" for name in plan.unknown]
     operations = [f"{name} {_with_unit(number)}" for name, number in plan.flops.items()]
     total = sum(plan.flops.values())
-    names = {"update": "backward pass", "AdamW": "AdamW's step"}
+    names = {"update": "backward pass"}
     place = "" if plan.keeps_gradients else "in place of the gradients"
     details: dict[str, str] = dict.fromkeys(WITHOUT_GRADIENTS, place)
     details["rollout"] = "; ".join(filter(None, [f"keys and values {_gigabytes(plan.cache)}", place]))
