@@ -9,8 +9,8 @@ matrix products of a part would take at the rate of one large one, measured on t
 after; a backward pass counts as two forward passes, whatever it computes again. Normalisations, activations
 and the drawing itself are not in it. `--fill` doubles the batch until memory is full. With `--peer`, a
 checkout of the public VAR code runs in turn with ours, A B A B, in one process, with the same weights,
-threads, precision, guidance and filters; the ratio is its median time over ours. On a CPU that others use as well,
-`--cpu-time` with OMP_NUM_THREADS=1 counts the seconds of the process alone.
+threads, precision, guidance and filters; the ratio is its median time over ours. On a CPU that others use
+as well, `--cpu-time` with OMP_NUM_THREADS=1 counts the seconds of the process alone.
 """
 
 import argparse

@@ -60,7 +60,7 @@ from nextscale.tuning import TuningConfig, check_tuning, frozen_fingerprint, tun
 
 MAX_DRIFT = {"no": 0.01, "bf16": 0.05}
 """Mean difference of log-probs between sampler and trainer, by precision, above which they hardly run the
-same policy: rounding gives 4e-6 and 0.03 in the miniature world at guidance 4 (docs/policy.md)."""
+same policy: rounding gives at most 4e-6 and 0.03 in the miniature world (docs/policy.md)."""
 
 
 class GRPOTrainer:

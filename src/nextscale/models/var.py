@@ -382,7 +382,9 @@ class VAR(NextScaleModel):
         return self.head_nm(x_BlC, condition_BC)
 
     def _embed(self, condition_BC: Tensor, inputs_BlD: Tensor, start: int) -> Tensor:
-        x_BlC = self.word_embed(inputs_BlD.to(self.word_embed.weight.dtype)).float()
+        # In one layout: a CPU rounds products of others in another way.
+        inputs_BlD = inputs_BlD.to(self.word_embed.weight.dtype).contiguous()
+        x_BlC = self.word_embed(inputs_BlD).float()
         if start == 0:
             first_B1C = (condition_BC[:, None] + self.pos_start).float()
             x_BlC = torch.cat([first_B1C, x_BlC], dim=1)

@@ -104,6 +104,8 @@ def make_plan(
     num_gpus: int = 1,
     evaluated: Mapping[str, str | None] | None = None,
     tuning: TuningConfig | None = None,
+    *,
+    as_on_gpu: bool = True,
 ) -> Plan:
     """Plan a run.
 
@@ -113,6 +115,7 @@ def make_plan(
         num_gpus: number of GPUs, each with one process.
         evaluated: purpose to name of networks that are loaded too, but run in evaluations only.
         tuning: what of the transformer is trained; by default all of it.
+        as_on_gpu: see `without_data`.
 
     Raises:
         ConfigError: the GPU is unknown, there are more processes than images, or `tuning` does not fit the
@@ -136,7 +139,7 @@ def make_plan(
     sizes |= {name: _size(_on_meta(lambda c=config: CLIPModel(c))) for name, config in clips.items()}
 
     share = len(share_of(num_images, 0, num_gpus))  # the largest, which all wait for
-    of = Phases(transformer, tokenizer, grpo, sampling, run, share, tuning)
+    of = Phases(transformer, tokenizer, grpo, sampling, run, share, tuning, as_on_gpu)
     counts = {
         "rollout": of.rollout(),
         "decode": of.decode(),
