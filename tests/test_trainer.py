@@ -431,7 +431,7 @@ def test_one_process_can_train_in_two_precisions(make_pipeline: MakePipeline, tm
         make_trainer(make_pipeline(), folder, mixed_precision=precision, max_steps=1).train()
         logged[folder.name] = metrics_of(folder)[0]
     entropies = [each["entropy"] for each in logged.values()]
-    assert entropies[0] == entropies[2] != entropies[1] == pytest.approx(entropies[0], rel=0.01)
+    assert entropies[0] == entropies[2] != entropies[1] == pytest.approx(entropies[0], rel=0.1)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

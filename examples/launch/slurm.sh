@@ -15,6 +15,8 @@
 #SBATCH --time=12:00:00
 #SBATCH --signal=TERM@300
 
+# torchrun would kill its processes 30 seconds after SIGTERM.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=280
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun --kill-on-bad-exit torchrun \
     --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-8}" \

@@ -36,8 +36,8 @@ class GRPOConfig(Record):
     measure_kl: bool = True
     """With beta 0, keep the reference all the same and log the KL; costs a forward pass per step."""
     reference_dtype: ReferenceDtype | None = None
-    """Of the weights of the reference's linear layers, its head aside; by default bfloat16 where
-    run.mixed_precision is bf16, which gives the same numbers in half the memory, else float32."""
+    """Of those of the reference's linear layers that autocast rounds; by default bfloat16 where
+    run.mixed_precision is bf16, which gives the same numbers in two thirds of the memory, else float32."""
     offload_reference: bool = False
     """Keep the reference's weights in main memory, and bring them to the GPU for its pass over a microbatch
     alone."""

@@ -52,9 +52,8 @@ class Reference:
         """A copy of the model as it is now.
 
         Args:
-            dtype: of the weights of its linear layers, which are nearly all. In bfloat16 they take half the
-                memory, and under bfloat16's autocast, which rounds them anyway, they give the same numbers.
-                The head stays float32.
+            dtype: of the linear layers that autocast rounds, two thirds of a VAR's weights. In bfloat16 they
+                take half the memory and give the same numbers. The rest stays float32.
             is_offloaded: keep it in main memory, all but its head.
         """
         copied = cast(copy.deepcopy(model), dtype)
@@ -71,7 +70,7 @@ class Reference:
         """(B, l, C) features, or with guidance (2B, l, C): what `log_probs` needs of a rollout."""
         place = self._brought_to(inputs_BlD.device) if self.is_offloaded else nullcontext()
         # Linear layers in bfloat16 need its autocast, whatever the run's precision is.
-        is_bf16 = any(each.weight.dtype == torch.bfloat16 for each in linear_layers(self.model))
+        is_bf16 = any(each.weight.dtype == torch.bfloat16 for each in rounded_layers(self.model))
         autocast = torch.autocast(inputs_BlD.device.type, torch.bfloat16) if is_bf16 else nullcontext()
         with self.context(), place, autocast:
             return self.model.features(*teacher_forced(conditioning, inputs_BlD, sampling))
@@ -108,15 +107,15 @@ class Reference:
 
 
 def cast(model: NextScaleModel, dtype: ReferenceDtype) -> NextScaleModel:
-    """The model, in place, frozen, and its linear layers before the head in this dtype."""
-    for layer in linear_layers(model):
+    """The model, in place, frozen, and what autocast rounds of it in this dtype."""
+    for layer in rounded_layers(model):
         # New parameters, and not `layer.to`: that cannot replace those of a plan, which have no data.
         for name, each in list(layer.named_parameters(recurse=False)):
             setattr(layer, name, nn.Parameter(each.detach().to(getattr(torch, dtype))))
     return model.requires_grad_(False)
 
 
-def linear_layers(model: NextScaleModel) -> list[nn.Linear]:
-    """Those before the head."""
-    in_head = set(model.head.modules())
-    return [each for each in model.modules() if isinstance(each, nn.Linear) and each not in in_head]
+def rounded_layers(model: NextScaleModel) -> list[nn.Linear]:
+    """The linear layers that run in bfloat16 under its autocast."""
+    spared = {each for part in model.in_float32() for each in part.modules()}
+    return [each for each in model.modules() if isinstance(each, nn.Linear) and each not in spared]

@@ -115,6 +115,7 @@ class GRPOTrainer:
         self.conditions = list(conditions)
         self.grpo.check_processes(self.accelerator.num_processes)
         self._check_held_out()
+        self._check_offload()
         check_trainable(pipe.transformer)
         untune(pipe.transformer)  # of a trainer that was made and never run
         check_tuning(self.tuning, pipe.transformer)
@@ -144,11 +145,6 @@ class GRPOTrainer:
             reference = Reference.copy_of(transformer, dtype, self.grpo.offload_reference)
         self.sharded: Sharded | None = None
         if asks_for_fsdp(self.run):
-            if self.grpo.offload_reference:
-                raise ConfigError(
-                    "grpo.offload_reference has no effect with FSDP, which spreads the reference over all "
-                    "processes: remove one of them"
-                )
             reshards = reshards_after_forward()
             self.sharded = Sharded(transformer, reshard_after_forward=reshards)
             pipe.transformer = self.model = transformer = self.sharded.model
@@ -229,7 +225,8 @@ class GRPOTrainer:
             # reference.
             self.model = self.pipe.transformer
             self.accelerator.free_memory()
-            self._release()
+            if self.sharded is None:  # else one process alone failed, and the others would not help to gather
+                self._release()
             self.pipe.transformer.gradient_checkpointing = False
 
     def _train(self) -> Path:
@@ -259,8 +256,10 @@ class GRPOTrainer:
                     bar.update()
                     bar.set_postfix(_postfix(metrics))
             except (RewardError, TrainingError):
-                self.save()
-                self.unshard()
+                try:
+                    self.save()
+                finally:
+                    self.unshard()
                 raise
             except BrokenPipeError:  # of this process alone: the others would not come to save
                 if process.num_processes == 1:
@@ -574,6 +573,13 @@ class GRPOTrainer:
             raise ConfigError(
                 f"the run in '{self.folder.path}' is finished and kept no checkpoint: train its "
                 f"model, '{self.folder.final}', in another folder, or replace it with run.overwrite"
+            )
+
+    def _check_offload(self) -> None:
+        if self.grpo.offload_reference and asks_for_fsdp(self.run):
+            raise ConfigError(
+                "grpo.offload_reference has no effect with FSDP, which spreads the reference over all "
+                "processes: remove one of them"
             )
 
     def _check_held_out(self) -> None:

@@ -238,7 +238,7 @@ def complete(line, folder, shell="bash"):
         ("nextscale train toy-painting --grpo.scale_rewards ", ["batch", "group", "none"]),
         ("nextscale train toy-painting --run.overwrite t", ["true"]),
         ("nextscale plan toy-painting --gpu h", ["h100-80gb", "h200-141gb"]),
-        ("nextscale evaluate toy --recipe toy-p", ["toy-painting"]),
+        ("nextscale evaluate toy --recipe toy-p", ["toy-painting", "toy-painting-lora"]),
     ],
 )
 def test_the_shell_completes(line, offers, tmp_path):

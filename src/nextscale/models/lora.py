@@ -193,7 +193,7 @@ def read_adapter(model: nn.Module, folder: Path) -> SamplingConfig | None:
         ) from error
     name = config.base_model_name_or_path
     other = f"'{folder}' is an adapter for other weights than this model's"
-    other += f": load it onto '{name}', which it was trained on" if name else ""
+    other += f": it was trained on '{name}', or on a model made from that" if name else ""
     if about.get("base", "") not in ("", fingerprint(base_parameters(model))):
         raise CheckpointError(other)
     try:

@@ -121,6 +121,10 @@ class NextScaleModel(nn.Module, ABC):
             cache: from `new_cache`; it grows by the scale.
         """
 
+    def in_float32(self) -> list[nn.Module]:
+        """The parts that run in float32 whatever autocast says: the head, and what a family adds."""
+        return [self.head]
+
     def logits(self, features_BlC: Tensor) -> Tensor:
         """(B, l, V) float32 logits: log-probabilities need that precision, under autocast too."""
         with torch.autocast(features_BlC.device.type, enabled=False):

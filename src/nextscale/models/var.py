@@ -130,9 +130,9 @@ def _attend(q_BlHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor) -> Tensor:
 def _attend_backward(q_BHld: Tensor, k_BHLd: Tensor, v_BHLd: Tensor, d_out_BHld: Tensor) -> Sequence[Tensor]:
     """The gradients of queries, keys and values."""
     with torch.enable_grad():
-        leaves = [each.detach().requires_grad_() for each in (q_BHld, k_BHLd, v_BHLd)]
-        out_BHld = F.scaled_dot_product_attention(*leaves, scale=1.0)
-    return torch.autograd.grad(out_BHld, leaves, d_out_BHld)
+        q_BHld, k_BHLd, v_BHLd = (each.detach().requires_grad_() for each in (q_BHld, k_BHLd, v_BHLd))
+        out_BHld = F.scaled_dot_product_attention(q_BHld, k_BHLd, v_BHLd, scale=1.0)
+    return torch.autograd.grad(out_BHld, (q_BHld, k_BHLd, v_BHLd), d_out_BHld)
 
 
 def _attend_backward_on_cpu(
@@ -279,7 +279,7 @@ class Modulated(torch.autograd.Function):
 def _as_stored(layer: nn.Module, condition_BC: Tensor) -> Tensor:
     """A modulation in the dtype of its weights, a third of the model's, whatever autocast says. It has one
     row an image: to cast the weights and their gradients would cost more than the product."""
-    with torch.autocast(condition_BC.device.type, enabled=False):
+    with torch.autocast(condition_BC.device.type, torch.bfloat16, enabled=False):
         return layer(condition_BC)
 
 
@@ -326,6 +326,7 @@ class VAR(NextScaleModel):
         self.pos_start = nn.Parameter(torch.empty(1, 1, width))
         self.pos_1LC = nn.Parameter(torch.empty(1, num_tokens, width))
         self.register_buffer("lvl_1L", self.schedule.scale_of_token()[None])
+        # Of the official files alone, which have it: attention runs scale by scale, and needs no mask.
         self.register_buffer("attn_bias_for_masking", self.schedule.attention_bias()[None, None])
         self.word_embed = nn.Linear(config.codebook_width, width)
         self.class_emb = nn.Embedding(config.num_classes + 1, width)
@@ -354,6 +355,11 @@ class VAR(NextScaleModel):
         """The conditioning of class indices in [0, num_classes); num_classes itself is the null class."""
         null = torch.full((1,), self.num_classes, dtype=torch.long, device=labels_B.device)
         return Conditioning({"labels": labels_B}, {"labels": null})
+
+    def in_float32(self) -> list[nn.Module]:
+        """The head and all modulations."""
+        named = self.named_modules()
+        return [self.head, *(each for name, each in named if name.endswith(("ada_lin", "shared_ada_lin")))]
 
     def parts(self) -> list[list[nn.Module]]:
         """The blocks."""

@@ -132,7 +132,8 @@ def make_plan(
         sizes["trained"] = trained
     has_copy = grpo.needs_reference and not tuning.use_peft  # an adapter is switched off instead
     if has_copy:
-        sizes["reference"] = _size(cast(tuned, reference_dtype(grpo, run.mixed_precision)))
+        dtype = reference_dtype(grpo, run.mixed_precision)
+        sizes["reference"] = _size(cast(tuned_transformer(transformer, tuning), dtype))
     sizes["tokenizer"] = _size(_on_meta(lambda: VQVAE(tokenizer)))
     named = {**backbones, **(evaluated or {})}
     clips = {name: config for name in named.values() if name and (config := backbone_config(name))}
