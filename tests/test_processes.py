@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import random_pipeline
+from nextscale.pipeline import VARPipeline
 from test_trainer import brightness, make_trainer, metrics_of, redness
 
 TESTS = Path(__file__).parent
@@ -43,7 +44,7 @@ def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) ->
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 
 
-def test_any_number_of_processes_equals_one(tmp_path: Path) -> None:
+def test_any_number_of_processes_equals_one(make_pipeline: Callable[[], VARPipeline], tmp_path: Path) -> None:
     """Of 16 images in groups of 4, three processes have 6, 5 and 5: groups and microbatches are cut
     anywhere."""
     (one,) = launch(tmp_path, 1)
@@ -75,7 +76,7 @@ def test_any_number_of_processes_equals_one(tmp_path: Path) -> None:
         assert largest_difference(two[case], two[plain]) < 1e-5, case
     pair = {"red": redness, "bright": brightness}
     for name in ("group-1", "sharded-2"):
-        pipe, options = random_pipeline(), {"learning_rate": 1e-5, "max_steps": 4, "resume": "auto"}
+        pipe, options = make_pipeline(), {"learning_rate": 1e-5, "max_steps": 4, "resume": "auto"}
         make_trainer(pipe, tmp_path / name, pair, **options).train()
         assert metrics_of(tmp_path / name)[-1]["step"] == 4
         assert largest_difference(dict(pipe.transformer.named_parameters()), two["resumed"]) < 1e-5, name
