@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nextscale.models.protocol import Conditioning, Reader
 from nextscale.models.scales import ScaleSchedule
 from nextscale.policy import SamplingConfig, all_branches_logits, policy_log_probs, token_log_probs
-from nextscale.sampling import all_branches
+from nextscale.sampling import all_branches, guided_logits, inputs_of_branches
 
 if TYPE_CHECKING:
     from nextscale.pipeline import VARPipeline
@@ -48,8 +48,7 @@ def teacher_forced(
     conditioning: Conditioning, inputs_BlD: Tensor, config: SamplingConfig
 ) -> tuple[Conditioning, Tensor]:
     """What the model runs on: with guidance a batch of 2B, the null conditions last."""
-    inputs_BlD = inputs_BlD.repeat(2, 1, 1) if config.is_guided else inputs_BlD
-    return all_branches(conditioning, config), inputs_BlD
+    return all_branches(conditioning, config), inputs_of_branches(inputs_BlD, config)
 
 
 def teacher_forced_logits(
@@ -64,9 +63,9 @@ def teacher_forced_logits(
     Args:
         transformer, schedule, inputs_BlD: as in `read_policy`.
     """
-    ramp_L = schedule.guidance_ramp().to(inputs_BlD.device)
-    logits_BlV = transformer(*teacher_forced(conditioning, inputs_BlD, config))
-    return all_branches_logits(logits_BlV, ramp_L[: logits_BlV.shape[1]], config)
+    ramp_l = schedule.guidance_ramp().to(inputs_BlD.device)[: inputs_BlD.shape[1] + 1]
+    conditioning = all_branches(conditioning, config)
+    return guided_logits(transformer, conditioning, inputs_BlD, ramp_l, config, cache=None)
 
 
 def log_probs(

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from nextscale.base.errors import CheckpointError
 from nextscale.models.protocol import Conditioning, NextScaleModel, Tokenizer
-from nextscale.policy import SamplingConfig, draw_tokens, policy_log_probs, policy_logits, token_log_probs
+from nextscale.policy import (
+    SamplingConfig,
+    all_branches_logits,
+    draw_tokens,
+    policy_log_probs,
+    token_log_probs,
+)
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,11 @@ def all_branches(conditioning: Conditioning, config: SamplingConfig) -> Conditio
     return conditioning.with_null() if config.is_guided else conditioning
 
 
+def inputs_of_branches(inputs_BlD: Tensor, config: SamplingConfig) -> Tensor:
+    """The inputs of `all_branches`: with guidance on, both branches see the same."""
+    return inputs_BlD.repeat(2, 1, 1) if config.is_guided else inputs_BlD
+
+
 def guided_logits(
     transformer: nn.Module,
     conditioning: Conditioning,
@@ -100,7 +111,5 @@ def guided_logits(
         conditioning: from `all_branches`.
         ramp_l: the share of the guidance scale that applies to each token.
     """
-    if not config.is_guided:
-        return policy_logits(transformer(conditioning, inputs_BlD, cache), None, ramp_l, config)
-    cond_BlV, null_BlV = transformer(conditioning, inputs_BlD.repeat(2, 1, 1), cache).chunk(2)
-    return policy_logits(cond_BlV, null_BlV, ramp_l, config)
+    logits_BlV = transformer(conditioning, inputs_of_branches(inputs_BlD, config), cache)
+    return all_branches_logits(logits_BlV, ramp_l, config)

@@ -1,6 +1,7 @@
 """What is counted without data is what a real run does, measured by other means."""
 
 import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -30,7 +31,7 @@ TOKENIZER = VQVAEConfig(
     base_channels=32, channel_multipliers=(1, 1), codebook_size=96, codebook_width=8, scale_sizes=SCALES
 )
 GUIDED = SamplingConfig(guidance_scale=1.5)
-BATCH = 3
+BATCH = 8  # the scratch memory of a CPU's kernels does not grow with it
 
 
 def phases(**options):
@@ -104,7 +105,7 @@ def test_an_update_as_measured_on_a_cpu(mixed_precision, gradient_checkpointing,
         with torch.autocast("cpu", torch.bfloat16, mixed_precision == "bf16"):
             return objective(model, batch).loss
 
-    saved = {}
+    packed = []
     given = [tokens, inputs, labels, batch.log_probs, advantages, objective.weights_L]
     networks = [
         *model.parameters(),
@@ -115,16 +116,16 @@ def test_an_update_as_measured_on_a_cpu(mixed_precision, gradient_checkpointing,
     before = {each.untyped_storage().data_ptr() for each in [*given, *networks]}
 
     def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in before:
-            saved[storage.data_ptr()] = storage.nbytes()
+        if tensor.untyped_storage().data_ptr() not in before:
+            packed.append(weakref.ref(tensor))
         return tensor
 
     with saved_tensors_hooks(keep, lambda kept: kept):
         result = forward()
-    # With DoRA, peft keeps a tensor of 256 KB here that the count does not see.
-    assert counted.saved == pytest.approx(sum(saved.values()), rel=5e-2 if tuning.use_dora else 1e-3)
-    del result
+    kept = [each.untyped_storage() for ref in packed if (each := ref()) is not None]
+    saved = {storage.data_ptr(): storage.nbytes() for storage in kept}
+    assert counted.saved == pytest.approx(sum(saved.values()), rel=1e-3)
+    del result, kept, each
 
     with FlopCounterMode(display=False) as flops:
         forward().backward()
@@ -139,7 +140,7 @@ def test_an_update_as_measured_on_a_cpu(mixed_precision, gradient_checkpointing,
         now += event.nbytes()
         peak = max(peak, now)
     # The kernels of a real run take some scratch memory besides.
-    assert counted.peak == pytest.approx(peak, rel=0.07)
+    assert counted.peak == pytest.approx(peak, rel=0.04)
 
 
 @pytest.mark.parametrize("tuning", [WHOLE, LORA])

@@ -82,13 +82,13 @@ def test_d16_costs_what_the_official_model_does():
     head = 2 * 680 * config.width * config.codebook_size
     assert reference == 2 * (forward - head)
     update = phases.update().flops - reference
-    assert update == pytest.approx(2 * (930e9 - 3 * hidden + 3 * head), rel=0.04)
     # Twice as much backward as forward, but for the inputs, which get no gradient; and attention, which is
     # run again, and computes its weights once more in its backward kernel; and the logits, which are computed
     # again. The reference's head runs beside the model's, both times.
     again = config.depth * (4 + 2) * pairs * config.width + head
     inputs = 2 * 679 * config.codebook_width * config.width
     assert update == pytest.approx(2 * (3 * forward + again - inputs + 2 * head), rel=1e-4)
+    assert update == pytest.approx(2 * (930e9 - 3 * hidden + again + 2 * head), rel=0.02)
 
 
 def test_memory_by_hand():

@@ -68,24 +68,27 @@ def count(forward: Callable[[], Any], *, bfloat16: bool = False) -> Count:
     Args:
         bfloat16: run the forward pass under autocast.
     """
-    saved: dict[int, int] = {}
+    packed: list[weakref.ref[Tensor]] = []
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata in tally.sizes:  # excludes parameters, which existed before
-            saved[storage._cdata] = storage.nbytes()
+        if tensor.untyped_storage()._cdata in tally.sizes:  # excludes parameters, which existed before
+            packed.append(weakref.ref(tensor))
         return tensor
 
     with _Tally() as tally:
         with torch.autocast("cpu", torch.bfloat16, bfloat16), saved_tensors_hooks(keep, lambda kept: kept):
             result = forward()
         forward_peak, tally.peak = tally.peak, tally.now
+        # A graph that a layer makes and throws away within its pass, as DoRA's norms do, keeps nothing.
+        kept = [each.untyped_storage() for ref in packed if (each := ref()) is not None]
+        saved = sum({storage._cdata: storage.nbytes() for storage in kept}.values())
+        del kept
         if not (isinstance(result, Tensor) and result.requires_grad):
             return Count(tally.flops, forward_peak=forward_peak)
         # Not `result.backward()`: it leaves the `without_data` mode, which gradient checkpointing needs.
         engine, start = torch.autograd.Variable._execution_engine, (torch.ones_like(result),)
         engine.run_backward((result,), start, False, False, (), allow_unreachable=True, accumulate_grad=True)
-    return Count(tally.flops, sum(saved.values()), forward_peak, tally.peak)
+    return Count(tally.flops, saved, forward_peak, tally.peak)
 
 
 class _WithoutData(TorchFunctionMode):
