@@ -68,7 +68,7 @@ class Phases:
 
     def decode(self) -> Count:
         """Decoding of latents to pixels."""
-        batch = self._drawn_at_once
+        batch = self._drawn_at_once if self.as_on_gpu else 1  # as the pipeline does
         with without_data(as_on_gpu=self.as_on_gpu), torch.no_grad():
             tokenizer = VQVAE(self.tokenizer)
             latent = tokenizer.quantize.empty_latent(batch)

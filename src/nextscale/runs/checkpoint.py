@@ -181,7 +181,10 @@ def _load_weights(model: nn.Module, file: Path) -> None:
     state: Any = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
     is_trained = _is_trained(model)
     check_tensors(weights, {name: each for name, each in state.items() if is_trained(name)}, file)
-    set_model_state_dict(model, weights, options=replace(WHOLE, strict=False))
+    # `strict` would also ask for what is frozen, which the file has no need to hold. Nothing else may differ.
+    left: Any = set_model_state_dict(model, weights, options=replace(WHOLE, strict=False))
+    if wrong := [*left.unexpected_keys, *filter(is_trained, left.missing_keys)]:
+        raise CheckpointError(f"'{file}' does not fit the model: '{wrong[0]}' is in one of them alone")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
