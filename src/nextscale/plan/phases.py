@@ -21,6 +21,7 @@ from nextscale.models.protocol import Conditioning, NextScaleModel
 from nextscale.models.scales import ScaleSchedule
 from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
+from nextscale.pipeline import decoded_at_once
 from nextscale.plan.counting import Count, count, without_data
 from nextscale.policy import SamplingConfig
 from nextscale.reference import Reference, cast, reference_dtype
@@ -68,7 +69,8 @@ class Phases:
 
     def decode(self) -> Count:
         """Decoding of latents to pixels."""
-        batch = self._drawn_at_once if self.as_on_gpu else 1  # as the pipeline does
+        on_cpu = decoded_at_once(self.tokenizer.image_size)
+        batch = self._drawn_at_once if self.as_on_gpu else on_cpu
         with without_data(as_on_gpu=self.as_on_gpu), torch.no_grad():
             tokenizer = VQVAE(self.tokenizer)
             latent = tokenizer.quantize.empty_latent(batch)
