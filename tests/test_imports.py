@@ -15,7 +15,7 @@ FLOORS = (
     ("runs.*", "report.*"),
     ("sampling", "rescoring", "rewards.*", "pipeline"),
     ("reference", "losses", "advantages", "controllers", "tuning", "optimizer", "rollout", "evaluation"),
-    ("toy.*", "trainer"),
+    ("toy.*", "learner", "trainer"),
     ("plan.*",),
     ("config.*", "recipes.*"),
     ("__init__",),

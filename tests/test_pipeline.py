@@ -201,7 +201,7 @@ def test_a_pipeline_is_sampled_rescored_and_trained_under_its_own_policy(tiny_pi
     run = RunConfig(output_dir=str(tmp_path / "run"), max_steps=1, eval_steps=0, report_to="none")
     grpo = GRPOConfig(num_groups=2, num_generations=2, class_labels=(0, "1"))
     trainer = GRPOTrainer(tiny_pipeline, lambda images, conditions: images.mean((1, 2, 3)), grpo, run=run)
-    assert trainer.sampling == trainer.objective.sampling == own
+    assert trainer.sampling == trainer.learner.objective.sampling == own
 
 
 def test_a_trained_model_remembers_the_policy_it_was_trained_under(tiny_pipeline, tmp_path):

@@ -66,8 +66,8 @@ def gradient(trainer: GRPOTrainer) -> dict[str, Tensor]:
             if parameter.grad is not None:
                 taken[name] = parameter.grad.clone()
 
-    trainer.optimizer.step = take  # type: ignore[method-assign]
-    trainer.scheduler.step = lambda: None  # type: ignore[method-assign]
+    trainer.learner.optimizer.step = take  # type: ignore[method-assign]
+    trainer.learner.scheduler.step = lambda: None  # type: ignore[method-assign]
     trainer.step(1)
     return taken
 
@@ -356,7 +356,7 @@ def test_every_grpo_option_changes_something(
     # measure_kl shows in the log, not in the weights; the aggregation needs two rewards. Tests of their own
     # have offload_reference and the correction, which needs a sampler that differs.
     unmeasured = make_trainer(make_pipeline(), tmp_path / "unmeasured", beta=0.0, measure_kl=False)
-    assert unmeasured.objective.reference is None
+    assert unmeasured.learner.objective.reference is None
     pair = {"red": redness, "bright": lambda images, conditions: 10 * images.mean((1, 2, 3))}
     first, second = (
         make_trainer(make_pipeline(), tmp_path / way, pair, multi_objective_aggregation=way)
@@ -456,7 +456,7 @@ def test_the_first_update_is_exactly_on_policy(make_pipeline: MakePipeline, tmp_
         drifted = replace(rollout, log_probs=rollout.log_probs + 0.01)
         trainer.rollout = lambda step: drifted  # type: ignore[method-assign]
         if not moves:
-            trainer.optimizer.step = trainer.scheduler.step = lambda: None  # type: ignore[method-assign]
+            trainer.learner.optimizer.step = trainer.learner.scheduler.step = lambda: None  # type: ignore[method-assign]
         return trainer.step(1)
 
     metrics = step("a", moves=False)
@@ -472,8 +472,8 @@ def test_the_reference_runs_once_a_rollout(make_pipeline: MakePipeline, tmp_path
     trainer = make_trainer(
         make_pipeline(), tmp_path / "run", num_iterations=3, per_device_train_batch_size=5, beta=0.5
     )
-    assert trainer.objective.reference is not None
-    model, sizes = trainer.objective.reference.model, []
+    assert trainer.learner.objective.reference is not None
+    model, sizes = trainer.learner.objective.reference.model, []
     compute = model.features
 
     def features(conditioning: Conditioning, *given: Any) -> Tensor:
@@ -510,7 +510,7 @@ def test_a_sampler_that_is_not_the_trainers_policy_is_told_once(
     make_pipeline: MakePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trainer = make_trainer(make_pipeline(), tmp_path / "run", max_steps=3)
-    trainer.objective.sampling = GUIDED.replace(temperature=0.9)
+    trainer.learner.objective.sampling = GUIDED.replace(temperature=0.9)
     trainer.train()
     lines = [line for line in capsys.readouterr().err.splitlines() if "sampler and trainer differ" in line]
     assert len(lines) == 1 and "nats a token on average, more than rounding explains" in lines[0]

@@ -340,7 +340,7 @@ def test_only_what_is_not_frozen_moves(make_pipeline: MakePipeline, tmp_path: Pa
     pipe = make_pipeline()
     before = state_of(pipe)
     trainer = make_trainer(pipe, tmp_path / "run", freeze=("blocks.0", "*.bias", "pos_*"))
-    assert len(trainer.optimizer.param_groups[0]["params"]) == len(trainable(pipe))
+    assert len(trainer.learner.optimizer.param_groups[0]["params"]) == len(trainable(pipe))
     trainer.train()
     names = dict(pipe.transformer.named_parameters())
     still = {name for name in names if torch.equal(before[name], pipe.transformer.state_dict()[name])}
@@ -399,7 +399,10 @@ def test_no_second_copy_of_the_model_is_kept_with_an_adapter(
     tiny_pipeline: VARPipeline, tmp_path: Path
 ) -> None:
     trainer = make_trainer(tiny_pipeline, tmp_path / "run", **LORA)
-    assert trainer.objective.reference and trainer.objective.reference.model is tiny_pipeline.transformer
+    assert (
+        trainer.learner.objective.reference
+        and trainer.learner.objective.reference.model is tiny_pipeline.transformer
+    )
 
 
 def test_an_average_is_what_its_formula_says() -> None:
@@ -442,11 +445,11 @@ def test_an_update_that_is_skipped_does_not_move_the_average(
     tiny_pipeline: VARPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make_trainer(tiny_pipeline, tmp_path / "run", ema_decay=0.5)
-    assert trainer.average
-    before = [each.clone() for each in trainer.average.values]
+    assert trainer.learner.average
+    before = [each.clone() for each in trainer.learner.average.values]
     with monkeypatch.context() as patched:
         patched.setattr(trainer.accelerator, "clip_grad_norm_", lambda *words: torch.tensor(float("nan")))
         assert trainer.step(1)["skipped_updates"] == 1
-    assert all(map(torch.equal, trainer.average.values, before))
+    assert all(map(torch.equal, trainer.learner.average.values, before))
     assert trainer.step(2)["skipped_updates"] == 0
-    assert not all(map(torch.equal, trainer.average.values, before))
+    assert not all(map(torch.equal, trainer.learner.average.values, before))

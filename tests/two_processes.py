@@ -39,8 +39,9 @@ content: dict[str, Any] = {name: getattr(rollout, name) for name in ("tokens", "
 content["evaluation"] = evaluation
 content["coefficients"] = torch.tensor(list(trainer.constraints.coefficients.values()))
 content["gradient"] = gradient(trainer)
-if isinstance(trainer.model, DistributedDataParallel):  # what it reduces is the gradients, not a copy of them
-    grads = [each.grad for each in trainer.model.parameters() if each.grad is not None]
+model = trainer.learner.model
+if isinstance(model, DistributedDataParallel):  # what it reduces is the gradients, not a copy of them
+    grads = [each.grad for each in model.parameters() if each.grad is not None]
     buckets = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in grads}
     assert len(buckets) < len(grads) and sum(buckets.values()) == sum(each.nbytes for each in grads)
 trainer.folder.close()

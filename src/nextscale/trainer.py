@@ -8,20 +8,16 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 from einops import rearrange
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from nextscale.advantages import add_constraints, combined_advantages
-from nextscale.base.average import Average
 from nextscale.base.clock import Clock
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError, RewardError, TrainingError
@@ -31,12 +27,12 @@ from nextscale.base.processes import gathered, my_share
 from nextscale.controllers import Constraints, Controller, EntropyFloor
 from nextscale.evaluation import Embedder, Judges, evaluate, step_metrics
 from nextscale.grpo import GRPOConfig, check_grpo
-from nextscale.losses import Objective, microbatches
-from nextscale.models.lora import adapted_layers, adapter_off, write_adapter
-from nextscale.optimizer import OptimizerConfig, make_optimizer
+from nextscale.learner import Learner
+from nextscale.losses import microbatches
+from nextscale.models.lora import adapted_layers
+from nextscale.optimizer import OptimizerConfig
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
-from nextscale.reference import Reference, reference_dtype
 from nextscale.report.model_card import write_model_card
 from nextscale.rewards.asking.processes import fail_together
 from nextscale.rewards.protocol import Reward, require_scores
@@ -46,17 +42,14 @@ from nextscale.runs.checkpoint import (
     check_finite,
     find_checkpoint,
     list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
 )
 from nextscale.runs.config import RunConfig
 from nextscale.runs.diagnosis import diagnose
 from nextscale.runs.environment import environment
 from nextscale.runs.hacking import HackingWatch
-from nextscale.runs.launch import asks_for_fsdp, check_trainable, make_accelerator, reshards_after_forward
-from nextscale.runs.sharding import Sharded, whole_of
+from nextscale.runs.launch import asks_for_fsdp, make_accelerator
 from nextscale.runs.writer import RunFolder
-from nextscale.tuning import TuningConfig, check_tuning, frozen_fingerprint, tune, untune
+from nextscale.tuning import TuningConfig
 
 MAX_DRIFT = {"no": 0.01, "bf16": 0.05}
 """Mean difference of log-probs between sampler and trainer, by precision, above which they hardly run the
@@ -116,9 +109,6 @@ class GRPOTrainer:
         self.grpo.check_processes(self.accelerator.num_processes)
         self._check_held_out()
         self._check_offload()
-        check_trainable(pipe.transformer)
-        untune(pipe.transformer)  # of a trainer that was made and never run
-        check_tuning(self.tuning, pipe.transformer)
         check_grpo(
             self.grpo,
             self.rewards.weights,
@@ -131,31 +121,15 @@ class GRPOTrainer:
         self.config_yaml, self.command = config_yaml or self._default_config(pipe.source), command
         self.sources = sources or {}
 
-        self.pipe = pipe.to(self.accelerator.device)
-        transformer = pipe.transformer
-        transformer.gradient_checkpointing = self.run.gradient_checkpointing
-        tune(transformer, self.tuning, self.run.seed)
-        self.frozen = frozen_fingerprint(transformer)
-
-        # Over several processes, the model is a copy in each, or spread over all. The reference is a copy of
-        # it, or with LoRA the model itself with its adapter off.
-        reference: Reference | None = None
-        if self.grpo.needs_reference and not self.tuning.use_peft:
-            dtype = reference_dtype(self.grpo, self.run.mixed_precision)
-            reference = Reference.copy_of(transformer, dtype, self.grpo.offload_reference)
-        self.sharded: Sharded | None = None
-        if asks_for_fsdp(self.run):
-            reshards = reshards_after_forward()
-            self.sharded = Sharded(transformer, reshard_after_forward=reshards)
-            pipe.transformer = self.model = transformer = self.sharded.model
-            if reference is not None:
-                reference.model = Sharded(reference.model, reshard_after_forward=reshards).model
-        else:
-            self.model = self.accelerator.prepare(transformer)
-        if self.grpo.needs_reference and self.tuning.use_peft:
-            reference = Reference(transformer, partial(adapter_off, transformer))
-        self.objective = Objective(
-            self.grpo, self.sampling, transformer.schedule, reference, self.accelerator.device
+        self.pipe = pipe
+        self.learner = Learner(
+            pipe,
+            self.accelerator,
+            grpo=self.grpo,
+            sampling=self.sampling,
+            tuning=self.tuning,
+            optimizer=self.optimizer_config,
+            run=self.run,
         )
 
         grpo = self.grpo
@@ -164,22 +138,13 @@ class GRPOTrainer:
         self.entropy_floor: EntropyFloor | None = None
         self.controllers: dict[str, Controller] = {"constraints": self.constraints, "watch": self.watch}
         if grpo.entropy_floor is not None:
-            num_scales = len(self.objective.lengths)
+            num_scales = len(self.learner.objective.lengths)
             self.entropy_floor = EntropyFloor(grpo.entropy_floor, grpo.entropy_floor_rate, num_scales)
             self.controllers["entropy_floor"] = self.entropy_floor
 
-        adamw, self.scheduler = make_optimizer(
-            transformer, self.optimizer_config, self.run.max_steps * self.grpo.num_iterations
-        )
-        self.optimizer = self.accelerator.prepare(adamw)
-        self.average: Average | None = None
-        if self.tuning.ema_decay is not None:
-            trained = (each for each in transformer.parameters() if each.requires_grad)
-            self.average = Average(trained, self.tuning.ema_decay)
         self.step_done, self.seconds_done = 0, 0.0
         self.step_evaluated: int | None = None
         self.saved: tuple[int, int | None] | None = None  # the two, when the last checkpoint was written
-        self.num_skipped = 0  # updates in a row
         self.was_constant = False  # the reward, in the last step
         self.has_drifted = False  # the sampler from the trainer, in any step
 
@@ -221,13 +186,7 @@ class GRPOTrainer:
             self.folder.close()
             for tracker in self.accelerator.trackers:
                 tracker.finish()
-            # What wraps the model for several processes hooks its gradients, and goes with its last
-            # reference.
-            self.model = self.pipe.transformer
-            self.accelerator.free_memory()
-            if self.sharded is None:  # else one process alone failed, and the others would not help to gather
-                self._release()
-            self.pipe.transformer.gradient_checkpointing = False
+            self.learner.close()
 
     def _train(self) -> Path:
         run, process = self.run, self.accelerator
@@ -259,7 +218,7 @@ class GRPOTrainer:
                 try:
                     self.save()
                 finally:
-                    self.unshard()
+                    self.learner.unshard()
                 raise
             except BrokenPipeError:  # of this process alone: the others would not come to save
                 if process.num_processes == 1:
@@ -270,7 +229,7 @@ class GRPOTrainer:
         self.pipe.sampling = self.sampling
         if self.saved != (self.step_done, self.step_evaluated):
             self.save()
-        self.unshard()
+        self.learner.unshard()
         if signal_number and self.step_done < run.max_steps:
             raise Interrupted(
                 f"stopped after step {self.step_done}; continue with --run.resume auto, or in Python with "
@@ -278,7 +237,7 @@ class GRPOTrainer:
                 signal_number,
             )
         check_finite(self.pipe.transformer)
-        self._release(self.folder.final / "adapter" if process.is_main_process else None)
+        self.learner.release(self.folder.final / "adapter" if process.is_main_process else None)
         if process.is_main_process:
             self.pipe.save_pretrained(self.folder.final)
             write_model_card(self.folder.final, self.folder.path, sampling=self.sampling)
@@ -307,42 +266,28 @@ class GRPOTrainer:
         # One that is not finite is left out, for it would end the model. What the first iteration finds out
         # (log-probs before any update, the reference's features) the others take from it.
         means, bonuses = Means(), None if self.entropy_floor is None else self.entropy_floor.bonuses
-        num_skipped, num_images = 0, self.grpo.num_images
-        batch_size = self.run.per_device_train_batch_size
-        keeps_buckets = isinstance(self.model, DistributedDataParallel)  # which the gradients are views of
+        learner, num_skipped, num_images = self.learner, 0, self.grpo.num_images
         with clock("update"):
-            parts = list(microbatches(rollout, advantages_B, num_images, batch_size))
+            parts = list(
+                microbatches(rollout, advantages_B, num_images, self.run.per_device_train_batch_size)
+            )
             for _ in range(self.grpo.num_iterations):
                 for i, (batch, weight, is_last) in enumerate(parts):
-                    # Processes exchange gradients once, in the last backward pass.
-                    with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                        with self.autocast():
-                            output = self.objective(self.model, batch, bonuses)
-                        # The loss is a mean over the microbatch: its weight makes the sum a mean over all
-                        # images of all processes.
-                        self.accelerator.backward(output.loss * weight)
+                    output = learner.backward(batch, weight, bonuses, exchanges=is_last)
                     if weight:
                         means.add(output.metrics)
                     parts[i] = replace(batch, **output.kept), weight, is_last
-                grad_norm = self.accelerator.clip_grad_norm_(
-                    self.model.parameters(), self.optimizer_config.max_grad_norm
-                )
-                assert grad_norm is not None  # as it is for all but XLA
-                grad_norm = whole_of(grad_norm)
+                grad_norm = learner.clip_gradients()
                 if math.isfinite(grad_norm):
-                    self.optimizer.step()
-                    self.scheduler.step()
-                    if self.average is not None:
-                        self.average.update()
-                    self.num_skipped = 0
+                    learner.update()
                 else:
                     num_skipped += 1
-                    self.num_skipped += 1
-                    if self.num_skipped > self.run.max_skipped_updates:
+                    learner.num_skipped += 1
+                    if learner.num_skipped > self.run.max_skipped_updates:
                         raise TrainingError(
-                            diagnose(self.pipe.transformer, scores, output.metrics, self.num_skipped)
+                            diagnose(self.pipe.transformer, scores, output.metrics, learner.num_skipped)
                         )
-                self.optimizer.zero_grad(set_to_none=not keeps_buckets)
+                learner.zero_grad()
 
         # Adapt the entropy bonuses to what the update measured, over all processes.
         loss_metrics = Means.combined(gather_object([means.parts()]))
@@ -365,7 +310,7 @@ class GRPOTrainer:
             **floor_metrics,
             "grad_norm": float(grad_norm),
             "skipped_updates": float(num_skipped),
-            "learning_rate": float(self.scheduler.get_last_lr()[0]),
+            "learning_rate": float(learner.scheduler.get_last_lr()[0]),
             "num_tokens": float(step * num_images * self.pipe.transformer.schedule.num_tokens),
             "step_time": elapsed,
             "images_per_second": num_images / elapsed,
@@ -377,7 +322,7 @@ class GRPOTrainer:
     def rollout(self, step: int) -> Rollout:
         """This process's share of a step's images, which are cut regardless of groups."""
         num_groups = self.grpo.num_groups
-        with fail_together(), self.whole(), self.autocast():
+        with fail_together(), self.learner.whole(), self.learner.autocast():
             return collect(
                 self.pipe,
                 step_conditions(self.conditions, num_groups, self.run.seed, step),
@@ -423,16 +368,6 @@ class GRPOTrainer:
         mine = my_share(self.grpo.num_images)
         return advantages_NG.flatten(0, 1)[mine.start : mine.stop].to(self.accelerator.device)
 
-    def whole(self) -> AbstractContextManager[None]:
-        """Where the model is sharded, hold all of it in all processes: to sample."""
-        return self.sharded.whole() if self.sharded else nullcontext()
-
-    def unshard(self) -> None:
-        """Give the pipeline back its transformer, whole, where it was sharded."""
-        if self.sharded is not None:
-            self._take_average()
-            self.pipe.transformer, self.sharded = self.sharded.restore(), None
-
     # ---- measuring and saving
 
     @property
@@ -457,8 +392,7 @@ class GRPOTrainer:
     def evaluate(self) -> dict[str, float]:
         """Measure the model on fixed seeds and write its sample grid; metrics with the prefix `eval_`."""
         begin = time.perf_counter()
-        average = self.average if self.tuning.evaluates_average else None
-        with average.in_place() if average else nullcontext(), self.whole(), self.autocast():
+        with self.learner.as_evaluated(), self.learner.whole(), self.learner.autocast():
             result = evaluate(
                 self.pipe,
                 self.rewards,
@@ -492,21 +426,13 @@ class GRPOTrainer:
         state = {
             "seconds": self.seconds_done,
             "step_evaluated": self.step_evaluated,
-            "num_skipped": self.num_skipped,
-            "scheduler": self.scheduler.state_dict(),
+            "num_skipped": self.learner.num_skipped,
+            "scheduler": self.learner.scheduler.state_dict(),
             "controllers": {name: each.state_dict() for name, each in self.controllers.items()},
         }
         self.saved = self.step_done, self.step_evaluated
-        return save_checkpoint(
-            self.accelerator,
-            self.model,
-            self.optimizer.optimizer,
-            self.folder.checkpoints,
-            self.step_done,
-            state,
-            self.run.save_total_limit,
-            average=self.average,
-            frozen=self.frozen,
+        return self.learner.save(
+            self.folder.checkpoints, self.step_done, state, limit=self.run.save_total_limit
         )
 
     def load(self, path: Path) -> None:
@@ -515,42 +441,13 @@ class GRPOTrainer:
         Raises:
             CheckpointError: a file of it is missing or broken, or was written by an earlier version.
         """
-        state = load_checkpoint(
-            self.accelerator,
-            self.model,
-            self.optimizer.optimizer,
-            path,
-            average=self.average,
-            frozen=self.frozen,
-        )
+        state = self.learner.load(path)
         self.step_done, self.seconds_done = state["step"], state["seconds"]
-        self.step_evaluated, self.num_skipped = state["step_evaluated"], state["num_skipped"]
+        self.step_evaluated, self.learner.num_skipped = state["step_evaluated"], state["num_skipped"]
         self.saved = self.step_done, self.step_evaluated
-        self.scheduler.load_state_dict(state["scheduler"])
+        self.learner.scheduler.load_state_dict(state["scheduler"])
         for name, controller in self.controllers.items():
             controller.load_state_dict(state["controllers"][name])
-
-    def _release(self, adapter: Path | None = None) -> None:
-        """Make the pipeline one as any other, with the weights to export; write their adapter before.
-
-        Args:
-            adapter: the folder to write it to.
-        """
-        self._take_average()
-        if adapter is not None and self.tuning.use_peft:
-            write_adapter(self.pipe.transformer, adapter, self.pipe.source, self.sampling)
-        untune(self.pipe.transformer)
-
-    def _take_average(self) -> None:
-        """Put the average in the weights' place, if it is what is exported; it is not kept any longer."""
-        if self.average is not None and self.tuning.exports_average:
-            self.average.exchange()
-        self.average = None
-
-    def autocast(self) -> torch.autocast:
-        """What networks run under: bfloat16 where the run asks for it."""
-        is_bf16 = self.run.mixed_precision == "bf16"
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=is_bf16)
 
     def _say(self, sentence: str) -> None:
         """Tell the user something, once however many processes there are."""

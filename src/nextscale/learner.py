@@ -1,0 +1,202 @@
+"""What learns: the model in training, its loss, and its optimizer, in one process or spread over several."""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nextscale.base.average import Average
+from nextscale.grpo import GRPOConfig
+from nextscale.losses import LossOutput, Microbatch, Objective
+from nextscale.models.lora import adapter_off, write_adapter
+from nextscale.optimizer import OptimizerConfig, make_optimizer
+from nextscale.pipeline import VARPipeline
+from nextscale.policy import SamplingConfig
+from nextscale.reference import Reference, reference_dtype
+from nextscale.runs.checkpoint import load_checkpoint, save_checkpoint
+from nextscale.runs.config import RunConfig
+from nextscale.runs.launch import asks_for_fsdp, check_trainable, reshards_after_forward
+from nextscale.runs.sharding import Sharded, whole_of
+from nextscale.tuning import TuningConfig, check_tuning, frozen_fingerprint, tune, untune
+
+
+class Learner:
+    """A pipeline's transformer, made ready to be trained in place.
+
+    Until `close` the pipeline belongs to it: it may hold an adapter, or parameters spread over processes.
+
+    Args:
+        pipe: moved to the accelerator's device.
+        accelerator: says how many processes there are, and how they share the model.
+
+    Attributes:
+        model: what runs in training: the transformer, or what wraps it for several processes.
+        objective: from a microbatch to its loss.
+        average: the moving average of the weights, if one is kept.
+        num_skipped: updates in a row that were left out, since their gradient was not finite.
+
+    Raises:
+        ConfigError: weights that cannot be trained, or a tuning that does not fit the model.
+    """
+
+    def __init__(
+        self,
+        pipe: VARPipeline,
+        accelerator: Accelerator,
+        *,
+        grpo: GRPOConfig,
+        sampling: SamplingConfig,
+        tuning: TuningConfig,
+        optimizer: OptimizerConfig,
+        run: RunConfig,
+    ) -> None:
+        self.pipe, self.accelerator, self.tuning = pipe, accelerator, tuning
+        self.sampling, self.run, self.max_grad_norm = sampling, run, optimizer.max_grad_norm
+        transformer = pipe.transformer
+        check_trainable(transformer)
+        untune(transformer)  # of a trainer that was made and never run
+        check_tuning(tuning, transformer)
+        pipe.to(accelerator.device)
+        transformer.gradient_checkpointing = run.gradient_checkpointing
+        tune(transformer, tuning, run.seed)
+        self.frozen = frozen_fingerprint(transformer)
+
+        # Over several processes, the model is a copy in each, or spread over all. The reference is a copy of
+        # it, or with LoRA the model itself with its adapter off.
+        reference: Reference | None = None
+        if grpo.needs_reference and not tuning.use_peft:
+            dtype = reference_dtype(grpo, run.mixed_precision)
+            reference = Reference.copy_of(transformer, dtype, grpo.offload_reference)
+        self.sharded: Sharded | None = None
+        self.model: nn.Module
+        if asks_for_fsdp(run):
+            reshards = reshards_after_forward()
+            self.sharded = Sharded(transformer, reshard_after_forward=reshards)
+            pipe.transformer = self.model = transformer = self.sharded.model
+            if reference is not None:
+                reference.model = Sharded(reference.model, reshard_after_forward=reshards).model
+        else:
+            self.model = accelerator.prepare(transformer)
+        if grpo.needs_reference and tuning.use_peft:
+            reference = Reference(transformer, partial(adapter_off, transformer))
+        self.objective = Objective(grpo, sampling, transformer.schedule, reference, accelerator.device)
+
+        adamw, self.scheduler = make_optimizer(transformer, optimizer, run.max_steps * grpo.num_iterations)
+        self.optimizer = accelerator.prepare(adamw)
+        self.average: Average | None = None
+        if tuning.ema_decay is not None:
+            trained = (each for each in transformer.parameters() if each.requires_grad)
+            self.average = Average(trained, tuning.ema_decay)
+        self.num_skipped = 0
+
+    # ---- an update
+
+    def backward(
+        self, batch: Microbatch, weight: float, bonuses: list[float] | None, *, exchanges: bool
+    ) -> LossOutput:
+        """The loss of a microbatch; its gradient is added to that of the others.
+
+        Args:
+            weight: of the microbatch's mean, from `microbatches`: the sum is a mean over all images.
+            bonuses: as `Objective` takes them.
+            exchanges: whether the processes exchange gradients: once an update, in the last backward pass.
+        """
+        with nullcontext() if exchanges else self.accelerator.no_sync(self.model):
+            with self.autocast():
+                output = self.objective(self.model, batch, bonuses)
+            self.accelerator.backward(output.loss * weight)
+        return output
+
+    def clip_gradients(self) -> float:
+        """Clip the gradient; returns its norm from before."""
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        assert norm is not None  # as it is for all but XLA
+        return float(whole_of(norm))
+
+    def update(self) -> None:
+        """One step of the optimizer, of its schedule and of the moving average."""
+        self.optimizer.step()
+        self.scheduler.step()
+        if self.average is not None:
+            self.average.update()
+        self.num_skipped = 0
+
+    def zero_grad(self) -> None:
+        """Forget the gradient."""
+        keeps_buckets = isinstance(self.model, DistributedDataParallel)  # which the gradients are views of
+        self.optimizer.zero_grad(set_to_none=not keeps_buckets)
+
+    # ---- what the model is run in
+
+    def autocast(self) -> torch.autocast:
+        """What networks run under: bfloat16 where the run asks for it."""
+        is_bf16 = self.run.mixed_precision == "bf16"
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=is_bf16)
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Where the model is sharded, hold all of it in all processes: to sample."""
+        return self.sharded.whole() if self.sharded else nullcontext()
+
+    def as_evaluated(self) -> AbstractContextManager[None]:
+        """With the weights that evaluations measure: those in training, or their average."""
+        is_average = self.average is not None and self.tuning.evaluates_average
+        return self.average.in_place() if self.average and is_average else nullcontext()
+
+    # ---- saving, and giving the model back
+
+    def save(self, folder: Path, step: int, state: dict[str, Any], *, limit: int) -> Path:
+        """Write a checkpoint, and in it the state of what is not of the model; returns its path.
+
+        Args:
+            folder: of all checkpoints, of which the newest `limit` stay.
+            state: see `load`.
+        """
+        parts = self.accelerator, self.model, self.optimizer.optimizer
+        extra: Any = {"average": self.average, "frozen": self.frozen}
+        return save_checkpoint(*parts, folder, step, state, limit, **extra)
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Continue from a checkpoint; returns the state that was saved with it.
+
+        Raises:
+            CheckpointError: a file of it is missing or broken, or was written by an earlier version.
+        """
+        parts = self.accelerator, self.model, self.optimizer.optimizer
+        return load_checkpoint(*parts, path, average=self.average, frozen=self.frozen)
+
+    def unshard(self) -> None:
+        """Give the pipeline back its transformer, whole, where it was sharded."""
+        if self.sharded is not None:
+            self._take_average()
+            self.pipe.transformer, self.sharded = self.sharded.restore(), None
+
+    def release(self, adapter: Path | None = None) -> None:
+        """Make the pipeline one as any other, with the weights to export; write their adapter before.
+
+        Args:
+            adapter: the folder to write it to.
+        """
+        self._take_average()
+        if adapter is not None and self.tuning.use_peft:
+            write_adapter(self.pipe.transformer, adapter, self.pipe.source, self.sampling)
+        untune(self.pipe.transformer)
+
+    def close(self) -> None:
+        """Leave nothing behind in the pipeline, however training ended."""
+        # What wraps the model for several processes hooks its gradients, and goes with its last reference.
+        self.model = self.pipe.transformer
+        self.accelerator.free_memory()
+        if self.sharded is None:  # else one process alone failed, and the others would not help to gather
+            self.release()
+        self.pipe.transformer.gradient_checkpointing = False
+
+    def _take_average(self) -> None:
+        """Put the average in the weights' place, if it is what is exported; it is not kept any longer."""
+        if self.average is not None and self.tuning.exports_average:
+            self.average.exchange()
+        self.average = None
