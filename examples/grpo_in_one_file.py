@@ -63,25 +63,19 @@ def grpo_loss(
     return -((surrogate_BL - BETA * kl_BL) * weights_L).sum(1).mean()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-
+def train(pipe: ns.VARPipeline, num_steps: int, seed: int) -> None:
+    """Move the pipeline's transformer, in place, towards what the reward prefers."""
     # The policy is what is sampled: guidance is a part of it, in drawing and in training alike.
-    pipe = ns.VARPipeline.from_pretrained("toy")
     reference = ns.VARPipeline.from_pretrained("toy")
     policy = ns.SamplingConfig(guidance_scale=1.5)
     reward = ns.rewards.ClipScore("a painting of a {label}", clip="toy")
     weights_L = token_weights(list(pipe.transformer.schedule.lengths))
     optimizer = torch.optim.AdamW(pipe.transformer.parameters(), LEARNING_RATE, (0.9, 0.95), weight_decay=0)
-    save_samples(pipe, "before.png")
 
-    for step in range(1, args.steps + 1):
+    for step in range(1, num_steps + 1):
         # Rollout: a group of images for each of N classes, with the log-probability of every token.
         classes = torch.arange(GROUPS) % pipe.num_classes
-        drawn = pipe(classes, GROUP_SIZE, guidance_scale=policy.guidance_scale, seed=1000 * args.seed + step)
+        drawn = pipe(classes, GROUP_SIZE, guidance_scale=policy.guidance_scale, seed=1000 * seed + step)
 
         # Score all images, and compare each with its group.
         labels_B = classes.repeat_interleave(GROUP_SIZE)
@@ -103,8 +97,6 @@ def main() -> None:
         optimizer.zero_grad()
         print(f"step {step:3d}   reward {rewards_B.mean():.3f}", flush=True)
 
-    save_samples(pipe, "after.png")
-
 
 def save_samples(pipe: ns.VARPipeline, path: str) -> None:
     """A picture of one row of samples for each class, from the same seed every time."""
@@ -114,6 +106,17 @@ def save_samples(pipe: ns.VARPipeline, path: str) -> None:
     for i, image in enumerate(images):
         page.paste(image, (i % 8 * width, i // 8 * height))
     page.save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    pipe = ns.VARPipeline.from_pretrained("toy")
+    save_samples(pipe, "before.png")
+    train(pipe, args.steps, args.seed)
+    save_samples(pipe, "after.png")
 
 
 if __name__ == "__main__":

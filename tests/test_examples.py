@@ -1,0 +1,45 @@
+"""The examples do what they say."""
+
+import runpy
+from pathlib import Path
+
+import torch
+
+import nextscale as ns
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def test_grpo_in_one_file_moves_the_miniature() -> None:
+    example = runpy.run_path(str(EXAMPLES / "grpo_in_one_file.py"))
+    pipe = ns.VARPipeline.from_pretrained("toy")
+    reward = ns.rewards.ClipScore("a painting of a {label}", clip="toy")
+
+    def scores() -> torch.Tensor:
+        images = pipe(range(8), 8, guidance_scale=1.5, seed=7).images
+        return torch.as_tensor(reward(images, pipe.conditions(torch.arange(8).repeat_interleave(8))))
+
+    before = scores()
+    example["train"](pipe, num_steps=5, seed=0)
+    gain = scores() - before  # of each image, from the same random numbers
+    assert gain.mean() > 4 * gain.std() / len(gain) ** 0.5
+
+
+def test_its_parts_are_those_of_the_package() -> None:
+    example = runpy.run_path(str(EXAMPLES / "grpo_in_one_file.py"))
+    lengths = ns.VARPipeline.from_pretrained("toy").transformer.schedule.lengths
+    grpo = ns.GRPOConfig(train_scales=example["TRAINED_SCALES"])
+    from nextscale.advantages import group_advantages
+    from nextscale.losses import clipped_surrogate, loss_weights
+
+    ours = loss_weights(lengths, grpo)[0]
+    theirs = example["token_weights"](list(lengths))
+    assert torch.equal(theirs[: len(ours)], ours) and not theirs[len(ours) :].any()
+    rewards = torch.randn(3, 5)
+    expected = group_advantages(rewards)
+    assert (example["group_advantages"](rewards) - expected).abs().max() < 1e-3
+    log_probs, old, advantages = torch.randn(4, 7), torch.randn(4, 7), torch.randn(4)
+    surrogate = clipped_surrogate(log_probs, old, advantages[:, None], 0.2).objective_BL
+    weights = torch.full((7,), 1 / 7)
+    loss = example["grpo_loss"](log_probs, old, log_probs, advantages, weights)  # the KL is 0
+    torch.testing.assert_close(loss, -surrogate.mean())
