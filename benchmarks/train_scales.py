@@ -15,9 +15,9 @@ import torch
 
 from nextscale.base.conditions import Condition
 from nextscale.grpo import GRPOConfig
-from nextscale.losses import Microbatch, Objective
 from nextscale.models import zoo
 from nextscale.models.var import VAR
+from nextscale.objective import Microbatch, Objective
 from nextscale.plan.phases import Phases
 from nextscale.policy import SamplingConfig
 from nextscale.reference import Reference

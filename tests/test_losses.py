@@ -14,15 +14,11 @@ from nextscale.grpo import GRPOConfig
 from nextscale.losses import (
     LOSSES,
     LossOutput,
-    Microbatch,
-    Objective,
     Quantities,
     clipped_surrogate,
     find_loss,
     grpo_loss,
-    importance_ratios,
     loss_weights,
-    per_token,
     regularised,
     token_weights,
     weighted_mean,
@@ -30,6 +26,7 @@ from nextscale.losses import (
 from nextscale.models.protocol import NextScaleModel
 from nextscale.models.scales import ScaleSchedule
 from nextscale.models.var import VAR, VARConfig
+from nextscale.objective import Microbatch, Objective, importance_ratios, per_token
 from nextscale.pipeline import VARPipeline
 from nextscale.plan.counting import Count, count, without_data
 from nextscale.policy import SamplingConfig

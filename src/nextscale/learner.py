@@ -12,8 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nextscale.base.average import Average
 from nextscale.grpo import GRPOConfig
-from nextscale.losses import LossOutput, Microbatch, Objective
+from nextscale.losses import LossOutput
 from nextscale.models.lora import adapter_off, write_adapter
+from nextscale.objective import Microbatch, Objective
 from nextscale.optimizer import OptimizerConfig, make_optimizer
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig

@@ -28,8 +28,8 @@ from nextscale.controllers import Constraints, Controller, EntropyFloor
 from nextscale.evaluation import Embedder, Judges, evaluate, step_metrics
 from nextscale.grpo import GRPOConfig, check_grpo
 from nextscale.learner import Learner
-from nextscale.losses import microbatches
 from nextscale.models.lora import adapted_layers
+from nextscale.objective import microbatches
 from nextscale.optimizer import OptimizerConfig
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig

@@ -12,10 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from nextscale.grpo import GRPOConfig
-from nextscale.losses import Microbatch, Objective
 from nextscale.models.lora import adapter_off
 from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAEConfig
+from nextscale.objective import Microbatch, Objective
 from nextscale.plan.counting import Count, count, without_data
 from nextscale.plan.phases import Phases
 from nextscale.policy import SamplingConfig

@@ -15,12 +15,13 @@ from transformers import CLIPConfig, CLIPModel
 from nextscale.base.conditions import Condition
 from nextscale.base.processes import share_of
 from nextscale.grpo import GRPOConfig
-from nextscale.losses import Microbatch, Objective, trained_lengths
+from nextscale.losses import trained_lengths
 from nextscale.models.lora import adapter_off
 from nextscale.models.protocol import Conditioning, NextScaleModel
 from nextscale.models.scales import ScaleSchedule
 from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
+from nextscale.objective import Microbatch, Objective
 from nextscale.pipeline import decoded_at_once
 from nextscale.plan.counting import Count, count, without_data
 from nextscale.policy import SamplingConfig
