@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nextscale.controllers import Constraints, EntropyFloor, ascend
+from nextscale.controllers import AdaptiveKL, Constraints, EntropyFloor, ascend
 from nextscale.rewards.roles import AtLeast, AtMost
 
 
@@ -108,3 +108,16 @@ def test_a_scale_without_entropy_does_not_divide_by_zero() -> None:
     floor.update(entropies(0.0))
     floor.update(entropies(0.0))
     assert floor.bonuses == [1.0]
+
+
+def test_beta_follows_the_distance_from_its_target() -> None:
+    adaptive = AdaptiveKL(beta=0.1, target=50.0, rate=0.5)
+    assert adaptive.update({"kl_per_image": 55.0}) == {"beta": 0.1}  # what was in force
+    assert adaptive.beta == pytest.approx(0.1 * (1 + 0.5 * 0.1))
+    adaptive.update({"kl_per_image": 500.0})  # a distance beyond 20 % counts as that
+    assert adaptive.beta == pytest.approx(0.105 * 1.1)
+    adaptive.update({"kl_per_image": 0.0})
+    assert adaptive.beta == pytest.approx(0.105 * 1.1 * 0.9)
+    again = AdaptiveKL(beta=0.1, target=50.0, rate=0.5)
+    again.load_state_dict(json.loads(json.dumps(adaptive.state_dict())))
+    assert again.beta == adaptive.beta

@@ -53,6 +53,21 @@ def brightness(images, conditions):
         ({"importance_sampling_clip_max": 2.0}, r"importance_sampling_clip_max 2\.0 has no effect without"),
         ({"epsilon": 0.1}, r"epsilon 0\.1 has no effect .* set grpo\.num_iterations to 2"),
         ({"epsilon_high": 0.3}, r"epsilon_high 0\.3 has no effect .* set grpo\.num_iterations to 2"),
+        ({"delta": 2.0}, r"delta 2\.0 has no effect .* set grpo\.num_iterations to 2"),
+        (
+            {"importance_sampling_level": "scale"},
+            r"importance_sampling_level scale has no effect .* set grpo\.num_iterations to 2",
+        ),
+        ({"delta": 2.0, "loss_type": "cispo", "num_iterations": 2}, r"delta 2\.0 has .* cispo: use grpo"),
+        ({"epsilon": 0.1, "loss_type": "reinforce"}, r"epsilon 0\.1 has .* reinforce: use grpo"),
+        ({"epsilon_high": 2.0, "loss_type": "cispo"}, r"epsilon_high 2\.0 has .* grpo\.num_iterations to 2"),
+        ({"epsilon_high": 2.0, "loss_type": "reinforce"}, r"epsilon_high 2\.0 has .* use grpo or cispo"),
+        ({"kl_estimator": "k3", "beta": 0.0}, r"kl_estimator k3 has .* set grpo\.beta"),
+        ({"target_kl": 9.0, "beta": 0.0}, r"target_kl 9\.0 has .* set grpo\.beta"),
+        ({"target_kl_rate": 0.1}, r"target_kl_rate 0\.1 has .* grpo\.target_kl: set that too"),
+        ({"ref_model_sync_steps": 9}, r"ref_model_sync_steps 9 has .* grpo\.sync_ref_model: set that too"),
+        ({"ref_model_mixup_alpha": 0.5}, r"ref_model_mixup_alpha 0\.5 has .* grpo\.sync_ref_model"),
+        ({"sync_ref_model": True, **WITHOUT_KL}, "sync_ref_model True has no effect without a reference"),
         ({"kl_scale_weighting": "token", "beta": 0.0}, "kl_scale_weighting token has .* set grpo.beta"),
         (
             {"entropy_scale_weighting": (1, 1, 1, 2)},
@@ -76,6 +91,10 @@ def test_options_with_what_they_need_are_accepted() -> None:
     check_grpo(GRPOConfig(constraint_rate=1.0, constraint_start=0.5), one, ("b",))
     check_grpo(GRPOConfig(measure_kl=False, beta=0.0), one, ())
     check_grpo(GRPOConfig(epsilon=0.1, epsilon_high=0.3, num_iterations=2), one, ())
+    check_grpo(GRPOConfig(loss_type="cispo", epsilon_high=0.5), one, ())  # which cuts ratios of 1 as well
+    check_grpo(GRPOConfig(loss_type="mine", epsilon=0.1, delta=2.0), one, ())  # of which nothing is known
+    check_grpo(GRPOConfig(target_kl=9.0, target_kl_rate=0.1, kl_estimator="forward"), one, ())
+    check_grpo(GRPOConfig(sync_ref_model=True, ref_model_sync_steps=9, beta=0.0), one, ())
     check_grpo(GRPOConfig(reference_dtype="bfloat16", offload_reference=True, beta=0.0), one, ())
     corrected = {"importance_sampling_mode": "token_mask", "importance_sampling_clip_max": 2.0}
     check_grpo(GRPOConfig(importance_sampling_correction=True, **corrected), one, ())
@@ -89,6 +108,11 @@ def test_packaged_recipes_have_no_option_without_effect(name: str) -> None:
     recipe = load_recipe(name)
     weights = {name: each.weight for name, each in recipe.rewards.items() if each.weight is not None}
     check_grpo(recipe.grpo, weights, [name for name, each in recipe.rewards.items() if each.constraint])
+
+
+def test_a_loss_without_ratios_makes_one_update() -> None:
+    with pytest.raises(ConfigError, match=r"num_iterations 2 needs ratios.* set grpo\.num_iterations"):
+        check_grpo(GRPOConfig(loss_type="reinforce", num_iterations=2), {"a": 1.0}, ())
 
 
 def test_a_scale_whose_entropy_has_no_weight_cannot_have_a_floor() -> None:

@@ -15,9 +15,11 @@ from nextscale.losses import (
     LOSSES,
     LossOutput,
     Quantities,
+    cispo_loss,
     clipped_surrogate,
     find_loss,
     grpo_loss,
+    importance_ratio,
     loss_weights,
     regularised,
     token_weights,
@@ -59,7 +61,8 @@ def test_clipped_surrogate_by_hand() -> None:
     """Ratios 1.5 and 0.5 under advantages of both signs, clipped at 0.8 and 1.2."""
     log_probs = torch.tensor([[0.0, 0.0], [0.0, 0.0]], requires_grad=True)
     old = torch.tensor([[math.log(1 / 1.5), math.log(1 / 0.5)]]).repeat(2, 1)
-    surrogate = clipped_surrogate(log_probs, old, torch.tensor([[2.0], [-2.0]]), epsilon=0.2)
+    ratio = (log_probs - old).exp()
+    surrogate = clipped_surrogate(ratio, torch.tensor([[2.0], [-2.0]]), epsilon=0.2)
     expected = [[1.2 * 2, 0.5 * 2], [1.5 * -2, 0.8 * -2]]
     assert surrogate.objective_BL.tolist() == [pytest.approx(row) for row in expected]
     assert surrogate.is_high_clipped_BL.tolist() == [[True, False], [False, False]]
@@ -71,9 +74,7 @@ def test_clipped_surrogate_by_hand() -> None:
 
 
 def test_upper_bound_of_its_own() -> None:
-    surrogate = clipped_surrogate(
-        torch.tensor([[math.log(1.5)]]), torch.zeros(1, 1), torch.ones(1, 1), epsilon=0.2, epsilon_high=0.4
-    )
+    surrogate = clipped_surrogate(torch.tensor([[1.5]]), torch.ones(1, 1), epsilon=0.2, epsilon_high=0.4)
     assert surrogate.objective_BL.item() == pytest.approx(1.4)
 
 
@@ -91,7 +92,9 @@ def quantities(**changes: Any) -> Quantities:
         "weights_L": WEIGHTS_L,
         "kl_weights_L": WEIGHTS_L,
         "entropy_weights_L": WEIGHTS_L,
+        "beta": 0.1,
         "entropy_coef": 0.0,
+        "lengths": (1, 2),
     }
     return Quantities(**values | changes)
 
@@ -100,12 +103,12 @@ def test_a_loss_is_surrogate_less_kl_plus_entropy_by_hand() -> None:
     objective = torch.tensor([[1.0, 2.0, 4.0], [0.0, 0.0, 0.0]])
     # surrogate: (0.5 + 0.5 + 1) / 2 = 1; kl: (1 + 2) / 2 = 1.5; entropy: 0.5
     assert weighted_mean(objective, quantities().weights_L).item() == pytest.approx(1.0)
-    loss = regularised(objective, quantities(entropy_coef=0.2), beta=0.1)
+    loss = regularised(objective, quantities(entropy_coef=0.2))
     assert loss.item() == pytest.approx(-(1.0 - 0.15 + 0.1))
     # One coefficient a token: 0.5 (0.5 0.2 + 0.25 0.8 + 0.25 0) = 0.15
     by_token = quantities(entropy_coef=torch.tensor([0.2, 0.8, 0.0]))
-    assert regularised(objective, by_token, beta=0.1).item() == pytest.approx(-(1.0 - 0.15 + 0.15))
-    assert regularised(objective, quantities(kl_BL=None), beta=0.1).item() == pytest.approx(-1.0)
+    assert regularised(objective, by_token).item() == pytest.approx(-(1.0 - 0.15 + 0.15))
+    assert regularised(objective, quantities(kl_BL=None)).item() == pytest.approx(-1.0)
 
 
 def test_each_part_of_a_loss_has_its_own_weights_by_hand() -> None:
@@ -119,13 +122,13 @@ def test_each_part_of_a_loss_has_its_own_weights_by_hand() -> None:
         entropy_coef=0.5,
     )
     # surrogate: (2 + 0) / 2; kl: (1 + 3) / 2; entropy: (3 + 5) / 2
-    assert regularised(objective, parts, beta=0.1).item() == pytest.approx(-(1.0 - 0.1 * 2 + 0.5 * 4))
+    assert regularised(objective, parts).item() == pytest.approx(-(1.0 - 0.1 * 2 + 0.5 * 4))
     # Equal weights give the same, whether they are one tensor or several.
     several = quantities(
         kl_weights_L=WEIGHTS_L.clone(), entropy_weights_L=WEIGHTS_L.clone(), entropy_coef=0.2
     )
     one = quantities(entropy_coef=0.2)
-    losses = [regularised(objective, each, beta=0.1).item() for each in (one, several)]
+    losses = [regularised(objective, each).item() for each in (one, several)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
@@ -154,8 +157,8 @@ def test_grpo_by_hand() -> None:
     assert output.loss.item() == pytest.approx(1.0 + 0.15)
     assert output.metrics["clip_ratio/region_mean"].eq(0).all()
     # Ratio 2 and epsilon 0.2: the better image is clipped at 1.2, the worse is not: (1.2 - 6) / 2.
-    twice = quantities(log_probs_BL=torch.full((2, 3), math.log(2)))
-    output = grpo_loss(twice, GRPOConfig(beta=0.0))
+    twice = quantities(log_probs_BL=torch.full((2, 3), math.log(2)), beta=0.0)
+    output = grpo_loss(twice, GRPOConfig())
     assert output.loss.item() == pytest.approx(2.4)
     assert output.metrics["clip_ratio/high_mean"].tolist() == [[1.0] * 3, [0.0] * 3]
 
@@ -170,13 +173,75 @@ def test_credit_may_be_given_by_image_by_scale_or_by_token() -> None:
 
 
 def test_a_loss_is_found_by_name_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    def reinforce(q: Quantities, config: GRPOConfig) -> LossOutput:
-        return LossOutput(regularised(q.log_probs_BL * q.advantages_BL, q, config.beta), {})
+    def mine(q: Quantities, config: GRPOConfig) -> LossOutput:
+        return LossOutput(regularised(q.log_probs_BL * q.advantages_BL, q), {})
 
-    monkeypatch.setitem(LOSSES, "reinforce", reinforce)
-    assert find_loss("reinforce") is reinforce
+    monkeypatch.setitem(LOSSES, "mine", mine)
+    assert find_loss("mine") is mine
+    assert {find_loss(name) for name in ("grpo", "dapo", "bnpo", "dr_grpo")} == {grpo_loss}
     with pytest.raises(ConfigError, match=r"unknown grpo\.loss_type 'reinforc'; did you mean 'reinforce'"):
         find_loss("reinforc")
+
+
+def drawn_quantities(seed: int = 0) -> Quantities:
+    """Two images of three tokens in two scales, off policy, with gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    log_probs, old = (torch.randn(2, 3, generator=generator) for _ in range(2))
+    return quantities(log_probs_BL=log_probs.requires_grad_(), old_log_probs_BL=old, beta=0.0)
+
+
+def test_ratios_of_scales_and_images_are_geometric_means() -> None:
+    q = drawn_quantities()
+    d = (q.log_probs_BL - q.old_log_probs_BL).tolist()
+    by_level = {
+        level: importance_ratio(q.log_probs_BL, q.old_log_probs_BL, level, q.lengths, q.weights_L)
+        for level in ("token", "scale", "image", "sequence")
+    }
+    for image in range(2):
+        first, second, third = (math.exp(each) for each in d[image])
+        middle = (second * third) ** 0.5
+        assert by_level["token"][image].tolist() == pytest.approx([first, second, third])
+        assert by_level["scale"][image].tolist() == pytest.approx([first, middle, middle])
+        whole = first**0.5 * second**0.25 * third**0.25  # with the weights of the loss
+        assert by_level["image"][image].tolist() == pytest.approx([whole])
+    assert torch.equal(by_level["image"], by_level["sequence"])
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "cispo", "reinforce"])
+@pytest.mark.parametrize("level", ["token", "scale", "image"])
+def test_on_policy_all_losses_have_one_gradient(loss_type: str, level: str) -> None:
+    """That of A log p: a ratio of 1 changes as its logarithm does."""
+    q = drawn_quantities()
+    q = replace(q, old_log_probs_BL=q.log_probs_BL.detach())
+    config = GRPOConfig.model_validate({"loss_type": loss_type, "importance_sampling_level": level})
+    (found,) = torch.autograd.grad(find_loss(loss_type)(q, config).loss, q.log_probs_BL)
+    torch.testing.assert_close(found, -(q.advantages_BL * q.weights_L) / 2)
+
+
+def test_delta_bounds_the_ratio_where_the_advantage_is_negative() -> None:
+    ratio = torch.tensor([[9.0, 3.0, 0.5]])
+    surrogate = clipped_surrogate(ratio, -torch.ones(1, 1), epsilon=0.2, delta=4.0)
+    assert surrogate.objective_BL.tolist() == [pytest.approx([-4.0, -3.0, -0.8])]
+
+
+def test_cispo_by_hand() -> None:
+    """Weights cut off at the bound, without gradient: no token drops out."""
+    q = drawn_quantities()
+    output = cispo_loss(q, GRPOConfig(epsilon_high=1.1))
+    (found,) = torch.autograd.grad(output.loss, q.log_probs_BL)
+    cut = (q.log_probs_BL - q.old_log_probs_BL).exp().detach().clamp_max(1.1)
+    assert (cut == 1.1).any() and (cut < 1.1).any()
+    torch.testing.assert_close(found, -(cut * q.advantages_BL * q.weights_L) / 2)
+    is_cut = (cut == 1.1) & (q.advantages_BL > 0)
+    assert torch.equal(output.metrics["cispo_clip_ratio"], is_cut.float())
+
+
+def test_a_power_law_lies_between_equal_tokens_and_equal_scales() -> None:
+    lengths = (1, 4, 9)
+    torch.testing.assert_close(token_weights(lengths, 0.0), token_weights(lengths, "token"))
+    torch.testing.assert_close(token_weights(lengths, 1.0), token_weights(lengths, "scale"))
+    expected = torch.tensor([n**-0.7 for n in lengths for _ in range(n)])  # (h w)^-alpha, arXiv 2601.02256
+    torch.testing.assert_close(token_weights(lengths, 0.7), expected / expected.sum())
 
 
 # The whole objective, in blocks of tokens
@@ -218,7 +283,18 @@ def dense_loss(
     if base is not None:
         with torch.no_grad():
             theirs = teacher_forced_logits(base, *given).log_softmax(-1)
-        value = value - config.beta * (full.exp() * (full - theirs)).sum(-1)
+        d = (full - theirs).gather(-1, batch.tokens[..., None])[..., 0]
+        value = (
+            value
+            - config.beta
+            * {
+                "reverse": (full.exp() * (full - theirs)).sum(-1),
+                "forward": (theirs.exp() * (theirs - full)).sum(-1),
+                "k1": d,
+                "k2": d**2 / 2,
+                "k3": (-d).exp() - 1 + d,
+            }[config.kl_estimator]
+        )
     value = value - config.entropy_coef * (full.exp() * full).sum(-1)
     by_scale = [part.mean(1) for part in value.split(schedule.lengths, 1)]
     return -torch.stack(by_scale, 1).mean()
@@ -229,7 +305,11 @@ POLICIES = [
     {"guidance_scale": 1.5, "temperature": 0.8},
     {"guidance_scale": 1.5, "top_k": 20, "top_p": 0.9},
 ]
-LOSS_OPTIONS = [
+LOSS_OPTIONS: list[dict[str, Any]] = [
+    {"beta": 0.3, "kl_estimator": "forward"},
+    {"beta": 0.3, "kl_estimator": "k1"},
+    {"beta": 0.3, "kl_estimator": "k2"},
+    {"beta": 0.3, "kl_estimator": "k3"},
     {"beta": 0.0, "measure_kl": False},
     {"beta": 0.0},
     {"beta": 0.3},
@@ -405,9 +485,9 @@ def test_importance_weights_are_of_the_surrogate_alone() -> None:
     objective = torch.tensor([[1.0, 2.0, 4.0], [0.0, 0.0, 0.0]])
     by_token = quantities(importance_BL=torch.tensor([[2.0, 1.0, 0.5]]).expand(2, 3), entropy_coef=0.2)
     # surrogate: (1 + 0.5 + 0.5) / 2 = 1; kl 1.5 and entropy 0.5 as without
-    assert regularised(objective, by_token, beta=0.1).item() == pytest.approx(-(1.0 - 0.15 + 0.1))
+    assert regularised(objective, by_token).item() == pytest.approx(-(1.0 - 0.15 + 0.1))
     by_image = quantities(importance_BL=torch.tensor([[0.5], [9.0]]))
-    assert regularised(objective, by_image, beta=0.1).item() == pytest.approx(-(0.5 - 0.15))
+    assert regularised(objective, by_image).item() == pytest.approx(-(0.5 - 0.15))
 
 
 def test_the_correction_multiplies_what_the_sampler_drew_too_often(tiny_pipeline: VARPipeline) -> None:

@@ -94,3 +94,18 @@ def test_the_trained_model_may_be_its_own_reference(make_pipeline: MakePipeline)
 
     assert torch.equal(log_probs(reference, drawn.conditioning), log_probs(base, drawn.conditioning))
     assert len(depth) == 2 and all(each.requires_grad for each in model.parameters())
+
+
+def test_a_reference_may_follow_the_model(make_pipeline: MakePipeline) -> None:
+    model, base = make_pipeline(seed=1).transformer, make_pipeline(seed=0).transformer
+    reference = Reference.copy_of(base, "bfloat16")
+    reference.move_towards(model, 0.25)
+    for ours, theirs, old in zip(
+        reference.model.parameters(), model.parameters(), base.parameters(), strict=True
+    ):
+        # In bfloat16 two roundings of at most 2^-9 of what is mixed, and one of the mixture.
+        atol = 2**-8 * float(old.abs().max() + theirs.abs().max()) if ours.dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(ours.float(), 0.75 * old + 0.25 * theirs, rtol=0, atol=atol)
+    before = [each.clone() for each in model.parameters()]
+    Reference.copy_of(base).move_towards(model, 1.0)
+    assert all(map(torch.equal, model.parameters(), before))

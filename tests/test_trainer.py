@@ -284,6 +284,7 @@ def test_resumed_is_straight_bit_for_bit(make_pipeline: MakePipeline, tmp_path: 
     options: dict[str, Any] = {"save_steps": 2, "lr_scheduler_type": "cosine", "warmup_steps": 1}
     options |= {"num_iterations": 2, "entropy_floor": 1.0, "entropy_floor_rate": 10.0, "max_steps": 4}
     options |= {"eval_steps": 4, "eval_num_images": 16, "constraint_rate": 0.5, "constraint_start": 2.0}
+    options |= {"target_kl": 1e-3, "sync_ref_model": True, "ref_model_sync_steps": 2}
     rewards = RewardSet(
         {"red": redness, "bright": brightness, "other": lambda *given: -redness(*given)},
         constraints={"bright": AtMost("base")},
@@ -317,11 +318,11 @@ def test_every_grpo_option_changes_something(
 ) -> None:
     """A setting that nothing reads would leave the second step's gradient as it was."""
 
-    def reinforce(q: Quantities, config: GRPOConfig) -> LossOutput:
+    def mine(q: Quantities, config: GRPOConfig) -> LossOutput:
         # With the advantages as they are, its first gradient would be GRPO's.
-        return LossOutput(regularised(q.log_probs_BL * q.advantages_BL.sign(), q, config.beta), {})
+        return LossOutput(regularised(q.log_probs_BL * q.advantages_BL.sign(), q), {})
 
-    monkeypatch.setitem(LOSSES, "reinforce", reinforce)  # all that a new loss needs
+    monkeypatch.setitem(LOSSES, "mine", mine)  # all that a new loss needs
     changes: dict[str, Any] = {
         "num_generations": 6,
         "num_groups": 2,
@@ -331,7 +332,12 @@ def test_every_grpo_option_changes_something(
         "epsilon": 0.001,
         "epsilon_high": 0.001,
         "entropy_coef": 0.1,
-        "loss_type": "reinforce",
+        "loss_type": "mine",
+        "delta": 1.0001,
+        "importance_sampling_level": "image",
+        "kl_estimator": "k3",
+        "target_kl": 1.0,
+        "sync_ref_model": True,
         "scale_rewards": "none",
         "advantage_epsilon": 0.5,
         "scale_weighting": "token",
@@ -341,16 +347,19 @@ def test_every_grpo_option_changes_something(
         "entropy_scale_weighting": "token",
     }
 
+    of_ratios = ("epsilon", "epsilon_high", "delta", "importance_sampling_level")
+
     def weights(name: str, **options: Any) -> Tensor:
         pipe = make_pipeline()
-        base = {"num_iterations": 3} if name.startswith("epsilon") or name == "clip" else {}
+        base: dict[str, Any] = {"num_iterations": 3} if name in of_ratios or name == "clip" else {}
+        base |= {"ref_model_sync_steps": 1} if name == "sync_ref_model" else {}
         base |= {"entropy_coef": 0.1} if name.startswith("entropy") or name == "entropic" else {}
         make_trainer(pipe, tmp_path / name, **base | options).train()
         return torch.cat([each.detach().flatten() for each in pipe.transformer.parameters()])
 
     plain, thrice, entropic = weights("plain"), weights("clip"), weights("entropic")
     for name, value in changes.items():
-        reference = thrice if name.startswith("epsilon") else plain
+        reference = thrice if name in of_ratios else plain
         reference = entropic if name == "entropy_scale_weighting" else reference
         assert not torch.equal(weights(name, **{name: value}), reference), name
     # measure_kl shows in the log, not in the weights; the aggregation needs two rewards. Tests of their own

@@ -136,3 +136,32 @@ class EntropyFloor:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.first, self.bonuses = state["first"], state["values"]
+
+
+class AdaptiveKL:
+    """Turns the weight of the KL so that an image stays at a given distance from the reference.
+
+    Args:
+        beta: the weight in the first step.
+        target: nats an image.
+        rate: growth of beta a step, times the relative distance from the target, at most 0.2 to either side.
+
+    Source: Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences" (arXiv 1909.08593),
+    section 2.2.
+    """
+
+    def __init__(self, beta: float, target: float, rate: float) -> None:
+        self.beta, self.target, self.rate = beta, target, rate
+
+    def update(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Adapt to the step's `kl_per_image`; returns the beta that was in force."""
+        used = {"beta": self.beta}
+        error = min(0.2, max(-0.2, metrics["kl_per_image"] / self.target - 1.0))
+        self.beta *= 1.0 + self.rate * error
+        return used
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"beta": self.beta}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.beta = state["beta"]

@@ -7,10 +7,12 @@ from pydantic import Field
 
 from nextscale.base.errors import ConfigError
 from nextscale.base.records import Record
+from nextscale.policy import KLEstimator
 
 ScaleRewards = Literal["group", "batch", "none"]
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
-ScaleWeighting = Literal["token", "scale"] | tuple[float, ...]
+ScaleWeighting = Literal["token", "scale"] | float | tuple[float, ...]
+RatioLevel = Literal["token", "scale", "image", "sequence"]
 ReferenceDtype = Literal["float32", "bfloat16"]
 ImportanceMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
@@ -30,21 +32,40 @@ class GRPOConfig(Record):
     """Train the first so many scales alone, and draw the finer ones as ever; by default all. Weights that are
     given by scale are then those of the trained ones."""
     loss_type: str = "grpo"
-    """The loss: a name in nextscale.losses.LOSSES."""
+    """The loss: grpo (dapo, bnpo and dr_grpo are the same at fixed length), cispo, reinforce, or another name
+    in nextscale.losses.LOSSES."""
     beta: float = Field(default=0.02, ge=0)
-    """Weight of the exact KL to the frozen reference, in nats."""
+    """Weight of the KL to the frozen reference, in nats; with target_kl, in the first step."""
+    target_kl: float | None = Field(default=None, gt=0)
+    """KL in nats an image to keep the model at: beta grows while it is above, else it shrinks."""
+    target_kl_rate: float = Field(default=0.5, gt=0)
+    """Growth of beta per step, times the relative distance from target_kl, which counts up to 0.2."""
+    kl_estimator: KLEstimator = "reverse"
+    """What is summed in the loss: KL(policy || reference), exact over the codebook; "forward", the exact
+    KL(reference || policy); or the estimators k1, k2 and k3 from the drawn token alone, for comparison."""
     measure_kl: bool = True
     """With beta 0, keep the reference all the same and log the KL; costs a forward pass per step."""
     reference_dtype: ReferenceDtype | None = None
     """Of those of the reference's linear layers that autocast rounds; by default bfloat16 where
     run.mixed_precision is bf16, which gives the same numbers in two thirds of the memory, else float32."""
+    sync_ref_model: bool = False
+    """Move the reference towards the trained model, every ref_model_sync_steps steps."""
+    ref_model_mixup_alpha: float = Field(default=0.6, gt=0, le=1)
+    """Share of the trained model in what the reference then becomes; 1 makes it the same."""
+    ref_model_sync_steps: int = Field(default=64, ge=1)
+    """Steps between two such moves."""
     offload_reference: bool = False
     """Keep the reference's weights in main memory, and bring them to the GPU for its pass over a microbatch
     alone."""
     epsilon: float = Field(default=0.2, gt=0, lt=1)
     """Lower clipping bound: ratios are clipped at 1 - epsilon."""
     epsilon_high: float | None = Field(default=None, gt=0)
-    """Upper clipping bound: ratios are clipped at 1 + epsilon_high; by default the same as epsilon."""
+    """Upper clipping bound: ratios are clipped at 1 + epsilon_high; by default the same as epsilon. For cispo
+    it is the largest weight itself, by default 5."""
+    delta: float | None = Field(default=None, gt=1)
+    """Largest ratio where the advantage is negative; by default unbounded."""
+    importance_sampling_level: RatioLevel = "token"
+    """What a ratio is of: a token, a scale or an image ("sequence" is the same), as geometric means."""
     importance_sampling_correction: bool = False
     """Weigh the surrogate by the trainer's probability of a token, divided by the sampler's: the two differ
     by rounding."""
@@ -73,8 +94,8 @@ class GRPOConfig(Record):
     multi_objective_aggregation: Aggregation = "sum_then_normalize"
     """With several rewards: normalize their weighted sum, or normalize each in its group and then sum."""
     scale_weighting: ScaleWeighting = "scale"
-    """Weights in the surrogate of the reward: "token" for equal tokens, "scale" for equal scales, or one
-    weight per scale."""
+    """Weights in the surrogate of the reward: "token" for equal tokens, "scale" for equal scales, a number
+    alpha for tokens of weight (h w)^-alpha in between, or one weight per scale."""
     kl_scale_weighting: ScaleWeighting = "scale"
     """Weights in the KL, likewise."""
     entropy_scale_weighting: ScaleWeighting = "scale"
@@ -118,7 +139,8 @@ def check_grpo(
         has_adapter: whether an adapter is trained, whose base is the reference.
 
     Raises:
-        ConfigError: an option has none, and what it needs; or a scale's entropy has a floor, but no weight.
+        ConfigError: an option has none, and what it needs; a scale's entropy has a floor, but no weight; or a
+            loss without ratios is to make several updates.
     """
     no_kl = grpo.beta == 0, "with grpo.beta 0: set grpo.beta"
     has_entropy = grpo.entropy_coef > 0 or grpo.entropy_floor is not None
@@ -138,10 +160,17 @@ def check_grpo(
         not grpo.importance_sampling_correction,
         "without grpo.importance_sampling_correction: set that too",
     )
+    is_ratio_loss = grpo.loss_type in ("grpo", "dapo", "bnpo", "dr_grpo")
+    is_ours = is_ratio_loss or grpo.loss_type in ("cispo", "reinforce")  # of others nothing is known
     on_policy = (
-        grpo.num_iterations == 1 and grpo.loss_type == "grpo",
+        grpo.num_iterations == 1 and is_ours,
         "with grpo.num_iterations 1, where all ratios are 1: set grpo.num_iterations to 2 or more",
     )
+    unclipped = is_ours and not is_ratio_loss, f"with grpo.loss_type {grpo.loss_type}: use grpo"
+    no_ratio = grpo.loss_type == "reinforce", "with grpo.loss_type reinforce: use grpo or cispo"
+    cuts_all = grpo.loss_type == "cispo" and (grpo.epsilon_high or 1) < 1  # ratios of 1 as well
+    unmoved = not grpo.sync_ref_model, "without grpo.sync_ref_model: set that too"
+    no_target = grpo.target_kl is None, "without grpo.target_kl: set that too"
     for name, (is_idle, reason) in {
         "entropy_floor_rate": no_floor,
         "constraint_rate": unbound,
@@ -151,18 +180,31 @@ def check_grpo(
         "multi_objective_aggregation": lone,
         "reference_dtype": no_copy,
         "offload_reference": no_copy,
+        "sync_ref_model": no_copy,
+        "ref_model_mixup_alpha": unmoved,
+        "ref_model_sync_steps": unmoved,
         "importance_sampling_mode": uncorrected,
         "importance_sampling_clip_max": uncorrected,
-        "epsilon": on_policy,
-        "epsilon_high": on_policy,
+        "epsilon": unclipped if unclipped[0] else on_policy,
+        "epsilon_high": no_ratio if no_ratio[0] else (on_policy[0] and not cuts_all, on_policy[1]),
+        "delta": unclipped if unclipped[0] else on_policy,
+        "importance_sampling_level": no_ratio if no_ratio[0] else on_policy,
+        "kl_estimator": no_kl,
+        "target_kl": no_kl,
+        "target_kl_rate": no_target,
         "kl_scale_weighting": no_kl,
         "entropy_scale_weighting": no_entropy,
     }.items():
         value = getattr(grpo, name)
         if is_idle and value != GRPOConfig.model_fields[name].default:
             raise ConfigError(f"grpo.{name} {value} has no effect {reason}, or remove grpo.{name}")
+    if grpo.loss_type == "reinforce" and grpo.num_iterations > 1:
+        raise ConfigError(
+            f"grpo.num_iterations {grpo.num_iterations} needs ratios, and grpo.loss_type reinforce has none: "
+            "set grpo.num_iterations to 1, or use grpo or cispo"
+        )
     weighting = grpo.entropy_scale_weighting
-    if grpo.entropy_floor is not None and not isinstance(weighting, str) and 0 in weighting:
+    if grpo.entropy_floor is not None and isinstance(weighting, tuple) and 0 in weighting:
         raise ConfigError(
             "grpo.entropy_floor cannot hold a scale whose weight in grpo.entropy_scale_weighting is 0: give "
             "every scale a weight, or remove the floor"

@@ -14,7 +14,7 @@ from nextscale.base.average import Average
 from nextscale.grpo import GRPOConfig
 from nextscale.losses import LossOutput
 from nextscale.models.lora import adapter_off, write_adapter
-from nextscale.objective import Microbatch, Objective
+from nextscale.objective import Coefficients, Microbatch, Objective
 from nextscale.optimizer import OptimizerConfig, make_optimizer
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
@@ -57,6 +57,7 @@ class Learner:
         run: RunConfig,
     ) -> None:
         self.pipe, self.accelerator, self.tuning = pipe, accelerator, tuning
+        self.grpo = grpo
         self.sampling, self.run, self.max_grad_norm = sampling, run, optimizer.max_grad_norm
         transformer = pipe.transformer
         check_trainable(transformer)
@@ -98,18 +99,17 @@ class Learner:
     # ---- an update
 
     def backward(
-        self, batch: Microbatch, weight: float, bonuses: list[float] | None, *, exchanges: bool
+        self, batch: Microbatch, weight: float, coefficients: Coefficients, *, exchanges: bool
     ) -> LossOutput:
         """The loss of a microbatch; its gradient is added to that of the others.
 
         Args:
             weight: of the microbatch's mean, from `microbatches`: the sum is a mean over all images.
-            bonuses: as `Objective` takes them.
             exchanges: whether the processes exchange gradients: once an update, in the last backward pass.
         """
         with nullcontext() if exchanges else self.accelerator.no_sync(self.model):
             with self.autocast():
-                output = self.objective(self.model, batch, bonuses)
+                output = self.objective(self.model, batch, coefficients)
             self.accelerator.backward(output.loss * weight)
         return output
 
@@ -126,6 +126,12 @@ class Learner:
         if self.average is not None:
             self.average.update()
         self.num_skipped = 0
+
+    def sync_reference(self, step: int) -> None:
+        """Move the reference towards the model, in the steps where it is time to."""
+        grpo, reference = self.grpo, self.objective.reference
+        if reference is not None and grpo.sync_ref_model and step % grpo.ref_model_sync_steps == 0:
+            reference.move_towards(self.pipe.transformer, grpo.ref_model_mixup_alpha)
 
     def zero_grad(self) -> None:
         """Forget the gradient."""
@@ -158,8 +164,7 @@ class Learner:
             state: see `load`.
         """
         parts = self.accelerator, self.model, self.optimizer.optimizer
-        extra: Any = {"average": self.average, "frozen": self.frozen}
-        return save_checkpoint(*parts, folder, step, state, limit, **extra)
+        return save_checkpoint(*parts, folder, step, state, limit, **self._beside())
 
     def load(self, path: Path) -> dict[str, Any]:
         """Continue from a checkpoint; returns the state that was saved with it.
@@ -168,7 +173,16 @@ class Learner:
             CheckpointError: a file of it is missing or broken, or was written by an earlier version.
         """
         parts = self.accelerator, self.model, self.optimizer.optimizer
-        return load_checkpoint(*parts, path, average=self.average, frozen=self.frozen)
+        return load_checkpoint(*parts, path, **self._beside())
+
+    def _beside(self) -> dict[str, Any]:
+        """What a checkpoint holds besides the model and the optimizer."""
+        reference = self.objective.reference if self.grpo.sync_ref_model else None
+        return {
+            "average": self.average,
+            "frozen": self.frozen,
+            "reference": None if reference is None else reference.model,
+        }
 
     def unshard(self) -> None:
         """Give the pipeline back its transformer, whole, where it was sharded."""

@@ -8,7 +8,7 @@ Every mean says its denominator: tokens are weighted within an image by `token_w
 images count alike.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nextscale.base.errors import ConfigError
 from nextscale.base.records import did_you_mean
-from nextscale.grpo import GRPOConfig, ScaleWeighting
+from nextscale.grpo import GRPOConfig, RatioLevel, ScaleWeighting
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,15 @@ class Quantities:
         importance_BL: weights of the surrogate, (B, L) or (B, 1), for tokens that the sampler drew with
             another probability than that; None where they are not asked for.
         advantages_BL: (B, L), or (B, 1) where all tokens of an image have the same.
-        kl_BL: exact KL to the reference in nats, with gradient where beta is positive; None without a
-            reference.
+        kl_BL: KL to the reference in nats, as `kl_estimator` has it, with gradient where beta is positive;
+            None without a reference.
         entropy_BL: exact entropy in nats, with gradient where the loss has a use for it.
         weights_L: weight of each token in the mean of the surrogate over an image; they sum to 1.
         kl_weights_L: the same for the KL.
         entropy_weights_L: the same for the entropy.
+        beta: coefficient of the KL.
         entropy_coef: coefficient of the entropy, one for all tokens or (L,).
+        lengths: tokens of each trained scale.
     """
 
     log_probs_BL: Tensor
@@ -46,7 +48,9 @@ class Quantities:
     weights_L: Tensor
     kl_weights_L: Tensor
     entropy_weights_L: Tensor
+    beta: float
     entropy_coef: float | Tensor
+    lengths: tuple[int, ...]
     importance_BL: Tensor | None = None
 
 
@@ -72,14 +76,17 @@ Loss = Callable[[Quantities, GRPOConfig], LossOutput]
 def grpo_loss(q: Quantities, config: GRPOConfig) -> LossOutput:
     """The clipped surrogate of GRPO, less KL, plus entropy.
 
-    At fixed length, GRPO's, DAPO's, BNPO's and Dr. GRPO's means over tokens differ by a constant factor
-    alone.
+    GRPO, DAPO, BNPO and Dr. GRPO differ in what they divide the sum over tokens by: the length of each
+    answer, the tokens of the batch, or a constant. All images have L tokens, so with `scale_weighting` token
+    all four are this loss. (Dr. GRPO also leaves out the division by the group's deviation, which is
+    `scale_rewards` none.)
 
     Source: GRPO (arXiv 2402.03300), equation 3, with the KL as an exact sum over the codebook; PPO (arXiv
-    1707.06347), equation 7; DAPO (arXiv 2503.14476) for the upper bound of its own.
+    1707.06347), equation 7; DAPO (arXiv 2503.14476) for the upper bound of its own; GSPO (arXiv 2507.18071)
+    for ratios of more than one token.
     """
     surrogate = clipped_surrogate(
-        q.log_probs_BL, q.old_log_probs_BL, q.advantages_BL, config.epsilon, config.epsilon_high
+        ratios_of(q, config), q.advantages_BL, config.epsilon, config.epsilon_high, config.delta
     )
     is_low_BL, is_high_BL = surrogate.is_low_clipped_BL, surrogate.is_high_clipped_BL
     metrics = {
@@ -87,10 +94,39 @@ def grpo_loss(q: Quantities, config: GRPOConfig) -> LossOutput:
         "clip_ratio/high_mean": is_high_BL.float(),
         "clip_ratio/region_mean": (is_low_BL | is_high_BL).float(),
     }
-    return LossOutput(regularised(surrogate.objective_BL, q, config.beta), metrics)
+    return LossOutput(regularised(surrogate.objective_BL, q), metrics)
 
 
-LOSSES: dict[str, Loss] = {"grpo": grpo_loss}
+def cispo_loss(q: Quantities, config: GRPOConfig) -> LossOutput:
+    """REINFORCE with importance weights that are cut off at `epsilon_high` (by default 5) and carry no
+    gradient: no token drops out of it, as those that PPO clips do.
+
+    Source: MiniMax-M1 (arXiv 2506.13585), equations 4 and 5; ScaleRL (arXiv 2510.13786) for the bound.
+    """
+    bound = CISPO_BOUND if config.epsilon_high is None else config.epsilon_high
+    ratio_BL = ratios_of(q, config).detach()
+    is_cut_BL = (ratio_BL > bound) & (q.advantages_BL > 0)
+    objective_BL = ratio_BL.clamp_max(bound) * q.advantages_BL * q.log_probs_BL
+    return LossOutput(regularised(objective_BL, q), {"cispo_clip_ratio": is_cut_BL.float()})
+
+
+def reinforce_loss(q: Quantities, config: GRPOConfig) -> LossOutput:
+    """Advantage times log-probability. It takes the images to be the present policy's: one update each.
+
+    Source: Williams 1992, "Simple statistical gradient-following algorithms for connectionist reinforcement
+    learning".
+    """
+    return LossOutput(regularised(q.advantages_BL * q.log_probs_BL, q), {})
+
+
+CISPO_BOUND = 5.0
+
+LOSSES: dict[str, Loss] = {
+    "grpo": grpo_loss,
+    **dict.fromkeys(("dapo", "bnpo", "dr_grpo"), grpo_loss),  # at fixed length the same
+    "cispo": cispo_loss,
+    "reinforce": reinforce_loss,
+}
 """Name, as `GRPOConfig.loss_type` has it, to loss."""
 
 
@@ -154,17 +190,21 @@ def token_weights(
     Args:
         lengths: tokens of each scale that is trained.
         weighting: "token" counts all tokens alike, so that the finest scale has most of the weight; "scale"
-            gives every scale the same total; or the total weight of each scale, up to a factor.
+            gives every scale the same total; a number is the alpha of (h w)^-alpha, the weight of a token
+            in a grid of h times w: "token" is 0, "scale" is 1; or the total weight of each scale, up to a
+            factor.
         option: its name, for the error.
 
     Raises:
         ConfigError: weights that are not one non-negative number a scale, with a positive sum.
+
+    Source: the power law is PANW of arXiv 2601.02256, which found 0.6 to 0.8 best.
     """
-    if weighting == "token":
-        totals = [float(length) for length in lengths]
-    elif weighting == "scale":
-        totals = [1.0] * len(lengths)
+    alpha = {"token": 0.0, "scale": 1.0}.get(weighting) if isinstance(weighting, str) else weighting
+    if isinstance(alpha, int | float):
+        totals = [length ** (1.0 - alpha) for length in lengths]
     else:
+        assert isinstance(weighting, tuple)
         totals = [float(total) for total in weighting]
     if len(totals) != len(lengths) or min(totals) < 0 or sum(totals) <= 0:
         raise ConfigError(
@@ -189,41 +229,79 @@ class Surrogate:
     is_high_clipped_BL: Tensor
 
 
-def clipped_surrogate(
+def ratios_of(q: Quantities, config: GRPOConfig) -> Tensor:
+    """`importance_ratio` of a microbatch at the level that is asked for."""
+    level = config.importance_sampling_level
+    return importance_ratio(q.log_probs_BL, q.old_log_probs_BL, level, q.lengths, q.weights_L)
+
+
+def importance_ratio(
     log_probs_BL: Tensor,
     old_log_probs_BL: Tensor,
+    level: RatioLevel,
+    lengths: Sequence[int],
+    weights_L: Tensor,
+) -> Tensor:
+    """Probability under the present policy by that before its first update, of tokens, scales or images.
+
+    That of a scale or an image is a geometric mean over its tokens, so that it does not grow with their
+    number; over an image each token counts as much as in the loss. On policy, all levels have one gradient.
+
+    Args:
+        lengths: tokens of each scale.
+        weights_L: weight of each token in an image; they sum to 1.
+
+    Returns:
+        (B, L), or (B, 1) of images.
+
+    Source: GSPO (arXiv 2507.18071), equation 7.
+    """
+    difference_BL = log_probs_BL - old_log_probs_BL
+    if level == "scale":
+        means = [each.mean(1, keepdim=True).expand_as(each) for each in difference_BL.split(list(lengths), 1)]
+        difference_BL = torch.cat(means, 1)
+    elif level in ("image", "sequence"):
+        difference_BL = (difference_BL * weights_L).sum(1, keepdim=True)
+    return difference_BL.exp()
+
+
+def clipped_surrogate(
+    ratio_BL: Tensor,
     advantages_BL: Tensor,
     epsilon: float,
     epsilon_high: float | None = None,
+    delta: float | None = None,
 ) -> Surrogate:
     """min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A) of each token, r its importance ratio.
 
     Args:
-        log_probs_BL: under the present policy, with gradient.
-        old_log_probs_BL: under the policy before its first update on these tokens.
+        ratio_BL: from `importance_ratio`, with gradient.
         advantages_BL: (B, L) or (B, 1).
         epsilon_high: by default epsilon.
+        delta: largest r of the first term: bounds what a negative advantage does to a token that has become
+            far likelier; by default there is none.
 
-    Source: PPO (arXiv 1707.06347), equation 7; DAPO (arXiv 2503.14476) for the upper bound of its own.
+    Source: PPO (arXiv 1707.06347), equation 7; DAPO (arXiv 2503.14476) for the upper bound of its own;
+    INTELLECT-2 (arXiv 2505.07291) for delta.
     """
     high = epsilon if epsilon_high is None else epsilon_high
-    ratio_BL = (log_probs_BL - old_log_probs_BL).exp()
     clipped_BL = ratio_BL.clamp(1 - epsilon, 1 + high)
     with torch.no_grad():
         is_low = (ratio_BL < 1 - epsilon) & (advantages_BL < 0)
         is_high = (ratio_BL > 1 + high) & (advantages_BL > 0)
-    objective_BL = torch.minimum(ratio_BL * advantages_BL, clipped_BL * advantages_BL)
+    bounded_BL = ratio_BL if delta is None else ratio_BL.clamp_max(delta)
+    objective_BL = torch.minimum(bounded_BL * advantages_BL, clipped_BL * advantages_BL)
     return Surrogate(objective_BL, is_low, is_high)
 
 
-def regularised(objective_BL: Tensor, q: Quantities, beta: float) -> Tensor:
+def regularised(objective_BL: Tensor, q: Quantities) -> Tensor:
     """-(importance objective - beta KL + entropy_coef entropy), each a mean over images of a mean over
     tokens, with weights of its own."""
     if q.importance_BL is not None:
         objective_BL = q.importance_BL * objective_BL
     parts: list[tuple[Tensor, Tensor]] = []
-    if q.kl_BL is not None and beta:
-        parts.append((-beta * q.kl_BL, q.kl_weights_L))
+    if q.kl_BL is not None and q.beta:
+        parts.append((-q.beta * q.kl_BL, q.kl_weights_L))
     if isinstance(q.entropy_coef, Tensor) or q.entropy_coef:
         parts.append((q.entropy_coef * q.entropy_BL, q.entropy_weights_L))
     apart = 0.0

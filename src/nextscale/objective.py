@@ -4,7 +4,7 @@ Shapes: B images of one microbatch · S scales · L tokens of all scales · l of
 C width of the features · D codebook width
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from nextscale.policy import (
     exact_entropy,
     exact_kl,
     kept_tokens,
+    kl_divergence,
     policy_log_probs,
     token_log_probs,
 )
@@ -79,6 +80,19 @@ def microbatches(
         yield batch, num_processes * len(images) / num_images, is_last
 
 
+@dataclass(frozen=True)
+class Coefficients:
+    """What controllers turn from step to step.
+
+    Attributes:
+        beta: of the KL.
+        entropy_bonuses: of each trained scale's entropy, besides `entropy_coef`; None where there are none.
+    """
+
+    beta: float
+    entropy_bonuses: Sequence[float] | None = None
+
+
 class Objective:
     """Measures a microbatch under the present policy and gives its loss.
 
@@ -112,13 +126,13 @@ class Objective:
         self.loss = find_loss(config.loss_type)
 
     def __call__(
-        self, model: nn.Module, batch: Microbatch, entropy_bonuses: Sequence[float] | None = None
+        self, model: nn.Module, batch: Microbatch, coefficients: Coefficients | None = None
     ) -> LossOutput:
         """The loss of a microbatch and its metrics.
 
         Args:
             model: the transformer, or what wraps it for several processes.
-            entropy_bonuses: weights, each of one trained scale's entropy, besides `entropy_coef`.
+            coefficients: what controllers turn; by default as the options say.
         """
         # The reference runs first, while nothing is held for the backward pass, and once a rollout.
         num_tokens = sum(self.lengths)
@@ -128,7 +142,8 @@ class Objective:
             features_BLC = self.reference.features(batch.conditioning, inputs_BLD, self.sampling)
 
         # One teacher-forced pass gives the distribution that every token was drawn from, with gradient.
-        entropy_coef = self._entropy_coef(entropy_bonuses)
+        coefficients = coefficients or Coefficients(self.config.beta)
+        entropy_coef = self._entropy_coef(coefficients.entropy_bonuses)
         has_entropy_loss = isinstance(entropy_coef, Tensor) or entropy_coef > 0
         read = self._reader(batch.tokens, features_BLC, has_entropy_loss)
         of_tokens = read_policy(model, self.schedule, batch.conditioning, inputs_BLD, self.sampling, read)
@@ -144,15 +159,17 @@ class Objective:
             importance_BL=mismatch_BL if self.config.importance_sampling_correction else None,
             advantages_BL=per_token(batch.advantages, self.schedule)[:, :num_tokens],
             entropy_BL=of_tokens["entropy"],
-            kl_BL=of_tokens.get("kl"),
+            kl_BL=of_tokens.get("kl_in_loss", of_tokens.get("kl")),
             weights_L=self.weights_L,
             kl_weights_L=self.kl_weights_L,
             entropy_weights_L=self.entropy_weights_L,
+            beta=coefficients.beta,
             entropy_coef=entropy_coef,
+            lengths=self.lengths,
         )
         output = self.loss(quantities, self.config)
 
-        metrics = {"loss": output.loss, **self._metrics(quantities), **output.metrics}
+        metrics = {"loss": output.loss, **self._metrics(of_tokens), **output.metrics}
         difference_BL = (old_BL - sampled_BL).abs()
         for each in ("mean", "max"):
             metrics[f"sampling/sampling_logp_difference/{each}"] = difference_BL
@@ -178,7 +195,7 @@ class Objective:
             features_BLC: the reference's, of all trained tokens.
             has_entropy_loss: whether the entropy needs a gradient.
         """
-        sampling, reference = self.sampling, self.reference
+        sampling, reference, estimator = self.sampling, self.reference, self.config.kl_estimator
         has_kl_loss = self.config.beta > 0
         ramp_L = self.schedule.guidance_ramp().to(tokens_BL.device)
 
@@ -197,8 +214,11 @@ class Objective:
             if reference is not None:
                 assert features_BLC is not None, "a reference has features"
                 theirs_BlV = reference.log_probs(features_BLC[:, at], ramp_L[at], sampling)
-                with torch.set_grad_enabled(torch.is_grad_enabled() and has_kl_loss):
-                    found["kl"] = exact_kl(full_BlV, theirs_BlV, probs_BlV)
+                is_exact = estimator == "reverse" or not has_kl_loss
+                with torch.set_grad_enabled(torch.is_grad_enabled() and has_kl_loss and is_exact):
+                    found["kl"] = exact_kl(full_BlV, theirs_BlV, probs_BlV)  # logged whatever the loss has
+                if not is_exact:
+                    found["kl_in_loss"] = kl_divergence(full_BlV, theirs_BlV, probs_BlV, drawn_Bl, estimator)
             with torch.set_grad_enabled(torch.is_grad_enabled() and has_entropy_loss):
                 found["entropy"] = exact_entropy(full_BlV, probs_BlV)
             if kept_BlV is not None:
@@ -215,11 +235,12 @@ class Objective:
         bonuses_L = torch.cat([torch.full((length,), bonus) for bonus, length in pairs])
         return (self.config.entropy_coef + bonuses_L).to(self.weights_L)
 
-    def _metrics(self, q: Quantities) -> dict[str, Tensor]:
+    def _metrics(self, of_tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What is measured of the distributions whatever the loss is."""
-        metrics: dict[str, Tensor] = {} if q.kl_BL is None else {"kl_per_image": q.kl_BL.sum(1)}
-        for name, values_BL in (("entropy", q.entropy_BL), ("kl", q.kl_BL)):
-            if values_BL is not None:
+        metrics = {"kl_per_image": of_tokens["kl"].sum(1)} if "kl" in of_tokens else {}
+        for name in ("entropy", "kl"):
+            if name in of_tokens:
+                values_BL = of_tokens[name]
                 scales = enumerate(values_BL.split(self.lengths, 1), 1)
                 metrics |= {name: values_BL, **{f"{name}/scale_{k}": each for k, each in scales}}
         return metrics

@@ -10,6 +10,8 @@ docs/policy.md explains what is trained when filtering removes tokens, and why.
 Shapes: B images · l tokens (of one scale or of all) · V codebook size · n blocks of m codes
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -17,6 +19,9 @@ from pydantic import Field
 from torch import Tensor
 
 from nextscale.base.records import Record
+
+KLEstimator = Literal["reverse", "forward", "k1", "k2", "k3"]
+"""As `kl_divergence` takes them."""
 
 CODES_PER_BLOCK = 64  # the square root of the official codebook's size
 
@@ -172,3 +177,31 @@ def exact_kl(
     """
     probs_BlV = log_probs_BlV.exp() if probs_BlV is None else probs_BlV
     return (probs_BlV * (log_probs_BlV - reference_log_probs_BlV)).sum(-1)
+
+
+def kl_divergence(
+    log_probs_BlV: Tensor,
+    reference_log_probs_BlV: Tensor,
+    probs_BlV: Tensor,
+    drawn_Bl: Tensor,
+    estimator: KLEstimator = "reverse",
+) -> Tensor:
+    """(B, l) KL between policy and reference in nats. Both must be unfiltered.
+
+    "reverse" is `exact_kl`, "forward" the exact KL(reference || policy). The others see the drawn token
+    alone: with d = log policy - log reference of it, k1 is d, k2 is d^2 / 2, k3 is exp(-d) - 1 + d. In
+    expectation k1 and k3 are the reverse KL, but the gradient of k1 is 0 in expectation, and that of k3 the
+    forward KL's; the gradient of k2 is the reverse KL's.
+
+    Args:
+        probs_BlV: the exponential of the policy's log-probabilities.
+        drawn_Bl: tokens that the policy drew.
+
+    Source: Schulman 2020, "Approximating KL divergence".
+    """
+    if estimator == "reverse":
+        return exact_kl(log_probs_BlV, reference_log_probs_BlV, probs_BlV)
+    if estimator == "forward":
+        return exact_kl(reference_log_probs_BlV, log_probs_BlV)
+    d_Bl = token_log_probs(log_probs_BlV, drawn_Bl) - token_log_probs(reference_log_probs_BlV, drawn_Bl)
+    return {"k1": d_Bl, "k2": d_Bl.square() / 2, "k3": torch.expm1(-d_Bl) + d_Bl}[estimator]

@@ -87,6 +87,18 @@ class Reference:
             logits_BlV = self.model.logits(features_BlC)
         return all_branches_logits(logits_BlV, ramp_l, sampling).log_softmax(-1)
 
+    @torch.no_grad()
+    def move_towards(self, model: NextScaleModel, share: float) -> None:
+        """Become a mixture of itself and the trained model, in its own dtypes.
+
+        Args:
+            share: of the trained model.
+
+        Source: TR-DPO (arXiv 2404.09656), its soft update.
+        """
+        for ours, theirs in zip(self.model.parameters(), model.parameters(), strict=True):
+            ours.lerp_(theirs.to(ours), share)
+
     @contextmanager
     def _brought_to(self, device: torch.device) -> Iterator[None]:
         """The weights on this device; afterwards they are where they were, and nothing is copied back."""

@@ -24,12 +24,12 @@ from nextscale.base.errors import ConfigError, RewardError, TrainingError
 from nextscale.base.interrupt import Interrupted, StopOnSignal
 from nextscale.base.metrics import Means
 from nextscale.base.processes import gathered, my_share
-from nextscale.controllers import Constraints, Controller, EntropyFloor
+from nextscale.controllers import AdaptiveKL, Constraints, Controller, EntropyFloor
 from nextscale.evaluation import Embedder, Judges, evaluate, step_metrics
 from nextscale.grpo import GRPOConfig, check_grpo
 from nextscale.learner import Learner
 from nextscale.models.lora import adapted_layers
-from nextscale.objective import microbatches
+from nextscale.objective import Coefficients, microbatches
 from nextscale.optimizer import OptimizerConfig
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
@@ -136,11 +136,16 @@ class GRPOTrainer:
         self.constraints = Constraints(self.rewards.constraints, grpo.constraint_rate, grpo.constraint_start)
         self.watch = HackingWatch(self.rewards.held_out)
         self.entropy_floor: EntropyFloor | None = None
+        self.adaptive_kl: AdaptiveKL | None = None
         self.controllers: dict[str, Controller] = {"constraints": self.constraints, "watch": self.watch}
         if grpo.entropy_floor is not None:
             num_scales = len(self.learner.objective.lengths)
             self.entropy_floor = EntropyFloor(grpo.entropy_floor, grpo.entropy_floor_rate, num_scales)
             self.controllers["entropy_floor"] = self.entropy_floor
+        if grpo.target_kl is not None:
+            self.adaptive_kl = AdaptiveKL(grpo.beta, grpo.target_kl, grpo.target_kl_rate)
+            self.controllers["adaptive_kl"] = self.adaptive_kl
+        self.after_update = [each for each in (self.entropy_floor, self.adaptive_kl) if each is not None]
 
         self.step_done, self.seconds_done = 0, 0.0
         self.step_evaluated: int | None = None
@@ -265,7 +270,7 @@ class GRPOTrainer:
         # Update: num_iterations optimizer steps on the same images, each on the gradient of all of them.
         # One that is not finite is left out, for it would end the model. What the first iteration finds out
         # (log-probs before any update, the reference's features) the others take from it.
-        means, bonuses = Means(), None if self.entropy_floor is None else self.entropy_floor.bonuses
+        means, coefficients = Means(), self.coefficients()
         learner, num_skipped, num_images = self.learner, 0, self.grpo.num_images
         with clock("update"):
             parts = list(
@@ -273,7 +278,7 @@ class GRPOTrainer:
             )
             for _ in range(self.grpo.num_iterations):
                 for i, (batch, weight, is_last) in enumerate(parts):
-                    output = learner.backward(batch, weight, bonuses, exchanges=is_last)
+                    output = learner.backward(batch, weight, coefficients, exchanges=is_last)
                     if weight:
                         means.add(output.metrics)
                     parts[i] = replace(batch, **output.kept), weight, is_last
@@ -289,11 +294,13 @@ class GRPOTrainer:
                         )
                 learner.zero_grad()
 
-        # Adapt the entropy bonuses to what the update measured, over all processes.
+        learner.sync_reference(step)
+
+        # Adapt entropy bonuses and beta to what the update measured, over all processes.
         loss_metrics = Means.combined(gather_object([means.parts()]))
-        floor_metrics: dict[str, float] = {}
-        if self.entropy_floor is not None and not num_skipped:
-            floor_metrics = self.entropy_floor.update(loss_metrics)
+        controller_metrics: dict[str, float] = {}
+        for controller in self.after_update if not num_skipped else ():
+            controller_metrics |= controller.update(loss_metrics)
 
         # Measure, and say once if there was nothing to learn, or if sampler and trainer disagree.
         self._check_drift(loss_metrics)
@@ -307,7 +314,7 @@ class GRPOTrainer:
             **loss_metrics,
             **reward_metrics,
             **constraint_metrics,
-            **floor_metrics,
+            **controller_metrics,
             "grad_norm": float(grad_norm),
             "skipped_updates": float(num_skipped),
             "learning_rate": float(learner.scheduler.get_last_lr()[0]),
@@ -367,6 +374,11 @@ class GRPOTrainer:
         advantages_NG = add_constraints(advantages_NG, scores, coefficients, grpo.advantage_epsilon)
         mine = my_share(self.grpo.num_images)
         return advantages_NG.flatten(0, 1)[mine.start : mine.stop].to(self.accelerator.device)
+
+    def coefficients(self) -> Coefficients:
+        """What the controllers of the loss say now."""
+        beta = self.grpo.beta if self.adaptive_kl is None else self.adaptive_kl.beta
+        return Coefficients(beta, None if self.entropy_floor is None else self.entropy_floor.bonuses)
 
     # ---- measuring and saving
 
@@ -473,6 +485,11 @@ class GRPOTrainer:
             )
 
     def _check_offload(self) -> None:
+        if self.grpo.sync_ref_model and asks_for_fsdp(self.run):
+            raise ConfigError(
+                "grpo.sync_ref_model cannot move a reference that FSDP spreads over the processes: remove "
+                "one of them"
+            )
         if self.grpo.offload_reference and asks_for_fsdp(self.run):
             raise ConfigError(
                 "grpo.offload_reference has no effect with FSDP, which spreads the reference over all "

@@ -32,7 +32,7 @@ def test_sections_and_their_keys():
         ("grpo.epsilon_high", "NUMBER"),
         ("grpo.num_groups", "INT"),
         ("grpo.class_labels", "[INT|TEXT,...]"),
-        ("grpo.scale_weighting", "token|scale|[NUMBER,...]"),
+        ("grpo.scale_weighting", "token|scale|NUMBER|[NUMBER,...]"),
         ("rewards.NAME.at_most", "NUMBER|base"),
         ("rewards.NAME.held_out", "true|false"),
         ("rewards.NAME.score_range", "[NUMBER,...]"),

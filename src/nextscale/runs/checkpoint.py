@@ -3,6 +3,7 @@
 trainer_state.json      step, controllers, schedule, and the optimizer's settings
 model.safetensors       the weights; where some are frozen, as under an adapter, the trained ones alone
 average.safetensors     their moving average, if one is kept
+reference.safetensors   the reference, if it moves
 optimizer.safetensors   the optimizer's state of each, as PARAMETER/STATE
 random-RANK.safetensors the random states of each process
 
@@ -40,7 +41,7 @@ from nextscale.runs.sharding import local_part_of
 
 STATE_FILE = "trainer_state.json"
 MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
-AVERAGE_FILE = "average.safetensors"
+AVERAGE_FILE, REFERENCE_FILE = "average.safetensors", "reference.safetensors"
 FORMAT_VERSION = 2
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # however the model is spread over processes
 
@@ -56,6 +57,7 @@ def save_checkpoint(
     *,
     average: Average | None = None,
     frozen: str | None = None,
+    reference: nn.Module | None = None,
 ) -> Path:
     """Write a checkpoint aside and rename it when it is whole; then remove all but the newest `limit`.
 
@@ -66,6 +68,7 @@ def save_checkpoint(
         state: the trainer's own state; must be JSON.
         average: of what is trained, if one is kept.
         frozen: fingerprint of the parameters that are not trained, if there are any: they are not written.
+        reference: the reference, if it moves; the same in all processes.
 
     Returns:
         the checkpoint's path.
@@ -93,6 +96,9 @@ def save_checkpoint(
         save_file(weights, aside / MODEL_FILE)
         if averaged:
             save_file(averaged, aside / AVERAGE_FILE)
+        if reference is not None:
+            ours = {name: each.detach() for name, each in reference.named_parameters()}
+            save_file(ours, aside / REFERENCE_FILE)
         save_file(_flat(moments.get("state", {})), aside / OPTIMIZER_FILE)
         content = state | {
             "format_version": FORMAT_VERSION,
@@ -117,11 +123,12 @@ def load_checkpoint(
     *,
     average: Average | None = None,
     frozen: str | None = None,
+    reference: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Restore the model, the optimizer and the random states; returns the trainer's own state.
 
     Args:
-        average, frozen: as in `save_checkpoint`.
+        average, frozen, reference: as in `save_checkpoint`.
 
     Raises:
         CheckpointError: a file of the checkpoint is missing or broken, or was written by an earlier version;
@@ -145,6 +152,8 @@ def load_checkpoint(
             _load_weights(model, path / AVERAGE_FILE)
             average.exchange()  # what the model holds now is replaced next
         _load_weights(model, path / MODEL_FILE)
+        if reference is not None:
+            _load_reference(reference, path / REFERENCE_FILE)
         if groups := state["optimizer"]:
             moments: Any = {"state": _nested(load_file(path / OPTIMIZER_FILE)), "param_groups": groups}
             set_optimizer_state_dict(model, optimizer, moments, options=WHOLE)
@@ -185,6 +194,15 @@ def _load_weights(model: nn.Module, file: Path) -> None:
     left: Any = set_model_state_dict(model, weights, options=replace(WHOLE, strict=False))
     if wrong := [*left.unexpected_keys, *filter(is_trained, left.missing_keys)]:
         raise CheckpointError(f"'{file}' does not fit the model: '{wrong[0]}' is in one of them alone")
+
+
+@torch.no_grad()
+def _load_reference(model: nn.Module, file: Path) -> None:
+    weights: dict[str, Tensor] = load_file(file)
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    check_tensors(weights, parameters, file)
+    for name, each in parameters.items():
+        each.copy_(weights[name])
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
