@@ -18,6 +18,7 @@ from nextscale.base.statistics import deviation, standard_error
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.rewards.asking.processes import fail_together
+from nextscale.rewards.groups import GroupReward
 from nextscale.rewards.protocol import require_scores
 from nextscale.rewards.reward_set import RewardSet
 from nextscale.rollout import cat_by_name
@@ -68,7 +69,7 @@ def evaluate(
     Args:
         num_images: rounded up to equally many for each condition.
         conditions: what to draw, by default all classes; a fixed choice of them where `num_images` does not
-            suffice for one image of each, or for two with `embed`.
+            suffice for one image of each, or for two where images are compared.
         judges: independent classifiers that no training sees.
         embed: measures diversity, the mean distance between two images of one condition.
         batch_size: images drawn and scored at once, across conditions.
@@ -83,7 +84,8 @@ def evaluate(
         RewardError: a reward that cannot be used, or that scored none of the images; in all processes.
         ConfigError: there are more processes than images.
     """
-    fewest = 1 if embed is None else 2  # images of a condition
+    compares = embed is not None or any(isinstance(each, GroupReward) for each in rewards.rewards.values())
+    fewest = 2 if compares else 1  # images of a condition
     chosen = _spread(
         pipe.all_conditions() if conditions is None else conditions, max(num_images // fewest, 1), seed
     )
@@ -119,7 +121,8 @@ def evaluate(
     # From here on, all processes have the whole.
     owners = [r for r in range(num_processes) if in_grid(share_of(total, r, num_processes))]
     grid = torch.cat(from_owners(torch.cat(samples), owners)).unflatten(0, (-1, columns))
-    flat = gathered(cat_by_name(scored))
+    by_group = rewards.of_groups(gathered(cat_by_name(scored)), per_condition)
+    flat = {name: each.flatten() for name, each in by_group.items()}
     require_scores(flat)
     reward = rewards.total(flat)
     metrics = {

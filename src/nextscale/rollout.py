@@ -24,7 +24,8 @@ class Rollout(Drawn):
     """Images with their scores; `seconds` also has the time of `reward`.
 
     Attributes:
-        scores: name of each reward to its unweighted scores, (B,) on the CPU.
+        scores: name of each reward to its unweighted scores, (B,) on the CPU; or to features, (B, E), of a
+            `GroupReward`, whose scores come when groups are whole.
     """
 
     scores: dict[str, Tensor]

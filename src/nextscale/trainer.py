@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from einops import rearrange
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -347,11 +346,7 @@ class GRPOTrainer:
         Raises:
             RewardError: a reward that scored none of the step's images.
         """
-        size = self.grpo.num_generations
-        scores = {
-            name: rearrange(each_B, "(N G) -> N G", G=size)
-            for name, each_B in gathered(rollout.scores).items()
-        }
+        scores = self.rewards.of_groups(gathered(rollout.scores), self.grpo.num_generations)
         require_scores(scores)
         return scores
 

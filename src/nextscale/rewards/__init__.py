@@ -3,6 +3,8 @@
 from nextscale.rewards.aesthetic import Aesthetic
 from nextscale.rewards.class_probability import ClassProbability
 from nextscale.rewards.clip_score import ClipScore
+from nextscale.rewards.diversity import Diversity
+from nextscale.rewards.groups import GroupReward
 from nextscale.rewards.hps import HPSv2
 from nextscale.rewards.image_reward import ImageReward
 from nextscale.rewards.jpeg import JpegCompressibility, JpegIncompressibility
@@ -21,6 +23,8 @@ __all__ = [
     "AtMost",
     "ClassProbability",
     "ClipScore",
+    "Diversity",
+    "GroupReward",
     "HPSv2",
     "ImageReward",
     "JpegCompressibility",

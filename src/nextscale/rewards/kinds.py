@@ -11,6 +11,7 @@ from nextscale.base.records import Record, describe_validation_error, did_you_me
 from nextscale.rewards.aesthetic import AestheticConfig
 from nextscale.rewards.class_probability import ClassProbabilityConfig
 from nextscale.rewards.clip_score import ClipScoreConfig
+from nextscale.rewards.diversity import DiversityConfig
 from nextscale.rewards.hps import HPSv2Config
 from nextscale.rewards.image_reward import ImageRewardConfig
 from nextscale.rewards.jpeg import JpegConfig
@@ -29,6 +30,7 @@ RECORDS: tuple[type[RewardConfig], ...] = (
     HPSv2Config,
     ImageRewardConfig,
     ClassProbabilityConfig,
+    DiversityConfig,
     PythonConfig,
     JpegConfig,
     PixelsConfig,

@@ -9,6 +9,7 @@ from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError
 from nextscale.rewards.asking.answers import ask, check_answer
 from nextscale.rewards.asking.waiting import begin, is_async
+from nextscale.rewards.groups import GroupReward, check_features
 from nextscale.rewards.protocol import Reward
 from nextscale.rewards.roles import Constraint
 
@@ -113,7 +114,8 @@ class RewardSet:
 
     @torch.no_grad()
     def scores(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
-        """Each reward's own scores, (B,) float32 on the CPU, unweighted.
+        """Each reward's own scores, (B,) float32 on the CPU, unweighted; of a `GroupReward` its features,
+        (B, E), of which `of_groups` makes scores when groups are whole.
 
         The async rewards wait together, while the others are asked one after the other. That a reward scored
         none of the images is no error here: they may be a part of a step (see `require_scores`).
@@ -133,19 +135,45 @@ class RewardSet:
         try:
             for name in sorted(self.rewards, key=lambda name: name in begun):  # async ones last
                 reward, timeout = self.rewards[name], self.timeouts.get(name)
-                answer = ask(name, reward, images, conditions, timeout, begun.get(name))
-                scores[name] = check_answer(name, answer, images)
+                if isinstance(reward, GroupReward):
+                    answer = ask(name, reward.features, images, conditions, timeout)
+                    scores[name] = check_features(name, answer, len(images))
+                else:
+                    answer = ask(name, reward, images, conditions, timeout, begun.get(name))
+                    scores[name] = check_answer(name, answer, images)
         finally:
             for future in begun.values():
                 future.cancel()  # those still running, when one has failed
         return {name: scores[name] for name in self.rewards}
+
+    def of_groups(self, scores: Mapping[str, Tensor], group_size: int) -> dict[str, Tensor]:
+        """Each reward's scores by groups, (N, G).
+
+        Args:
+            scores: of whole groups one after the other, as `scores` gives them.
+            group_size: G.
+
+        Raises:
+            RewardError: a `GroupReward` did not give one finite number or NaN for each image.
+        """
+        by_group = {name: each.unflatten(0, (-1, group_size)) for name, each in scores.items()}
+        for name, reward in self.rewards.items():
+            if isinstance(reward, GroupReward) and name in by_group:
+                answer = reward.scores_of_groups(by_group[name]).flatten()
+                checked = check_answer(name, answer, answer.new_empty(len(scores[name])))
+                by_group[name] = checked.unflatten(0, (-1, group_size))
+        return by_group
 
     def total(self, scores: Mapping[str, Tensor]) -> Tensor:
         """(B,) weighted sum; NaN where any reward that is trained on did not score the image."""
         return torch.stack([weight * scores[name] for name, weight in self.weights.items()]).sum(0)
 
     def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
-        return self.total(self.scores(images, conditions))
+        scores = self.scores(images, conditions)
+        for name, reward in self.rewards.items():
+            if isinstance(reward, GroupReward):
+                scores[name] = reward.scores_by_condition(scores[name], conditions)
+        return self.total(scores)
 
 
 def _found(given: object) -> str:
