@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
+from nextscale.base.errors import ConfigError
 from nextscale.base.processes import microbatch_shares
 from nextscale.grpo import GRPOConfig
 from nextscale.losses import LossOutput, Quantities, find_loss, loss_weights, trained_lengths
@@ -107,7 +108,8 @@ class Objective:
         lengths: tokens of each scale that is trained.
 
     Raises:
-        ConfigError: an unknown loss, more scales to train than there are, or weights that do not fit them.
+        ConfigError: an unknown loss, more scales to train than there are, weights that do not fit them, or
+            a choice of branches without guidance.
     """
 
     def __init__(
@@ -119,6 +121,14 @@ class Objective:
         device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.sampling, self.schedule, self.reference = config, sampling, schedule, reference
+        self.reference_sampling = sampling
+        if config.reference_guidance_scale is not None:
+            self.reference_sampling = sampling.replace(guidance_scale=config.reference_guidance_scale)
+        if config.trained_branches != "both" and not sampling.is_guided:
+            raise ConfigError(
+                f"grpo.trained_branches {config.trained_branches} has no effect without guidance: set "
+                "sampling.guidance_scale, or remove it"
+            )
         self.lengths = trained_lengths(schedule.lengths, config)
         with torch.device(device):
             weights = loss_weights(schedule.lengths, config)
@@ -139,14 +149,22 @@ class Objective:
         inputs_BLD = batch.inputs[:, : num_tokens - 1]
         features_BLC = batch.reference_features
         if self.reference is not None and features_BLC is None:
-            features_BLC = self.reference.features(batch.conditioning, inputs_BLD, self.sampling)
+            features_BLC = self.reference.features(batch.conditioning, inputs_BLD, self.reference_sampling)
 
         # One teacher-forced pass gives the distribution that every token was drawn from, with gradient.
         coefficients = coefficients or Coefficients(self.config.beta)
         entropy_coef = self._entropy_coef(coefficients.entropy_bonuses)
         has_entropy_loss = isinstance(entropy_coef, Tensor) or entropy_coef > 0
         read = self._reader(batch.tokens, features_BLC, has_entropy_loss)
-        of_tokens = read_policy(model, self.schedule, batch.conditioning, inputs_BLD, self.sampling, read)
+        of_tokens = read_policy(
+            model,
+            self.schedule,
+            batch.conditioning,
+            inputs_BLD,
+            self.sampling,
+            read,
+            null_has_gradient=self.config.trained_branches == "both",
+        )
 
         # In a rollout's first iteration the policy is the one to improve on. Its own log-probs are taken, not
         # the sampler's, which differ in low precision: all ratios are then exactly 1.
@@ -213,7 +231,7 @@ class Objective:
             probs_BlV = full_BlV.exp()
             if reference is not None:
                 assert features_BLC is not None, "a reference has features"
-                theirs_BlV = reference.log_probs(features_BLC[:, at], ramp_L[at], sampling)
+                theirs_BlV = reference.log_probs(features_BLC[:, at], ramp_L[at], self.reference_sampling)
                 is_exact = estimator == "reverse" or not has_kl_loss
                 with torch.set_grad_enabled(torch.is_grad_enabled() and has_kl_loss and is_exact):
                     found["kl"] = exact_kl(full_BlV, theirs_BlV, probs_BlV)  # logged whatever the loss has

@@ -5,13 +5,20 @@ D codebook width
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from nextscale.models.protocol import Conditioning, Reader
 from nextscale.models.scales import ScaleSchedule
-from nextscale.policy import SamplingConfig, all_branches_logits, policy_log_probs, token_log_probs
+from nextscale.policy import (
+    SamplingConfig,
+    all_branches_logits,
+    policy_log_probs,
+    policy_logits,
+    token_log_probs,
+)
 from nextscale.sampling import all_branches, guided_logits, inputs_of_branches
 
 if TYPE_CHECKING:
@@ -25,6 +32,8 @@ def read_policy(
     inputs_BlD: Tensor,
     config: SamplingConfig,
     read: Reader,
+    *,
+    null_has_gradient: bool = True,
 ) -> dict[str, Tensor]:
     """What `read` makes of the policy logits before filtering, for all tokens in one teacher-forced pass.
 
@@ -34,8 +43,23 @@ def read_policy(
         inputs_BlD: from `Tokenizer.tokens_to_inputs`: (B, L - 1, D), or those of the first scales alone.
         read: gets the (B, l, V) logits of one block of tokens after the other, both branches already put
             together.
+        null_has_gradient: whether the gradient flows through the null branch too. Without, that branch runs
+            apart, and nothing of it is kept for the backward pass but its features.
     """
     ramp_L = schedule.guidance_ramp().to(inputs_BlD.device)
+    if config.is_guided and not null_has_gradient:
+        num_images = len(inputs_BlD)
+        model: Any = getattr(transformer, "module", transformer)  # of a wrapper that synchronises gradients
+        null = conditioning.with_null().select(slice(num_images, 2 * num_images))
+        with torch.no_grad():
+            null_BlC = model.features(null, inputs_BlD)
+
+        def read_beside(logits_BlV: Tensor, at: slice) -> dict[str, Tensor]:
+            with torch.no_grad():
+                null_BlV = model.logits(null_BlC[:, at])
+            return dict(read(policy_logits(logits_BlV, null_BlV, ramp_L[at], config), at))
+
+        return transformer(conditioning, inputs_BlD, read=read_beside)
 
     def read_block(logits_BlV: Tensor, at: slice) -> dict[str, Tensor]:
         return dict(read(all_branches_logits(logits_BlV, ramp_L[at], config), at))

@@ -93,11 +93,13 @@ class Phases:
         """The reference model's pass, without its head, which is part of the loss."""
         batch = self._trained_at_once
 
+        sampling = self._reference_sampling
+
         def run(model: VAR) -> Count:
             reference = self._reference(model)
             conditioning = self._conditioning(reference.model, batch)
             inputs_BlD = self._inputs(batch)[:, : self._num_trained - 1]
-            return self._count(partial(reference.features, conditioning, inputs_BlD, self.sampling), batch)
+            return self._count(partial(reference.features, conditioning, inputs_BlD, sampling), batch)
 
         return self._by_depth(run)
 
@@ -132,7 +134,7 @@ class Phases:
         if self.grpo.num_iterations == 1:
             return 0.0
         float32 = 4
-        sequences = (2 if self.sampling.is_guided else 1) if self.grpo.needs_reference else 0
+        sequences = (2 if self._reference_sampling.is_guided else 1) if self.grpo.needs_reference else 0
         return float32 * self.num_images * self._num_trained * (1.0 + sequences * self.transformer.width)
 
     def cache_bytes(self) -> float:
@@ -140,6 +142,11 @@ class Phases:
         sequences = self._drawn_at_once * (2 if self.sampling.is_guided else 1)
         width = 2 if self.run.mixed_precision == "bf16" else 4
         return 2.0 * sequences * self._num_tokens * self.transformer.depth * self.transformer.width * width
+
+    @property
+    def _reference_sampling(self) -> SamplingConfig:
+        scale = self.grpo.reference_guidance_scale
+        return self.sampling if scale is None else self.sampling.replace(guidance_scale=scale)
 
     @property
     def _num_tokens(self) -> int:
