@@ -68,6 +68,10 @@ def brightness(images, conditions):
         ({"ref_model_sync_steps": 9}, r"ref_model_sync_steps 9 has .* grpo\.sync_ref_model: set that too"),
         ({"ref_model_mixup_alpha": 0.5}, r"ref_model_mixup_alpha 0\.5 has .* grpo\.sync_ref_model"),
         ({"sync_ref_model": True, **WITHOUT_KL}, "sync_ref_model True has no effect without a reference"),
+        (
+            {"reference_guidance_scale": 1.0, **WITHOUT_KL},
+            r"reference_guidance_scale 1\.0 has no effect without a reference",
+        ),
         ({"kl_scale_weighting": "token", "beta": 0.0}, "kl_scale_weighting token has .* set grpo.beta"),
         (
             {"entropy_scale_weighting": (1, 1, 1, 2)},

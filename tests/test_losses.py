@@ -506,3 +506,63 @@ def test_the_correction_multiplies_what_the_sampler_drew_too_often(tiny_pipeline
     alone = replace(batch, advantages=torch.tensor([0.0, -0.5, 0.0, 0.0]))
     ours, theirs = gradients(model, output.loss), gradients(model, plain(model, alone).loss)
     assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+def test_a_null_branch_without_gradient_is_the_dense_formula_with_it_detached(
+    make_pipeline: MakePipeline,
+) -> None:
+    pipe, sampling = make_pipeline(codebook_size=200), SamplingConfig(guidance_scale=1.5, top_k=50)
+    model, batch = pipe.transformer, microbatch(pipe, sampling)
+    base = make_pipeline(seed=1, codebook_size=200).transformer
+    options = {"beta": 0.3, "entropy_coef": 0.1}
+    both = Objective(GRPOConfig(**options), sampling, model.schedule, Reference.copy_of(base))
+    one_config = GRPOConfig(trained_branches="conditional", **options)
+    one = Objective(one_config, sampling, model.schedule, Reference.copy_of(base))
+    expected, output = both(model, batch), one(model, batch)
+    torch.testing.assert_close(output.loss, expected.loss)
+    assert output.metrics["sampling/sampling_logp_difference/max"].max() < 1e-4  # still the guided policy
+
+    # By hand: the loss of guided logits whose null part carries no gradient.
+    def dense(logits_null: Tensor) -> Tensor:
+        ramp = model.schedule.guidance_ramp()[:, None] * sampling.guidance_scale
+        logits = (1 + ramp) * model(batch.conditioning, batch.inputs) - ramp * logits_null
+        full = logits.log_softmax(-1)
+        with torch.no_grad():
+            given = model.schedule, batch.conditioning, batch.inputs, sampling
+            theirs = teacher_forced_logits(base, *given).log_softmax(-1)
+        kept = logits >= logits.topk(50, dim=-1).values[..., -1:]
+        kept = kept.scatter(-1, batch.tokens[..., None], True)
+        policy = logits.masked_fill(~kept, -torch.inf).log_softmax(-1)
+        drawn = policy.gather(-1, batch.tokens[..., None])[..., 0]
+        value = (drawn - drawn.detach()).exp() * batch.advantages[:, None]
+        value = value - 0.3 * (full.exp() * (full - theirs)).sum(-1) - 0.1 * (full.exp() * full).sum(-1)
+        return -torch.stack([part.mean(1) for part in value.split(model.schedule.lengths, 1)], 1).mean()
+
+    null = batch.conditioning.with_null().select(slice(len(batch.tokens), 2 * len(batch.tokens)))
+    with torch.no_grad():
+        logits_null = model(null, batch.inputs)
+    found, hand = gradients(model, output.loss), gradients(model, dense(logits_null))
+    assert (found - hand).norm() < 1e-5 * hand.norm()
+    assert (found - gradients(model, expected.loss)).norm() > 1e-2 * hand.norm()
+
+
+def test_a_choice_of_branches_needs_guidance(tiny_pipeline: VARPipeline) -> None:
+    schedule = tiny_pipeline.transformer.schedule
+    with pytest.raises(ConfigError, match="trained_branches conditional has no effect without guidance"):
+        Objective(GRPOConfig(trained_branches="conditional"), SamplingConfig(), schedule, None)
+
+
+def test_the_reference_may_be_guided_where_the_policy_is_not(make_pipeline: MakePipeline) -> None:
+    """The KL of an unguided model to its guided self: what distils guidance away."""
+    pipe, unguided = make_pipeline(), SamplingConfig(temperature=0.9)
+    model, batch = pipe.transformer, microbatch(pipe, unguided)
+    config = GRPOConfig(beta=1.0, reference_guidance_scale=2.0, kl_scale_weighting="token")
+    output = Objective(config, unguided, model.schedule, Reference.copy_of(model))(model, batch)
+    given = model.schedule, batch.conditioning, batch.inputs
+    with torch.no_grad():
+        ours = teacher_forced_logits(model, *given, unguided).log_softmax(-1)
+        theirs = teacher_forced_logits(model, *given, unguided.replace(guidance_scale=2.0)).log_softmax(-1)
+    expected = (ours.exp() * (ours - theirs)).sum(-1)
+    torch.testing.assert_close(output.metrics["kl"], expected, rtol=1e-4, atol=1e-5)
+    first, last = (expected[:, part].mean() for part in (slice(0, 1), slice(14, 30)))
+    assert first < 1e-6 < last  # the ramp of guidance begins at 0

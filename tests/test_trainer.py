@@ -338,6 +338,8 @@ def test_every_grpo_option_changes_something(
         "kl_estimator": "k3",
         "target_kl": 1.0,
         "sync_ref_model": True,
+        "trained_branches": "conditional",
+        "reference_guidance_scale": 3.0,
         "scale_rewards": "none",
         "advantage_epsilon": 0.5,
         "scale_weighting": "token",

@@ -5,6 +5,7 @@ Shapes: B images · N conditions · G images of one condition · E width of an e
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from accelerate import PartialState
@@ -33,6 +34,23 @@ Embedder = Callable[[Tensor], Tensor]
 """Images (B, 3, H, W) to L2-normalised embeddings (B, E)."""
 
 
+class SetMeasure(Protocol):
+    """Measures all images of an evaluation together, by features of each: a distance of two sets, say."""
+
+    def features(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
+        """Name to (B, D) features, which are all that is kept of the images."""
+        ...
+
+    def measure(self, features: Mapping[str, Tensor], conditions: Sequence[Condition]) -> dict[str, float]:
+        """What is reported of all images.
+
+        Args:
+            features: of all images, of all processes.
+            conditions: those that were drawn, each once.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What an evaluation found.
@@ -58,6 +76,7 @@ def evaluate(
     conditions: Sequence[Condition] | None = None,
     judges: Judges | None = None,
     embed: Embedder | None = None,
+    measures: Sequence[SetMeasure] = (),
     batch_size: int = 64,
     num_columns: int = 8,
 ) -> Evaluation:
@@ -72,6 +91,7 @@ def evaluate(
             suffice for one image of each, or for two where images are compared.
         judges: independent classifiers that no training sees.
         embed: measures diversity, the mean distance between two images of one condition.
+        measures: of all images together.
         batch_size: images drawn and scored at once, across conditions.
         num_columns: images of each row of `Evaluation.samples`.
 
@@ -105,6 +125,7 @@ def evaluate(
         return [i for i, (row, column) in enumerate(places) if row < MAX_ROWS and column < columns]
 
     scored, judged, embeddings, samples = [], [], [], []
+    seen: list[dict[str, Tensor]] = []
     # Only what is small is kept of each batch: memory does not grow with the number of images.
     mine = my_share(total)
     done = mine.start
@@ -116,6 +137,11 @@ def evaluate(
                 embeddings.append({"embedding": embed(batch.images).float().cpu()})
             if judges is not None:
                 judged.append(judges(batch.images, batch.conditions))
+            features: dict[str, Tensor] = {}
+            for i, each in enumerate(measures):
+                found = each.features(batch.images, batch.conditions)
+                features |= {f"{i}/{name}": value.float().cpu() for name, value in found.items()}
+            seen.append(features)
             done += len(batch.images)
 
     # From here on, all processes have the whole.
@@ -138,6 +164,11 @@ def evaluate(
         metrics["diversity"] = sum(map(mean_pairwise_distance, groups)) / len(groups)
     if judged:
         metrics |= {name: each.float().mean().item() for name, each in gathered(cat_by_name(judged)).items()}
+    of_all = gathered(cat_by_name(seen)) if measures else {}
+    for i, each in enumerate(measures):
+        prefix = f"{i}/"
+        own = {name.removeprefix(prefix): of_all[name] for name in of_all if name.startswith(prefix)}
+        metrics |= each.measure(own, chosen)
     return Evaluation(metrics, grid, chosen[:MAX_ROWS])
 
 

@@ -24,7 +24,7 @@ from nextscale.base.interrupt import Interrupted, StopOnSignal
 from nextscale.base.metrics import Means
 from nextscale.base.processes import gathered, my_share
 from nextscale.controllers import AdaptiveKL, Constraints, Controller, EntropyFloor
-from nextscale.evaluation import Embedder, Judges, evaluate, step_metrics
+from nextscale.evaluation import Embedder, Judges, SetMeasure, evaluate, step_metrics
 from nextscale.grpo import GRPOConfig, check_grpo
 from nextscale.learner import Learner
 from nextscale.models.lora import adapted_layers
@@ -67,6 +67,7 @@ class GRPOTrainer:
             it as its own.
         tuning: what of the transformer is trained: by default all of it.
         judges: independent classifiers for the evaluation.
+        measures: of all images of an evaluation together.
         embed: embeddings for the evaluation's diversity.
         config_yaml: the contents of the run's `config.yaml`; by default the options above.
         command: the words that the run was started with, for its `environment.json`.
@@ -89,6 +90,7 @@ class GRPOTrainer:
         optimizer: OptimizerConfig | None = None,
         run: RunConfig | None = None,
         judges: Judges | None = None,
+        measures: Sequence[SetMeasure] = (),
         embed: Embedder | None = None,
         config_yaml: str | None = None,
         command: Sequence[str] = (),
@@ -98,6 +100,7 @@ class GRPOTrainer:
         self.sampling, self.optimizer_config = sampling or pipe.sampling, optimizer or OptimizerConfig()
         self.tuning = tuning or TuningConfig()
         self.rewards, self.judges, self.embed = RewardSet.of(rewards), judges, embed
+        self.measures = measures
         self.accelerator = make_accelerator(self.run)
         if conditions is not None and self.grpo.class_labels:
             raise ConfigError("grpo.class_labels has no effect beside `conditions`: give one of them")
@@ -408,6 +411,7 @@ class GRPOTrainer:
                 seed=self.run.eval_seed,
                 conditions=self.conditions,
                 judges=self.judges,
+                measures=self.measures,
                 embed=self.embed,
                 batch_size=self.run.per_device_eval_batch_size,
             )

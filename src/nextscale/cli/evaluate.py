@@ -52,7 +52,7 @@ def run(args: Namespace) -> int:
     import torch
 
     from nextscale import evaluation
-    from nextscale.config.build import embedder, is_miniature, judges_for, make_rewards
+    from nextscale.config.build import embedder, is_miniature, judges_for, make_rewards, measures_for
     from nextscale.config.recipe import load_recipe
     from nextscale.runs.config import RunConfig
     from nextscale.runs.launch import join_processes
@@ -85,6 +85,7 @@ def run(args: Namespace) -> int:
             seed=args.seed,
             conditions=None if classes is None else pipe.conditions(classes),
             judges=judges_for(pipe),
+            measures=measures_for(pipe),
             embed=embedder(clip),
             batch_size=(recipe.run if recipe else RunConfig()).per_device_eval_batch_size,
         )

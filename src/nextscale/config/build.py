@@ -9,7 +9,7 @@ import torch
 from nextscale.base.errors import ConfigError, NextscaleError
 from nextscale.config.recipe import Recipe, to_yaml
 from nextscale.config.resume import check_folder
-from nextscale.evaluation import Embedder, Judges
+from nextscale.evaluation import Embedder, Judges, SetMeasure
 from nextscale.grpo import check_grpo
 from nextscale.losses import find_loss, loss_weights
 from nextscale.models import zoo
@@ -19,6 +19,7 @@ from nextscale.rewards.networks.clip import load_clip
 from nextscale.rewards.protocol import RewardConfig
 from nextscale.rewards.python import PythonConfig
 from nextscale.toy.judges import judge_images
+from nextscale.toy.realism import Realism
 from nextscale.toy.world import CLASSES, IMAGE_SIZE
 from nextscale.trainer import GRPOTrainer
 from nextscale.tuning import check_tuning
@@ -31,6 +32,7 @@ class Parts:
     pipe: VARPipeline
     rewards: RewardSet
     judges: Judges | None
+    measures: tuple[SetMeasure, ...]
     embed: Embedder | None
 
 
@@ -94,6 +96,11 @@ def judges_for(pipe: VARPipeline) -> Judges | None:
     return judge_images if is_miniature(pipe) else None
 
 
+def measures_for(pipe: VARPipeline) -> tuple[SetMeasure, ...]:
+    """How near images are to the miniature world's true pictures, for models of that world."""
+    return (Realism(),) if is_miniature(pipe) else ()
+
+
 def embedder(clip: str | None) -> Embedder | None:
     """The image embeddings of a CLIP, for measuring diversity."""
     return load_clip(clip).embed_images if clip else None
@@ -111,7 +118,13 @@ def build_parts(recipe: Recipe) -> Parts:
     check_folder(recipe)
     pipe = load_pipeline(recipe.model, recipe.vae)
     check_fit(recipe, pipe)
-    return Parts(pipe, make_rewards(recipe.rewards), judges_for(pipe), embedder(recipe.run.diversity_clip))
+    return Parts(
+        pipe,
+        make_rewards(recipe.rewards),
+        judges_for(pipe),
+        measures_for(pipe),
+        embedder(recipe.run.diversity_clip),
+    )
 
 
 def check_fit(recipe: Recipe, pipe: VARPipeline) -> None:
@@ -146,6 +159,7 @@ def build_trainer(recipe: Recipe, command: Sequence[str] = ()) -> GRPOTrainer:
         optimizer=recipe.optimizer,
         run=recipe.run,
         judges=parts.judges,
+        measures=parts.measures,
         embed=parts.embed,
         config_yaml=to_yaml(lasting),
         command=command,

@@ -59,6 +59,8 @@ def charts(run: Run) -> list[Chart]:
     judged = [Line("eval_judge/class_accuracy", "class accuracy", INK, measured=True)]
     for i, name in enumerate(run.names("eval_judge/style/(.+)")):
         judged.append(Line(f"eval_judge/style/{name}", name, c[i % 8], measured=True))
+    distances = _measured(run, "eval_judge/frechet/")
+    shares = [*_measured(run, "eval_judge/precision/"), *_measured(run, "eval_judge/recall/")]
     seen = Line("eval_reward", "evaluation, fixed seeds", c[1], measured=True)
     reward = [Line("reward", "training", c[0], "reward_std"), seen]
     found = [Chart("Reward", "Mean and spread (1 sd).", reward)]
@@ -86,6 +88,8 @@ def charts(run: Run) -> list[Chart]:
     found += [
         Chart("Multipliers", "What each constraint weighs. It grows while the bound is broken.", weights),
         Chart("Judges", "Share of images. No training ever saw these judges.", judged, "percent"),
+        Chart("Distance to true pictures", "Fréchet distance, in a judge's features.", distances, "log"),
+        Chart("Precision and recall", "Against true pictures, in a judge's features.", shares, "percent"),
         Chart("KL to the base model", "Nats an image.", [Line("kl_per_image", "KL")]),
         Chart("Entropy", "Nats a token. A fall to zero is collapse.", entropy),
         Chart("Diversity", "How much images of one evaluation differ.", diversity),
@@ -97,6 +101,16 @@ def charts(run: Run) -> list[Chart]:
     for chart in found:
         chart.lines[:] = [line for line in chart.lines if run.values(line.key)]
     return [chart for chart in found if chart.lines]
+
+
+def _measured(run: Run, prefix: str) -> list[Line]:
+    """A line for each metric of evaluations that begins so, named by what follows it."""
+    names = run.names(f"{prefix}(.+)")
+    told = prefix.removeprefix("eval_judge/frechet/").removeprefix("eval_judge/").replace("/", " ")
+    return [
+        Line(f"{prefix}{name}", f"{told}{name.replace('/', ', ')} judge", COLOURS[i % 8], measured=True)
+        for i, name in enumerate(names)
+    ]
 
 
 def draw_chart(run: Run, chart: Chart) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 They are convolutional networks with batch normalisation, trained with their own seeds on their own images, so
 that they catch an image that fools a reward (a vision transformer) without showing what it should.
 
-Shapes: B images · K kinds
+Shapes: B images · K kinds · D width of the pooled features
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.base.conditions import Condition
@@ -20,6 +21,7 @@ from nextscale.models.zoo import TOY_ASSETS
 from nextscale.toy.world import CLASSES, STYLES
 
 KINDS = {"class": CLASSES, "style": STYLES}
+HEAD = -3  # the layers after the last maps: Flatten, Dropout, Linear
 
 
 class Judge(nn.Sequential):
@@ -38,6 +40,21 @@ class Judge(nn.Sequential):
         layers += [nn.Flatten(), nn.Dropout(0.3), nn.Linear(widths[-1] * 16, num_kinds)]
         super().__init__(*layers)
 
+    def look(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, K) logits, and (B, D) features: the last maps, (B, 48, 4, 4), by quarters of the image.
+
+        Pooled to 2x2, a feature has 192 numbers, whose covariance 2,048 images, or 512, still determine; the
+        768 of the maps would need many more. Where in the image something is, it keeps by quarters.
+        """
+        body, head = list(self)[:HEAD], list(self)[HEAD:]
+        maps = images
+        for layer in body:
+            maps = layer(maps)
+        logits = maps
+        for layer in head:
+            logits = layer(logits)
+        return logits, F.avg_pool2d(maps, 2).flatten(1)
+
 
 def load_judge(kind: str, folder: Path = TOY_ASSETS / "judges") -> Judge:
     """The shipped judge of "class" or "style".
@@ -49,25 +66,26 @@ def load_judge(kind: str, folder: Path = TOY_ASSETS / "judges") -> Judge:
     return build_strictly(lambda: Judge(len(KINDS[kind])), read_state_dict(path), path).requires_grad_(False)
 
 
-@torch.no_grad()
-def judge(model: Judge, images: Tensor) -> Tensor:
-    """(B,) index of the kind that the judge sees in each image."""
-    return model(images).argmax(-1)
-
-
 @cache
-def _shipped(kind: str, device: torch.device) -> Judge:
+def shipped_judge(kind: str, device: torch.device) -> Judge:
+    """The shipped judge, loaded once for each device."""
     return load_judge(kind).to(device)
 
 
+@torch.no_grad()
 def judge_images(images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
     """What the shipped judges say of images that were asked to show these classes.
 
     Returns:
-        (B,) values, 1 or 0: `judge/class_accuracy`, whether the class judge sees the class asked for, and
-        `judge/style/{style}`, whether the style judge calls the image so. Their means are shares of images.
+        (B,) values: `judge/class_accuracy`, 1 where the class judge sees the class asked for, else 0;
+        `judge/class_log_prob`, its log-probability of that class in nats; and `judge/style/{style}`, 1 where
+        the style judge calls the image so. The means of all but the log-probability are shares of images.
     """
-    seen, styles = (judge(_shipped(kind, images.device), images).cpu() for kind in ("class", "style"))
+    of_class, of_style = (shipped_judge(kind, images.device)(images).float().cpu() for kind in KINDS)
     asked = torch.tensor([condition.label for condition in conditions])
-    shares = {f"judge/style/{style}": (styles == index).float() for index, style in enumerate(STYLES)}
-    return {"judge/class_accuracy": (seen == asked).float(), **shares}
+    styles = of_style.argmax(-1)
+    return {
+        "judge/class_accuracy": (of_class.argmax(-1) == asked).float(),
+        "judge/class_log_prob": of_class.log_softmax(-1).gather(-1, asked[:, None]).squeeze(-1),
+        **{f"judge/style/{style}": (styles == index).float() for index, style in enumerate(STYLES)},
+    }

@@ -1,4 +1,4 @@
-"""Train the miniature world's models from scratch: tokenizer, transformer, CLIP, aesthetic head, judges."""
+"""Train the miniature world's models from scratch, and write what its judges see in true pictures."""
 
 import hashlib
 import json
@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 
 from nextscale.pipeline import VARPipeline
 from nextscale.toy.judges import KINDS
+from nextscale.toy.realism import NUM_TRUE
+from nextscale.toy.references import write_references
 from nextscale.toy.train_clip import train_aesthetic_head, train_clip
 from nextscale.toy.train_judges import train_judge
 from nextscale.toy.train_tokenizer import train_tokenizer
@@ -51,6 +53,8 @@ def train_all(
     for kind in KINDS:
         judge = train_judge(kind, tokenizer, seed + JUDGE_SEED, steps["judge"], log=log)
         save_file(judge.half().state_dict(), output / "judges" / f"{kind}.safetensors")
+    num_true = max(64, round(NUM_TRUE * min(steps_factor, 1.0)))
+    write_references(output / "judges", tokenizer, num_true, seed, log)
     write_hashes(output)
     log(f"all trained in {(time.time() - begin) / 60:.0f} min, written to {output}")
     return output
