@@ -28,6 +28,7 @@ FLOORS = (
     ("toy.*", "learner", "trainer"),
     ("plan.*",),
     ("config.*", "recipes.*"),
+    ("study.*",),
     ("__init__",),
     ("studio.*", "cli.*"),
     ("__main__",),

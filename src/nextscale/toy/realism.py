@@ -44,7 +44,7 @@ class TruePictures:
 
 
 def pack(features_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Features as numbers of four bits, two in a byte, (N, D / 2), and the (D,) value of a unit of each column.
+    """Features as numbers of four bits, two in a byte, (N, D / 2), and (D,) what one unit of a column is.
 
     They are at least 0, as they come out of a ReLU. Rounding adds less than a hundredth to their variance,
     and takes a quarter of the place of float16.

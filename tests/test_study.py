@@ -1,0 +1,105 @@
+"""Studies: the plan, a run of two variants in the miniature world, and the table by hand."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from nextscale.base.errors import ConfigError
+from nextscale.cli.main import main
+from nextscale.study.plan import read_study, trials
+from nextscale.study.results import Row, interval, table
+
+TINY = """
+seeds: [3]
+num_images: 16
+experiments:
+  painting:
+    recipe: toy-painting
+    common:
+      run.max_steps: 1
+      grpo.num_groups: 1
+      grpo.num_generations: 2
+    variants:
+      plain: {}
+      coarse: {grpo.train_scales: 2}
+"""
+
+
+def test_a_trial_is_a_recipe_with_its_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(TINY)
+    first, second = trials(read_study(path), tmp_path / "runs")
+    assert first.folder == tmp_path / "runs/painting/plain/3"
+    words = second.words()
+    assert words[:2] == ["train", "toy-painting"]
+    given = dict(zip(words[2::2], words[3::2], strict=True))
+    assert given["--grpo.train_scales"] == "2" and given["--run.seed"] == "3"
+    assert given["--run.max_steps"] == "1" and given["--run.overwrite"] == "true"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("seeds: [1", "is not YAML"),
+        ("- 1", "is not a study: expected seeds and experiments"),
+        ("seeds: []\nexperiments: {a: {recipe: toy, variants: {b: {}}}}", "seeds"),
+        ("seeds: [1]\nexperiments: {a: {recipe: toy, variants: {}}}", "variants"),
+        ("seeds: [1]\nexperiments: {a: {recipes: toy, variants: {b: {}}}}", "recipe"),
+    ],
+)
+def test_a_file_that_is_no_study_is_refused(text: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        read_study(path)
+
+
+def test_the_interval_is_students() -> None:
+    mean, half = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3.0
+    assert half == pytest.approx(2.776 * math.sqrt(2.5) / math.sqrt(5))
+    assert math.isnan(interval([1.0])[1])
+
+
+def test_the_table_has_a_line_for_each_variant_that_was_run() -> None:
+    rows = [
+        Row("painting", "plain", seed, {"judge/class_accuracy": share, "kl": 100.0}, [])
+        for seed, share in ((1, 0.9), (2, 1.0))
+    ]
+    lines = table(rows, ["plain", "never run"]).splitlines()
+    assert lines[0] == "| variant | seeds | class % | KL, nats an image |"
+    assert lines[2] == "| plain | 2 | 95 ± 64 | 100 ± 0 |"
+    assert len(lines) == 3
+
+
+def test_a_study_runs_and_is_not_repeated(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path, runs = tmp_path / "study.yaml", tmp_path / "runs"
+    path.write_text(TINY)
+    words = ["study", str(path), "--runs", str(runs), "--jobs", "2"]
+    assert main([*words, "--dry-run"]) == 0
+    assert not runs.exists() and capfd.readouterr().out.count("nextscale train toy-painting") == 2
+    assert main(words) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {row["variant"] for row in results["rows"]} == {"plain", "coarse"}
+    assert all(row["measures"]["images"] == 2 and len(row["curve"]) == 1 for row in results["rows"])
+    assert "| coarse | 1 |" in (tmp_path / "results.md").read_text()
+    assert (tmp_path / "painting.png").stat().st_size > 10_000
+    before = (runs / "painting/plain/3/evaluation.json").stat().st_mtime_ns
+    assert main(words) == 0
+    assert (runs / "painting/plain/3/evaluation.json").stat().st_mtime_ns == before
+    assert "2 runs, 2 of them done" in capfd.readouterr().out
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(TINY.replace("coarse: {grpo.train_scales: 2}", "coarse: {grpo.train_scales: 99}"))
+    assert main(["study", str(path), "--runs", str(tmp_path / "runs")]) == 2
+    out = capfd.readouterr().out
+    assert "painting/plain/3: done" in out
+    assert "painting/coarse/3: grpo.train_scales 99 is out of range" in out
+    assert main(["study", str(path), "--experiment", "paint"]) == 2
+    assert "unknown experiment 'paint'" in capfd.readouterr().err
