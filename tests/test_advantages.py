@@ -4,7 +4,14 @@ import statistics
 import pytest
 import torch
 
-from nextscale.advantages import add_constraints, combined_advantages, group_advantages
+from nextscale.advantages import (
+    add_constraints,
+    combined_advantages,
+    group_advantages,
+    start_values,
+    step_advantages,
+)
+from nextscale.grpo import GRPOConfig
 
 NAN = math.nan
 
@@ -277,3 +284,59 @@ def test_rewards_that_differ_by_rounding_alone_are_equal(scale_rewards) -> None:
     varied = rounded.clone()
     varied[0] += torch.linspace(0, 0.1, 8)  # beside a group that varies, the others hardly count
     assert group_advantages(varied, scale_rewards)[1:].abs().max() < 0.02
+
+
+def test_leave_one_out_compares_with_the_others_alone() -> None:
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [3.0, float("nan"), 5.0]])
+    found = group_advantages(rewards, "none", baseline="leave_one_out")
+    assert found[0].tolist() == pytest.approx([1 - 4, 2 - 3.5, 6 - 1.5])
+    assert found[1].tolist() == pytest.approx([3 - 5, 0, 5 - 3])
+    mean = group_advantages(rewards, "none")
+    torch.testing.assert_close(found[0], mean[0] * 3 / 2)
+
+
+def test_a_start_is_worth_between_the_mean_and_the_best_of_its_images() -> None:
+    rewards = torch.tensor([[[1.0, 3.0], [2.0, 2.5]]])
+    spread = ((2.0 + 0.125) / 2) ** 0.5  # of two images: half the squared difference
+    for temperature in (0.3, 1.0, 4.0):
+        unit = temperature * spread
+        expected = [
+            unit * math.log((math.exp(a / unit) + math.exp(b / unit)) / 2) for a, b in ((1, 3), (2, 2.5))
+        ]
+        assert start_values(rewards, temperature)[0].tolist() == pytest.approx(expected, rel=1e-5)
+    assert start_values(rewards, 1e-3)[0].tolist() == pytest.approx([3.0, 2.5], abs=2e-3)
+    assert start_values(rewards, 1e4)[0].tolist() == pytest.approx([2.0, 2.25], abs=1e-3)
+    assert start_values(torch.full((1, 2, 2), 0.7), 1.0)[0].tolist() == pytest.approx([0.7, 0.7])
+    unscored = torch.tensor([[[1.0, float("nan")], [float("nan")] * 2]])
+    values = start_values(unscored, 1.0)[0]
+    assert values[0].item() == pytest.approx(1.0) and values[1].isnan()
+
+
+BRANCHING = GRPOConfig(
+    num_groups=1, num_generations=4, branch_scale=2, branches=2, branch_temperature=1e4, scale_rewards="none"
+)
+
+
+def test_starts_compete_in_their_group_and_images_with_those_of_the_same_start() -> None:
+    scores = {"a": torch.tensor([[1.0, 3.0, 5.0, 9.0]])}  # two starts, worth 2 and 7
+    found = step_advantages(scores, {"a": 1.0}, {}, BRANCHING, num_scales=5)
+    starts, rests = [-2.5, -2.5, 2.5, 2.5], [-1.0, 1.0, -2.0, 2.0]
+    expected = torch.tensor([[start] * 2 + [rest] * 3 for start, rest in zip(starts, rests, strict=True)])
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_starts_and_rests_may_take_turns() -> None:
+    scores = {"a": torch.tensor([[1.0, 3.0, 5.0, 9.0]])}
+    grpo = BRANCHING.replace(branch_schedule="in_turn")
+    for step in range(1, 9):
+        found = step_advantages(scores, {"a": 1.0}, {}, grpo, num_scales=5, step=step)
+        starts, rests = found[:, :2].abs().sum() > 0, found[:, 2:].abs().sum() > 0
+        assert (bool(starts), bool(rests)) == (step % 4 != 0, step % 4 == 0)
+
+
+def test_branches_and_constraints_go_together() -> None:
+    scores = {"a": torch.tensor([[1.0, 3.0, 5.0, 9.0]]), "b": torch.tensor([[0.0, 1.0, 0.0, 1.0]])}
+    plain = step_advantages(scores, {"a": 1.0}, {}, BRANCHING, num_scales=5)
+    bound = step_advantages(scores, {"a": 1.0}, {"b": 2.0}, BRANCHING, num_scales=5)
+    assert torch.allclose(plain[:, :2], bound[:, :2])  # both starts keep the constraint equally well
+    assert (bound[1, 4] > plain[1, 4]) and (bound[0, 4] < plain[0, 4])

@@ -53,6 +53,9 @@ def brightness(images, conditions):
         ({"importance_sampling_clip_max": 2.0}, r"importance_sampling_clip_max 2\.0 has no effect without"),
         ({"epsilon": 0.1}, r"epsilon 0\.1 has no effect .* set grpo\.num_iterations to 2"),
         ({"epsilon_high": 0.3}, r"epsilon_high 0\.3 has no effect .* set grpo\.num_iterations to 2"),
+        ({"branches": 4}, r"branches 4 has no effect .* grpo\.branch_scale: set that too"),
+        ({"branch_temperature": 2.0}, r"branch_temperature 2\.0 has .* grpo\.branch_scale"),
+        ({"branch_schedule": "in_turn"}, r"branch_schedule in_turn has .* grpo\.branch_scale"),
         ({"delta": 2.0}, r"delta 2\.0 has no effect .* set grpo\.num_iterations to 2"),
         (
             {"importance_sampling_level": "scale"},
@@ -112,6 +115,13 @@ def test_packaged_recipes_have_no_option_without_effect(name: str) -> None:
     recipe = load_recipe(name)
     weights = {name: each.weight for name, each in recipe.rewards.items() if each.weight is not None}
     check_grpo(recipe.grpo, weights, [name for name, each in recipe.rewards.items() if each.constraint])
+
+
+def test_a_group_is_shared_by_whole_branches() -> None:
+    for options in ({"num_generations": 9}, {"num_generations": 2}):
+        with pytest.raises(ConfigError, match=r"has to be a multiple of that, and at least twice it"):
+            check_grpo(GRPOConfig(branch_scale=2, **options), {"a": 1.0}, ())
+    check_grpo(GRPOConfig(branch_scale=2, branches=4, branch_schedule="in_turn"), {"a": 1.0}, ())
 
 
 def test_a_loss_without_ratios_makes_one_update() -> None:

@@ -3,9 +3,10 @@ import torch
 
 from nextscale.base.errors import CheckpointError
 from nextscale.base.seeding import group_uniforms
+from nextscale.pipeline import Drawn
 from nextscale.policy import SamplingConfig
 from nextscale.rescoring import log_probs, teacher_forced_logits
-from nextscale.sampling import all_branches, guided_logits, sample
+from nextscale.sampling import Branches, all_branches, guided_logits, sample
 
 GUIDED = SamplingConfig(guidance_scale=1.5, top_k=30, top_p=0.95)
 
@@ -145,3 +146,37 @@ def test_a_model_that_diverged_says_so(make_pipeline):
         pipe.transformer.pos_start.fill_(float("nan"))
     with pytest.raises(CheckpointError, match=r"NaN at scale 1.*diverged"):
         draw(pipe, [0], uniforms_of(0, num_images=1))
+
+
+@pytest.mark.parametrize("guidance_scale", [0.0, 1.5])
+@pytest.mark.parametrize("num_scales", [1, 3])
+def test_a_prefix_sampled_once_is_as_if_each_image_had_sampled_it(make_pipeline, guidance_scale, num_scales):
+    """The same tokens, and log-probabilities but for rounding, as of full sampling with the same numbers."""
+    pipe, config = make_pipeline(), SamplingConfig(guidance_scale=guidance_scale, top_k=30)
+    model, branches = pipe.transformer, Branches(num_scales, 3)
+    uniforms = branches.shared(group_uniforms(6, model.schedule.num_tokens, "branches"), model.schedule)
+    conditioning = model.encode_conditions(pipe.conditions([0, 0, 0, 1, 1, 1]))
+    images = branches.of(range(6), uniforms.device)
+    branched = sample(model, pipe.tokenizer, conditioning, uniforms, config, images)
+    whole = sample(model, pipe.tokenizer, conditioning, uniforms, config)
+    assert torch.equal(branched.tokens, whole.tokens)
+    torch.testing.assert_close(branched.log_probs, whole.log_probs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(branched.inputs, whole.inputs)
+    torch.testing.assert_close(branched.latent, whole.latent)
+    shared = sum(model.schedule.lengths[:num_scales])
+    assert torch.equal(branched.tokens[0, :shared], branched.tokens[2, :shared])
+    assert not torch.equal(branched.tokens[0], branched.tokens[1])
+
+
+def test_a_prefix_that_a_batch_or_a_share_cuts_is_the_same_in_both(make_pipeline):
+    pipe, config, branches = make_pipeline(), SamplingConfig(guidance_scale=1.5), Branches(2, 3)
+    given = pipe.conditions([0, 1]), [("a",), ("b",)], 6, config
+    whole = Drawn.cat(list(pipe.draw_batches(*given, None, None, branches)))
+    parts = Drawn.cat(list(pipe.draw_batches(*given, 4, None, branches)))
+    mine, theirs = (
+        Drawn.cat(list(pipe.draw_batches(*given, 5, share, branches))) for share in (range(7), range(7, 12))
+    )
+    assert torch.equal(parts.tokens, whole.tokens)
+    assert torch.equal(torch.cat([mine.tokens, theirs.tokens]), whole.tokens)
+    for start in range(0, 12, 3):  # of each prefix, 1 + 4 tokens are shared
+        assert len({tuple(row) for row in whole.tokens[start : start + 3, :5].tolist()}) == 1

@@ -145,8 +145,8 @@ def test_a_steps_advantages_have_the_multiplier_of_its_own_violation(
     taken: list[Tensor] = []
     compute = trainer.advantages
 
-    def take(scores: Any) -> Tensor:
-        taken.append(compute(scores))
+    def take(scores: Any, step: int) -> Tensor:
+        taken.append(compute(scores, step))
         return taken[-1]
 
     trainer.advantages = take  # type: ignore[method-assign]
@@ -339,6 +339,8 @@ def test_every_grpo_option_changes_something(
         "target_kl": 1.0,
         "sync_ref_model": True,
         "trained_branches": "conditional",
+        "branch_scale": 2,
+        "advantage_baseline": "leave_one_out",
         "reference_guidance_scale": 3.0,
         "scale_rewards": "none",
         "advantage_epsilon": 0.5,
@@ -366,6 +368,8 @@ def test_every_grpo_option_changes_something(
         assert not torch.equal(weights(name, **{name: value}), reference), name
     # measure_kl shows in the log, not in the weights; the aggregation needs two rewards. Tests of their own
     # have offload_reference and the correction, which needs a sampler that differs.
+    with pytest.raises(ConfigError, match=r"branch_scale 4 leaves nothing to go on with: .* 4 scales"):
+        make_trainer(make_pipeline(), tmp_path / "all", branch_scale=4)
     unmeasured = make_trainer(make_pipeline(), tmp_path / "unmeasured", beta=0.0, measure_kl=False)
     assert unmeasured.learner.objective.reference is None
     pair = {"red": redness, "bright": lambda images, conditions: 10 * images.mean((1, 2, 3))}

@@ -1,19 +1,24 @@
 """From rewards to advantages: how much better an image scored than its group.
 
-Shapes: N groups · G images of one group · K rewards
+Shapes: N groups · G images of one group · B = N G images · S scales · K rewards, or images of one start · P
+starts of one group
 """
 
 from collections.abc import Mapping
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from nextscale.base.statistics import centred, deviation
-from nextscale.grpo import Aggregation, ScaleRewards
+from nextscale.grpo import Aggregation, Baseline, GRPOConfig, ScaleRewards
 
 
 def group_advantages(
-    rewards_NG: Tensor, scale_rewards: ScaleRewards = "group", epsilon: float = 1e-4
+    rewards_NG: Tensor,
+    scale_rewards: ScaleRewards = "group",
+    epsilon: float = 1e-4,
+    baseline: Baseline = "mean",
 ) -> Tensor:
     """(N, G) advantages: reward minus the group's mean, divided by a standard deviation.
 
@@ -24,15 +29,20 @@ def group_advantages(
     Args:
         rewards_NG: one reward per image of a whole step.
         scale_rewards: divide by the group's standard deviation, by the batch's, or not at all (Dr. GRPO).
-        epsilon: added to the standard deviation, in units of the root mean square of the groups'
-        deviations, so
-            that a group that varies far less than the others counts less.
+        epsilon: added to the standard deviation, in units of the root mean square of the groups' deviations,
+            so that a group that varies far less than the others counts less.
+        baseline: what is subtracted: the group's mean, or the mean of its other scores. The latter is G /
+            (G - 1) times the former.
 
-    Source: GRPO (arXiv 2402.03300), equation 3; Dr. GRPO (arXiv 2503.20783) for "none".
+    Source: GRPO (arXiv 2402.03300), equation 3; Dr. GRPO (arXiv 2503.20783) for "none"; RLOO (arXiv
+    2402.14740), equation 8, for "leave_one_out".
     """
     is_lone_NG = (~rewards_NG.isnan()).sum(1, keepdim=True) < 2
     rewards_NG = rewards_NG.masked_fill(is_lone_NG, float("nan"))
     centred_NG = centred(rewards_NG)
+    if baseline == "leave_one_out":
+        num_N1 = (~rewards_NG.isnan()).sum(1, keepdim=True)
+        centred_NG = centred_NG * num_N1 / (num_N1 - 1).clamp_min(1)
     if scale_rewards == "none":
         return centred_NG
     deviation_N1 = deviation(rewards_NG)
@@ -54,6 +64,7 @@ def combined_advantages(
     scale_rewards: ScaleRewards = "group",
     aggregation: Aggregation = "sum_then_normalize",
     epsilon: float = 1e-4,
+    baseline: Baseline = "mean",
 ) -> Tensor:
     """(N, G) advantages of several weighted rewards.
 
@@ -62,12 +73,13 @@ def combined_advantages(
 
     Args:
         rewards_KNG: those of a whole step.
-        epsilon: see `group_advantages`.
+        epsilon, baseline: see `group_advantages`.
     """
+    options: tuple[ScaleRewards, float, Baseline] = scale_rewards, epsilon, baseline
     weights_K11 = weights_K.to(rewards_KNG)[:, None, None]
     if aggregation == "sum_then_normalize":
-        return group_advantages((weights_K11 * rewards_KNG).sum(0), scale_rewards, epsilon)
-    each_KNG = torch.stack([group_advantages(each_NG, scale_rewards, epsilon) for each_NG in rewards_KNG])
+        return group_advantages((weights_K11 * rewards_KNG).sum(0), *options)
+    each_KNG = torch.stack([group_advantages(each_NG, *options) for each_NG in rewards_KNG])
     return (weights_K11 * each_KNG).sum(0)
 
 
@@ -76,6 +88,7 @@ def add_constraints(
     rewards: Mapping[str, Tensor],
     coefficients: Mapping[str, float],
     epsilon: float = 1e-4,
+    baseline: Baseline = "mean",
 ) -> Tensor:
     """(N, G) advantages of the Lagrangian: those of the objectives plus those of the constrained rewards.
 
@@ -86,8 +99,80 @@ def add_constraints(
         advantages_NG: of the objectives.
         rewards: name to scores (N, G); includes all constrained rewards.
         coefficients: name of a constrained reward to its multiplier, negative for an upper bound.
-        epsilon: see `group_advantages`.
+        epsilon, baseline: see `group_advantages`.
     """
     for name, coefficient in coefficients.items():
-        advantages_NG = advantages_NG + coefficient * group_advantages(rewards[name], epsilon=epsilon)
+        each_NG = group_advantages(rewards[name], epsilon=epsilon, baseline=baseline)
+        advantages_NG = advantages_NG + coefficient * each_NG
     return advantages_NG
+
+
+def step_advantages(
+    scores: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    coefficients: Mapping[str, float],
+    grpo: GRPOConfig,
+    num_scales: int,
+    step: int = 1,
+) -> Tensor:
+    """Advantages of all images of a step, as the options say: (B,), or where rollouts branch (B, S).
+
+    Args:
+        scores: name to the scores (N, G) of each reward.
+        weights: of the rewards that are trained on.
+        coefficients: of the constraints.
+        num_scales: S.
+        step: the number of the step, from 1.
+    """
+
+    def within_groups(scores: Mapping[str, Tensor]) -> Tensor:
+        advantages_NG = combined_advantages(
+            torch.stack([scores[name] for name in weights]),
+            torch.tensor(list(weights.values())),
+            grpo.scale_rewards,
+            grpo.multi_objective_aggregation,
+            grpo.advantage_epsilon,
+            grpo.advantage_baseline,
+        )
+        constrained = scores, coefficients, grpo.advantage_epsilon, grpo.advantage_baseline
+        return add_constraints(advantages_NG, *constrained)
+
+    if grpo.branch_scale is None:
+        return within_groups(scores).flatten()
+
+    # A start competes with the other starts of its group by what it is worth, and each image with those that
+    # go on from the same start.
+    by_start = {name: rearrange(each, "N (P K) -> N P K", K=grpo.branches) for name, each in scores.items()}
+    values = {name: start_values(each, grpo.branch_temperature) for name, each in by_start.items()}
+    starts_NG = within_groups(values).repeat_interleave(grpo.branches, 1)
+    rests_NG = within_groups({name: each.flatten(0, 1) for name, each in by_start.items()})
+    starts_B1, rests_B1 = starts_NG.reshape(-1, 1), rests_NG.reshape(-1, 1)
+    if grpo.branch_schedule == "in_turn":
+        is_rests_turn = step % STEPS_OF_A_TURN == 0
+        starts_B1, rests_B1 = starts_B1 * (not is_rests_turn), rests_B1 * is_rests_turn
+    num_rest = num_scales - grpo.branch_scale
+    return torch.cat([starts_B1.expand(-1, grpo.branch_scale), rests_B1.expand(-1, num_rest)], 1)
+
+
+STEPS_OF_A_TURN = 4  # three of the starts, one of the rests, as arXiv 2601.02256 has it
+
+
+def start_values(rewards_NPK: Tensor, temperature: float) -> Tensor:
+    """(N, P) what each start is worth: T log mean exp(r / T) over the K images that go on from it.
+
+    Between the mean, for a large T, and the best, for a small one. Images without a score are left out.
+
+    Args:
+        temperature: in standard deviations of the reward over the images of one start, so that it does not
+            depend on the reward's units.
+
+    Source: the middle return of "VAR RL Done Right" (arXiv 2601.02256).
+    """
+    spread = deviation(rewards_NPK).square().mean().sqrt()
+    unit = temperature * spread
+    num_NP = (~rewards_NPK.isnan()).sum(-1)
+    if unit == 0:  # all images of a start score alike
+        return rewards_NPK.nanmean(-1)
+    exponents_NPK = (rewards_NPK / unit).masked_fill(rewards_NPK.isnan(), float("-inf"))
+    values_NP = unit * (exponents_NPK.logsumexp(-1) - num_NP.log())
+    return values_NP.masked_fill(num_NP == 0, float("nan"))

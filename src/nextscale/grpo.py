@@ -13,7 +13,9 @@ ScaleRewards = Literal["group", "batch", "none"]
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
 ScaleWeighting = Literal["token", "scale"] | float | tuple[float, ...]
 RatioLevel = Literal["token", "scale", "image", "sequence"]
-Branches = Literal["both", "conditional"]
+TrainedBranches = Literal["both", "conditional"]
+BranchSchedule = Literal["together", "in_turn"]
+Baseline = Literal["mean", "leave_one_out"]
 ReferenceDtype = Literal["float32", "bfloat16"]
 ImportanceMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
@@ -27,6 +29,16 @@ class GRPOConfig(Record):
     """Groups per step, over all processes."""
     class_labels: tuple[int | str, ...] | None = Field(default=None, min_length=1)
     """Classes to train on, by number or name; by default all classes of the model."""
+    branch_scale: int | None = Field(default=None, ge=1)
+    """Images share their first so many scales with others of their group, and go on from there; the shared
+    scales are credited with what came of them, the others with what each made of the same start."""
+    branches: int = Field(default=2, ge=2)
+    """Images that go on from each start; num_generations is a multiple of it."""
+    branch_temperature: float = Field(default=1.0, gt=0)
+    """Of the value of a start, T log mean exp(r / T) over its images, in standard deviations of the reward:
+    near 0 it is the best image's reward, for large numbers the mean."""
+    branch_schedule: BranchSchedule = "together"
+    """Train start and rest together, or in turn: three steps the starts, one the rest."""
     num_iterations: int = Field(default=1, ge=1)
     """Optimizer steps per batch of rollouts."""
     train_scales: int | None = Field(default=None, ge=1)
@@ -78,7 +90,7 @@ class GRPOConfig(Record):
     or set to 0."""
     importance_sampling_clip_max: float = Field(default=3.0, gt=0)
     """The bound."""
-    trained_branches: Branches = "both"
+    trained_branches: TrainedBranches = "both"
     """Of a guided policy's two branches, those that the gradient flows through: "conditional" spares the null
     branch's backward pass."""
     entropy_coef: float = Field(default=0.0, ge=0)
@@ -95,6 +107,9 @@ class GRPOConfig(Record):
     """The constraints' multipliers before the first step."""
     scale_rewards: ScaleRewards = "group"
     """What rewards are divided by: the standard deviation of their group, that of the batch, or nothing."""
+    advantage_baseline: Baseline = "mean"
+    """What an image's reward is compared with: its group's mean, or the mean of the others in its group
+    (leave_one_out). The latter makes advantages G / (G - 1) times as large."""
     advantage_epsilon: float = Field(default=1e-4, ge=0)
     """Added to that deviation, in units of the rewards' own spread within groups: damps groups that hardly
     vary."""
@@ -178,6 +193,7 @@ def check_grpo(
     no_ratio = grpo.loss_type == "reinforce", "with grpo.loss_type reinforce: use grpo or cispo"
     cuts_all = grpo.loss_type == "cispo" and (grpo.epsilon_high or 1) < 1  # ratios of 1 as well
     unmoved = not grpo.sync_ref_model, "without grpo.sync_ref_model: set that too"
+    no_branch = grpo.branch_scale is None, "without grpo.branch_scale: set that too"
     no_target = grpo.target_kl is None, "without grpo.target_kl: set that too"
     for name, (is_idle, reason) in {
         "entropy_floor_rate": no_floor,
@@ -188,6 +204,9 @@ def check_grpo(
         "multi_objective_aggregation": lone,
         "reference_dtype": no_copy,
         "reference_guidance_scale": (not grpo.needs_reference, no_reference),
+        "branches": no_branch,
+        "branch_temperature": no_branch,
+        "branch_schedule": no_branch,
         "offload_reference": no_copy,
         "sync_ref_model": no_copy,
         "ref_model_mixup_alpha": unmoved,
@@ -211,6 +230,13 @@ def check_grpo(
         raise ConfigError(
             f"grpo.num_iterations {grpo.num_iterations} needs ratios, and grpo.loss_type reinforce has none: "
             "set grpo.num_iterations to 1, or use grpo or cispo"
+        )
+    if grpo.branch_scale is not None and (
+        grpo.num_generations % grpo.branches or grpo.num_generations < 2 * grpo.branches
+    ):
+        raise ConfigError(
+            f"grpo.num_generations {grpo.num_generations} cannot be shared by starts of grpo.branches "
+            f"{grpo.branches} images each: it has to be a multiple of that, and at least twice it"
         )
     weighting = grpo.entropy_scale_weighting
     if grpo.entropy_floor is not None and isinstance(weighting, tuple) and 0 in weighting:

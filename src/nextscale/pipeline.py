@@ -28,7 +28,7 @@ from nextscale.models.var import VAR
 from nextscale.models.vqvae import VQVAE, check_same_grids
 from nextscale.policy import DEFAULT_SAMPLING, SamplingConfig
 from nextscale.report.model_card import write_model_card
-from nextscale.sampling import sample
+from nextscale.sampling import Branches, sample
 
 Classes = int | str | Tensor | Iterable[int | str]
 """Classes by number or name; a single one may stand alone."""
@@ -365,12 +365,14 @@ class VARPipeline:
         sampling: SamplingConfig,
         batch_size: int | None = None,
         share: range | None = None,
+        branches: Branches | None = None,
     ) -> Iterator[Drawn]:
         """What `draw` draws, batch by batch: all are full but the last, and run across groups.
 
         Args:
             share: the images to draw, contiguous, of all those of all groups, which it may cut; all by
                 default.
+            branches: how images share their first scales; by default none do.
         """
         num_tokens = self.transformer.schedule.num_tokens
         share = range(len(conditions) * num_images) if share is None else share
@@ -384,10 +386,16 @@ class VARPipeline:
             batch = conditioning.select(groups).repeat(num_images).select(part)
             # Of whole groups: an image's numbers do not depend on where a share or a batch cuts its group.
             uniforms = [group_uniforms(num_images, num_tokens, *path) for path in group_seeds[groups]]
-            uniforms_BL = torch.cat(uniforms)[part].to(self.device)
+            uniforms_BL, branching = torch.cat(uniforms), None
+            if (
+                branches is not None
+            ):  # images of a prefix that two batches share have the same numbers in both
+                uniforms_BL = branches.shared(uniforms_BL, self.transformer.schedule)
+                branching = branches.of(range(start, stop), self.device)
+            uniforms_BL = uniforms_BL[part].to(self.device)
             clock = Clock(self.device)
             with clock("rollout"):
-                samples = sample(self.transformer, self.tokenizer, batch, uniforms_BL, sampling)
+                samples = sample(self.transformer, self.tokenizer, batch, uniforms_BL, sampling, branching)
             with clock("decode"):
                 images = self._decode(samples.latent)
             yield Drawn(

@@ -13,10 +13,14 @@ from torch import Tensor
 
 from nextscale.base.clock import Clock
 from nextscale.base.conditions import Condition
+from nextscale.base.errors import ConfigError
 from nextscale.base.seeding import generator_for
+from nextscale.grpo import GRPOConfig
+from nextscale.models.scales import ScaleSchedule
 from nextscale.pipeline import Drawn, VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.rewards.reward_set import RewardSet
+from nextscale.sampling import Branches
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,22 @@ def step_conditions(
     return chosen[:num_groups]
 
 
+def branches_of(grpo: GRPOConfig, schedule: ScaleSchedule) -> Branches | None:
+    """How the images of a step share their first scales.
+
+    Raises:
+        ConfigError: they would share more scales than leave anything to differ in.
+    """
+    if grpo.branch_scale is None:
+        return None
+    if grpo.branch_scale >= schedule.num_scales:
+        raise ConfigError(
+            f"grpo.branch_scale {grpo.branch_scale} leaves nothing to go on with: this model has "
+            f"{schedule.num_scales} scales"
+        )
+    return Branches(grpo.branch_scale, grpo.branches)
+
+
 @torch.no_grad()
 def collect(
     pipe: VARPipeline,
@@ -63,6 +83,7 @@ def collect(
     rewards: RewardSet,
     batch_size: int | None = None,
     share: range | None = None,
+    branches: Branches | None = None,
 ) -> Rollout:
     """Sample, decode and score a group of images for each condition, or a share of them, batch by batch.
 
@@ -72,12 +93,14 @@ def collect(
         num_generations: G.
         batch_size: images drawn and scored at once; all by default.
         share: the images to draw, contiguous, of the N G of all groups, which it may cut; all by default.
+        branches: how images of a group share their first scales; by default none do.
 
     Raises:
         RewardError: a reward that cannot be used.
     """
     clock, batches, scored = Clock(pipe.device), [], []
-    for batch in pipe.draw_batches(conditions, group_seeds, num_generations, sampling, batch_size, share):
+    drawn_in = conditions, group_seeds, num_generations, sampling, batch_size, share, branches
+    for batch in pipe.draw_batches(*drawn_in):
         batches.append(batch)
         with clock("reward"):
             scored.append(rewards.scores(batch.images, batch.conditions))

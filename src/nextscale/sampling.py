@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nextscale.base.errors import CheckpointError
 from nextscale.models.protocol import Conditioning, NextScaleModel, Tokenizer
+from nextscale.models.scales import ScaleSchedule
 from nextscale.policy import (
     SamplingConfig,
     all_branches_logits,
@@ -38,6 +39,48 @@ class Samples:
     latent: Tensor
 
 
+@dataclass(frozen=True)
+class Branching:
+    """Images that go on from common prefixes, each of which is sampled once.
+
+    Attributes:
+        num_scales: of a prefix; at least one, and fewer than all.
+        prefix_of: (B,) int64, for each image the number of its prefix: 0, then the same or one more.
+    """
+
+    num_scales: int
+    prefix_of: Tensor
+
+    def firsts(self) -> Tensor:
+        """(P,) the first image of each prefix."""
+        changes = self.prefix_of.diff(prepend=self.prefix_of.new_full((1,), -1))
+        return changes.nonzero().flatten()
+
+
+@dataclass(frozen=True)
+class Branches:
+    """How the images of a group share their first scales: as many as `size`, one after the other.
+
+    Attributes:
+        num_scales: that they share.
+        size: K, which divides the number of images of a group.
+    """
+
+    num_scales: int
+    size: int
+
+    def shared(self, uniforms_BL: Tensor, schedule: ScaleSchedule) -> Tensor:
+        """The random numbers of whole groups, those of shared tokens taken from the first of the K images."""
+        firsts_B = torch.arange(len(uniforms_BL)) // self.size * self.size
+        num_tokens = sum(schedule.lengths[: self.num_scales])
+        return torch.cat([uniforms_BL[firsts_B, :num_tokens], uniforms_BL[:, num_tokens:]], 1)
+
+    def of(self, images: range, device: torch.device) -> Branching:
+        """The branching of some images of all groups, counted from the first group's first."""
+        prefixes = torch.arange(images.start, images.stop, device=device) // self.size
+        return Branching(self.num_scales, prefixes - prefixes[0])
+
+
 @torch.no_grad()
 def sample(
     transformer: NextScaleModel,
@@ -45,6 +88,7 @@ def sample(
     conditioning: Conditioning,
     uniforms_BL: Tensor,
     config: SamplingConfig,
+    branching: Branching | None = None,
 ) -> Samples:
     """Sample one image per condition, with one forward pass per scale.
 
@@ -54,11 +98,16 @@ def sample(
         conditioning: of the B images.
         uniforms_BL: one number in [0, 1) per token; they determine the images (see `group_uniforms`).
         config: the policy to sample from.
+        branching: which images share their first scales; the numbers of the first of them count there.
 
     Raises:
         CheckpointError: the model's logits are NaN.
     """
     schedule, cache = transformer.schedule, transformer.new_cache()
+    images = conditioning, uniforms_BL
+    if branching is not None:  # at first, one row for each prefix
+        firsts = branching.firsts()
+        conditioning, uniforms_BL = conditioning.select(firsts), uniforms_BL[firsts]
     conditioning = all_branches(conditioning, config)
     ramp_L = schedule.guidance_ramp().to(uniforms_BL.device)
     latent_BDhw = tokenizer.empty_latent(len(uniforms_BL))
@@ -67,6 +116,16 @@ def sample(
         latent_BDhw.new_zeros(len(uniforms_BL), 0, latent_BDhw.shape[1])
     ]  # the first scale sees no input
     for k, part in enumerate(schedule.slices):
+        if (
+            branching is not None and k == branching.num_scales
+        ):  # all that is known of a prefix goes on in each
+            index_B, num_prefixes = branching.prefix_of, len(uniforms_BL)
+            conditioning, uniforms_BL = all_branches(images[0], config), images[1]
+            rows = torch.cat([index_B, index_B + num_prefixes]) if config.is_guided else index_B
+            cache, latent_BDhw = cache.select(rows), latent_BDhw[index_B]
+            tokens, log_probs, inputs = (
+                [each[index_B] for each in done] for done in (tokens, log_probs, inputs)
+            )
         if k > 0:
             inputs.append(tokenizer.next_inputs(latent_BDhw, k))
         logits_BlV = guided_logits(transformer, conditioning, inputs[-1], ramp_L[part], config, cache)

@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nextscale.advantages import add_constraints, combined_advantages
+from nextscale.advantages import step_advantages
 from nextscale.base.clock import Clock
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError, RewardError, TrainingError
@@ -36,7 +35,7 @@ from nextscale.report.model_card import write_model_card
 from nextscale.rewards.asking.processes import fail_together
 from nextscale.rewards.protocol import Reward, require_scores
 from nextscale.rewards.reward_set import RewardSet
-from nextscale.rollout import Rollout, collect, step_conditions
+from nextscale.rollout import Rollout, branches_of, collect, step_conditions
 from nextscale.runs.checkpoint import (
     check_finite,
     find_checkpoint,
@@ -134,7 +133,7 @@ class GRPOTrainer:
             run=self.run,
         )
 
-        grpo = self.grpo
+        grpo, self.branches = self.grpo, branches_of(self.grpo, pipe.transformer.schedule)
         self.constraints = Constraints(self.rewards.constraints, grpo.constraint_rate, grpo.constraint_start)
         self.watch = HackingWatch(self.rewards.held_out)
         self.entropy_floor: EntropyFloor | None = None
@@ -267,7 +266,7 @@ class GRPOTrainer:
         # Advantages. The multipliers of the constraints move first: the model's update then answers their
         # last move, and they its, which damps their swing.
         constraint_metrics = self.constraints.update(reward_metrics)
-        advantages_B = self.advantages(scores)  # (B,), or (B, S) or (B, L) by scale or token
+        advantages_B = self.advantages(scores, step)  # (B,), or (B, S) or (B, L) by scale or token
 
         # Update: num_iterations optimizer steps on the same images, each on the gradient of all of them.
         # One that is not finite is left out, for it would end the model. What the first iteration finds out
@@ -341,6 +340,7 @@ class GRPOTrainer:
                 self.rewards.without_held_out(),
                 self.run.per_device_eval_batch_size,
                 my_share(self.grpo.num_images),
+                self.branches,
             )
 
     def gathered_scores(self, rollout: Rollout) -> dict[str, Tensor]:
@@ -353,25 +353,17 @@ class GRPOTrainer:
         require_scores(scores)
         return scores
 
-    def advantages(self, scores: Mapping[str, Tensor]) -> Tensor:
-        """(B,) advantages of this process's images, which may depend on the scores of all.
+    def advantages(self, scores: Mapping[str, Tensor], step: int = 1) -> Tensor:
+        """Advantages of this process's images, which may depend on the scores of all: (B,), or (B, S).
 
         Args:
             scores: of each reward, (N, G), from `gathered_scores`.
+            step: its number.
         """
-        rewards_KNG = torch.stack([scores[name] for name in self.rewards.weights])
-        weights_K = torch.tensor(list(self.rewards.weights.values()))
-        grpo, coefficients = self.grpo, self.constraints.coefficients
-        advantages_NG = combined_advantages(
-            rewards_KNG,
-            weights_K,
-            grpo.scale_rewards,
-            grpo.multi_objective_aggregation,
-            grpo.advantage_epsilon,
-        )
-        advantages_NG = add_constraints(advantages_NG, scores, coefficients, grpo.advantage_epsilon)
+        num_scales = self.pipe.transformer.schedule.num_scales
+        given = scores, self.rewards.weights, self.constraints.coefficients, self.grpo, num_scales, step
         mine = my_share(self.grpo.num_images)
-        return advantages_NG.flatten(0, 1)[mine.start : mine.stop].to(self.accelerator.device)
+        return step_advantages(*given)[mine.start : mine.stop].to(self.accelerator.device)
 
     def coefficients(self) -> Coefficients:
         """What the controllers of the loss say now."""

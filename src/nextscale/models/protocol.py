@@ -47,8 +47,8 @@ class Conditioning:
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
-    def select(self, part: slice) -> "Conditioning":
-        """The conditions of some of the images."""
+    def select(self, part: slice | Tensor) -> "Conditioning":
+        """The conditions of some of the images, by a slice or by indices."""
         return replace(self, tensors={name: each[part] for name, each in self.tensors.items()})
 
     def repeat(self, num_images: int) -> "Conditioning":
@@ -106,7 +106,11 @@ class NextScaleModel(nn.Module, ABC):
 
     @abstractmethod
     def new_cache(self) -> Any:
-        """An empty cache for one batch of images to be sampled; owned by the caller."""
+        """An empty cache for one batch of images to be sampled; owned by the caller.
+
+        For rollouts that branch, its `select(index_B)` gives a cache of these images, some of them several
+        times.
+        """
 
     @abstractmethod
     def features(self, conditioning: Conditioning, inputs_BlD: Tensor, cache: Any | None = None) -> Tensor:

@@ -76,6 +76,19 @@ class KVCache:
         held[0, :, self.num_tokens : end], held[1, :, self.num_tokens : end] = k_BlHd, v_BlHd
         return held[0, :, :end], held[1, :, :end]
 
+    def select(self, index_B: Tensor) -> "KVCache":
+        """A cache of these images, each of which may come several times, as where rollouts branch."""
+        chosen = KVCache(self.capacity)
+        chosen.num_tokens = self.num_tokens
+        chosen.modulations = {
+            layer: tuple(each[index_B] for each in modulation)
+            for layer, modulation in self.modulations.items()
+        }
+        for layer, held in self._layers.items():
+            chosen._layers[layer] = held.new_empty(2, len(index_B), *held.shape[2:])
+            chosen._layers[layer][:, :, : self.num_tokens] = held[:, index_B, : self.num_tokens]
+        return chosen
+
 
 class AttentionByScale(torch.autograd.Function):
     """Attention of one or several consecutive scales, each to itself and to all coarser ones.
