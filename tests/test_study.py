@@ -23,7 +23,7 @@ experiments:
       grpo.num_generations: 2
     variants:
       plain: {}
-      coarse: {grpo.train_scales: 2}
+      coarse: {recipe: toy-aesthetic, grpo.train_scales: 2}
 """
 
 
@@ -33,7 +33,7 @@ def test_a_trial_is_a_recipe_with_its_overrides(tmp_path: Path) -> None:
     first, second = trials(read_study(path), tmp_path / "runs")
     assert first.folder == tmp_path / "runs/painting/plain/3"
     words = second.words()
-    assert words[:2] == ["train", "toy-painting"]
+    assert words[:2] == ["train", "toy-aesthetic"]
     given = dict(zip(words[2::2], words[3::2], strict=True))
     assert given["--grpo.train_scales"] == "2" and given["--run.seed"] == "3"
     assert given["--run.max_steps"] == "1" and given["--run.overwrite"] == "true"
@@ -79,7 +79,7 @@ def test_a_study_runs_and_is_not_repeated(tmp_path: Path, capfd: pytest.CaptureF
     path.write_text(TINY)
     words = ["study", str(path), "--runs", str(runs), "--jobs", "2"]
     assert main([*words, "--dry-run"]) == 0
-    assert not runs.exists() and capfd.readouterr().out.count("nextscale train toy-painting") == 2
+    assert not runs.exists() and capfd.readouterr().out.count("nextscale train toy-") == 2
     assert main(words) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert {row["variant"] for row in results["rows"]} == {"plain", "coarse"}
@@ -96,7 +96,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "study.yaml"
-    path.write_text(TINY.replace("coarse: {grpo.train_scales: 2}", "coarse: {grpo.train_scales: 99}"))
+    path.write_text(TINY.replace("train_scales: 2", "train_scales: 99"))
     assert main(["study", str(path), "--runs", str(tmp_path / "runs")]) == 2
     out = capfd.readouterr().out
     assert "painting/plain/3: done" in out

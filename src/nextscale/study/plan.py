@@ -25,7 +25,7 @@ class Experiment(Record):
     common: Overrides = Field(default_factory=dict)
     """Overrides of all variants."""
     variants: dict[str, Overrides] = Field(min_length=1)
-    """Name to what differs. The first is what the others are compared with."""
+    """Name to what differs: overrides, and where it is another `recipe`, that."""
 
 
 class Study(Record):
@@ -105,5 +105,7 @@ def trials(study: Study, folder: Path) -> Iterator[Trial]:
     for seed in study.seeds:
         for name, experiment in study.experiments.items():
             for variant, overrides in experiment.variants.items():
-                path = folder / name / variant / str(seed)
-                yield Trial(name, variant, seed, experiment.recipe, experiment.common | overrides, path)
+                path = folder / name / variant.replace(" ", "-") / str(seed)
+                given = experiment.common | overrides
+                recipe = given.pop("recipe", experiment.recipe)
+                yield Trial(name, variant, seed, recipe, given, path)
