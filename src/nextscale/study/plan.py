@@ -1,6 +1,7 @@
 """What a study compares: a YAML file of experiments, their variants and seeds."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ def trials(study: Study, folder: Path) -> Iterator[Trial]:
     for seed in study.seeds:
         for name, experiment in study.experiments.items():
             for variant, overrides in experiment.variants.items():
-                path = folder / name / variant.replace(" ", "-") / str(seed)
+                path = folder / name / re.sub(r"[^\w.]+", "-", variant) / str(seed)
                 given = experiment.common | overrides
                 recipe = given.pop("recipe", experiment.recipe)
                 yield Trial(name, variant, seed, recipe, given, path)
