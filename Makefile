@@ -20,9 +20,8 @@ help:
 	@echo "make schema  write recipe.schema.json anew, after a change of a configuration record"
 	@echo "make clean   remove build products and caches (not runs/, not $(VENV)/)"
 
-# The coarse scales alone, in which the style is decided: quicker, and less of the base model is lost.
 demo: $(VENV)/.installed
-	$(VENV)/bin/nextscale train src/nextscale/recipes/toy-painting.yaml --grpo.train_scales 4 \
+	$(VENV)/bin/nextscale train src/nextscale/recipes/toy-painting.yaml \
 	  --run.output_dir runs/demo --run.overwrite
 	$(VENV)/bin/nextscale report runs/demo
 

@@ -23,6 +23,7 @@ FLOORS = (
         "tuning",
         "optimizer",
         "rollout",
+        "credit",
         "evaluation",
     ),
     ("toy.*", "learner", "trainer"),

@@ -340,6 +340,7 @@ def test_every_grpo_option_changes_something(
         "sync_ref_model": True,
         "trained_branches": "conditional",
         "branch_scale": 2,
+        "credit": "gradient",
         "advantage_baseline": "leave_one_out",
         "reference_guidance_scale": 3.0,
         "scale_rewards": "none",

@@ -107,6 +107,10 @@ class GRPOConfig(Record):
     """The constraints' multipliers before the first step."""
     scale_rewards: ScaleRewards = "group"
     """What rewards are divided by: the standard deviation of their group, that of the batch, or nothing."""
+    credit: str = "none"
+    """Which tokens an image's advantage goes to: "none" for all alike; "gradient" for those at places where
+    the rewards would change most, by their gradient; or path/to/file.py:function, which maps images and
+    conditions to (B, height, width) weights of places."""
     advantage_baseline: Baseline = "mean"
     """What an image's reward is compared with: its group's mean, or the mean of the others in its group
     (leave_one_out). The latter makes advantages G / (G - 1) times as large."""

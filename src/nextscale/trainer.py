@@ -23,6 +23,7 @@ from nextscale.base.interrupt import Interrupted, StopOnSignal
 from nextscale.base.metrics import Means
 from nextscale.base.processes import gathered, my_share
 from nextscale.controllers import AdaptiveKL, Constraints, Controller, EntropyFloor
+from nextscale.credit import masked_advantages
 from nextscale.evaluation import Embedder, Judges, SetMeasure, evaluate, step_metrics
 from nextscale.grpo import GRPOConfig, check_grpo
 from nextscale.learner import Learner
@@ -266,7 +267,7 @@ class GRPOTrainer:
         # Advantages. The multipliers of the constraints move first: the model's update then answers their
         # last move, and they its, which damps their swing.
         constraint_metrics = self.constraints.update(reward_metrics)
-        advantages_B = self.advantages(scores, step)  # (B,), or (B, S) or (B, L) by scale or token
+        advantages = self.credited(self.advantages(scores, step), rollout)  # (B,), (B, S) or (B, L)
 
         # Update: num_iterations optimizer steps on the same images, each on the gradient of all of them.
         # One that is not finite is left out, for it would end the model. What the first iteration finds out
@@ -274,9 +275,7 @@ class GRPOTrainer:
         means, coefficients = Means(), self.coefficients()
         learner, num_skipped, num_images = self.learner, 0, self.grpo.num_images
         with clock("update"):
-            parts = list(
-                microbatches(rollout, advantages_B, num_images, self.run.per_device_train_batch_size)
-            )
+            parts = list(microbatches(rollout, advantages, num_images, self.run.per_device_train_batch_size))
             for _ in range(self.grpo.num_iterations):
                 for i, (batch, weight, is_last) in enumerate(parts):
                     output = learner.backward(batch, weight, coefficients, exchanges=is_last)
@@ -364,6 +363,14 @@ class GRPOTrainer:
         given = scores, self.rewards.weights, self.constraints.coefficients, self.grpo, num_scales, step
         mine = my_share(self.grpo.num_images)
         return step_advantages(*given)[mine.start : mine.stop].to(self.accelerator.device)
+
+    def credited(self, advantages: Tensor, rollout: Rollout) -> Tensor:
+        """The advantages, given to the tokens that `grpo.credit` says."""
+        if self.grpo.credit == "none":
+            return advantages
+        given = self.grpo.credit, advantages, rollout, self.pipe.tokenizer, self.rewards
+        with fail_together(), self.learner.autocast():
+            return masked_advantages(*given, self.run.per_device_eval_batch_size)
 
     def coefficients(self) -> Coefficients:
         """What the controllers of the loss say now."""

@@ -1,6 +1,7 @@
 """`nextscale study`: run variants of recipes with several seeds, and compare them."""
 
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def run(args: Namespace) -> int:
     from nextscale.study.results import write_results
     from nextscale.study.runner import run_trials
 
-    failed = run_trials(study, chosen, args.jobs)
+    failed = run_trials(study, chosen, args.jobs, partial(print, flush=True))
     done = [trial for trial in every if trial.evaluation.exists()]
     if not done:
         raise ConfigError(f"no run has ended: {failed[0]}")

@@ -139,7 +139,6 @@ class Aesthetic:
                 f"head '{head}' takes embeddings of width {self.head.width}, CLIP '{clip}' gives {width}"
             )
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         follow(self.head, images)
         return self.head(self.clip.embed_images(images))

@@ -44,7 +44,6 @@ class ClassProbability:
             for each in dict.fromkeys(map(_plain, [name, *name.split(",")])):
                 self._indices.setdefault(each, []).append(i)
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         indices = torch.tensor([self.index(condition) for condition in conditions], device=images.device)
         follow(self.model, images)

@@ -63,7 +63,6 @@ class ImageReward:
                 f"{vocab_size}: they do not belong together"
             )
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         follow(self.network, images)
         tokens = self.tokenizer(

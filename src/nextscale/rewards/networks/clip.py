@@ -56,9 +56,8 @@ class Clip:
         if follow(cast("nn.Module", self.model), images):
             self._texts.clear()
 
-    @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] to (B, E), on the images' device."""
+        """(B, 3, H, W) in [0, 1] to (B, E), on the images' device; differentiable."""
         self._follow(images)
         pooled = self.model.vision_model(pixel_values=self.prepare(images)).pooler_output
         return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)

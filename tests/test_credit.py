@@ -1,0 +1,119 @@
+"""Credit masks: where a reward looks is where its advantage goes, at every scale."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nextscale.base.conditions import Condition
+from nextscale.base.errors import RewardError
+from nextscale.credit import gradient_saliency, latent_of, masked_advantages, token_mask
+from nextscale.models.scales import ScaleSchedule
+from nextscale.pipeline import VARPipeline
+from nextscale.policy import SamplingConfig
+from nextscale.rewards.aesthetic import Aesthetic
+from nextscale.rewards.clip_score import ClipScore
+from nextscale.rewards.diversity import Diversity
+from nextscale.rewards.reward_set import RewardSet
+
+MakePipeline = Callable[..., VARPipeline]
+
+
+def corner(images: Tensor, conditions: Any) -> Tensor:
+    """Brightness of the upper left eighth of the sides."""
+    size = images.shape[-1] // 8
+    return images[:, :, :size, :size].mean((1, 2, 3))
+
+
+def drawn_of(pipe: VARPipeline) -> Any:
+    return pipe.draw(pipe.conditions([0, 1]), [("c", 0), ("c", 1)], 2, SamplingConfig(guidance_scale=1.5))
+
+
+def test_the_latent_is_what_the_tokens_decode_from(tiny_pipeline: VARPipeline) -> None:
+    drawn = drawn_of(tiny_pipeline)
+    latent = latent_of(tiny_pipeline.tokenizer, drawn.tokens)
+    images = tiny_pipeline.tokenizer.latent_to_images(latent)
+    torch.testing.assert_close(images, drawn.images, rtol=0, atol=1e-5)
+
+
+def test_the_saliency_is_the_gradient_by_finite_differences(tiny_pipeline: VARPipeline) -> None:
+    tokenizer, drawn = tiny_pipeline.tokenizer, drawn_of(tiny_pipeline)
+    latent = latent_of(tokenizer, drawn.tokens[:1])
+    given = {"corner": corner}, {"corner": 2.0}
+    saliency = gradient_saliency(tokenizer, latent, drawn.conditions[:1], *given)
+    h, w = saliency.shape[1:]
+    for y, x in ((0, 0), (h - 1, w - 1)):
+        by_hand, step = 0.0, 1e-2
+        for channel in range(latent.shape[1]):
+            moved = latent.repeat(2, 1, 1, 1)
+            moved[0, channel, y, x] += step
+            moved[1, channel, y, x] -= step
+            up, down = corner(tokenizer.latent_to_images(moved), None)
+            by_hand += abs(2.0 * (up - down).item() / (2 * step))
+        assert saliency[0, y, x].item() == pytest.approx(by_hand, rel=0.05, abs=1e-5)
+
+
+def test_a_mask_has_the_mean_1_in_every_scale_and_follows_the_area() -> None:
+    schedule = ScaleSchedule((1, 2, 4))
+    saliency = torch.zeros(2, 4, 4)
+    saliency[0, :2, :2] = 3.0  # the upper left quarter; the second image has none at all
+    mask = token_mask(saliency, schedule)
+    assert mask[0].tolist() == pytest.approx([1.0, 4, 0, 0, 0, *[4, 4, 0, 0] * 2, *[0] * 8])
+    assert mask[1].tolist() == [1.0] * 21
+
+
+def test_the_advantage_goes_to_where_the_reward_looks() -> None:
+    pipe = VARPipeline.from_pretrained("toy")  # whose decoder has learnt what is where
+    drawn, tokenizer = drawn_of(pipe), pipe.tokenizer
+    rewards = RewardSet({"corner": corner, "various": Diversity("pixels")})
+    advantages = torch.tensor([1.0, -2.0, 0.5, 0.0])
+    for size in (4, 3):
+        found = masked_advantages("gradient", advantages, drawn, tokenizer, rewards, size)
+        for scale in tokenizer.schedule.slices:  # nothing is added or lost
+            torch.testing.assert_close(found[:, scale].mean(1), advantages)
+    last = found[0, tokenizer.schedule.slices[-1]].view(*[tokenizer.schedule.sizes[-1]] * 2)
+    assert last[0, 0] == last.max() > 5 * last[-4:, -4:].mean()
+
+
+def test_the_networks_that_score_have_a_gradient() -> None:
+    pipe = VARPipeline.from_pretrained("toy")
+    drawn = drawn_of(pipe)
+    latent = latent_of(pipe.tokenizer, drawn.tokens)
+    for reward in (ClipScore("a photo of a {label}", clip="toy"), Aesthetic("toy", clip="toy")):
+        found = gradient_saliency(pipe.tokenizer, latent, drawn.conditions, {"a": reward}, {"a": 1.0})
+        assert found.shape == (4, 8, 8) and (found.sum((1, 2)) > 0).all()
+
+
+def test_a_saliency_of_ones_own(tiny_pipeline: VARPipeline, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def left(images, conditions):\n"
+        "    places = images.new_zeros(len(images), 4, 4)\n"
+        "    places[:, :, 0] = 1\n"
+        "    return places\n"
+        "def broken(images, conditions):\n"
+        "    return -images.mean(1)\n"
+    )
+    drawn, rewards = drawn_of(tiny_pipeline), RewardSet({"corner": corner})
+    given = torch.ones(4), drawn, tiny_pipeline.tokenizer, rewards, 3
+    found = masked_advantages(f"{path}:left", *given)
+    assert found[0, tiny_pipeline.tokenizer.schedule.slices[-1]].view(4, 4)[:, 0].tolist() == [4.0] * 4
+    with pytest.raises(RewardError, match=r"expected \(3, height, width\) of numbers that are at least 0"):
+        masked_advantages(f"{path}:broken", *given)
+
+
+def test_a_reward_without_a_gradient_is_named(tiny_pipeline: VARPipeline) -> None:
+    drawn, tokenizer = drawn_of(tiny_pipeline), tiny_pipeline.tokenizer
+
+    def counted(images: Tensor, conditions: list[Condition]) -> list[float]:
+        return [0.5] * len(images)
+
+    for rewards, says in (
+        ({"counted": counted}, "reward 'counted' has no gradient with respect to the image"),
+        ({"various": Diversity("pixels")}, "needs a reward of single images"),
+    ):
+        with pytest.raises(RewardError, match=says):
+            masked_advantages("gradient", torch.ones(4), drawn, tokenizer, RewardSet(rewards), 4)
