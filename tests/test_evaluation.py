@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nextscale import pipeline
+from nextscale.base.conditions import Condition
 from nextscale.evaluation import evaluate
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
@@ -168,3 +169,39 @@ def test_a_reward_that_edits_images_spoils_no_measure(tiny_pipeline: VARPipeline
     assert found.metrics["rewards/paints/mean"] == 1 and found.metrics["judge/label"] == 1.5
     assert found.metrics["judge/red"] == pytest.approx(found.metrics["rewards/red/mean"], abs=1e-6)
     assert found.samples.mean() < 0.9  # nor are they white in the grid
+
+
+class Spread:
+    """The variance of brightness over all images, and what it was given."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, Tensor] = {}
+        self.conditions: list[int | str] = []
+
+    def features(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
+        labels = torch.tensor([each.label for each in conditions])
+        return {"brightness": images.mean((1, 2, 3)), "label": labels}
+
+    def measure(self, features: Mapping[str, Tensor], conditions: Sequence[Condition]) -> dict[str, float]:
+        self.given, self.conditions = dict(features), [each.key for each in conditions]
+        return {"spread": features["brightness"].double().var().item()}
+
+
+def test_a_set_is_measured_as_a_whole(tiny_pipeline: VARPipeline) -> None:
+    """However it is cut into batches, and beside other measures with features of the same names."""
+    spread, same, scores = Spread(), Spread(), []
+
+    def bright(images: Tensor, conditions: list) -> Tensor:
+        scores.append(images.mean((1, 2, 3)))
+        return scores[-1]
+
+    rewards, sampling = RewardSet({"a": bright}), SamplingConfig()
+    for size in (64, 5):
+        scores.clear()
+        options = {"num_images": 12, "batch_size": size, "measures": [spread, same]}
+        metrics = evaluate(tiny_pipeline, rewards, sampling, embed=embed, **options).metrics
+        assert metrics["spread"] == pytest.approx(torch.cat(scores).double().var().item(), rel=1e-6)
+        assert torch.equal(spread.given["brightness"], torch.cat(scores))
+        assert spread.given["label"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+        assert spread.conditions == [0, 1, 2, 3] and spread.given.keys() == same.given.keys()
+        assert "diversity" in metrics

@@ -56,7 +56,8 @@ def test_any_number_of_processes_equals_one(make_pipeline: Callable[[], VARPipel
         log_probs = torch.cat([each["log_probs"] for each in several])
         torch.testing.assert_close(log_probs, one["log_probs"], rtol=0, atol=1e-5)
         for each in several:
-            assert each["evaluation"] == one["evaluation"] and "eval_diversity" in one["evaluation"]
+            assert each["evaluation"] == one["evaluation"]
+            assert {"eval_diversity", "eval_spread"} <= one["evaluation"].keys()
             torch.testing.assert_close(each["coefficients"], one["coefficients"], rtol=0, atol=1e-6)
             for name, expected in one["gradient"].items():
                 largest = expected.abs().max().clamp_min(1e-8)

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from conftest import random_pipeline
 from nextscale.rewards import AtLeast, AtMost, RewardSet
-from test_evaluation import embed
+from test_evaluation import Spread, embed
 from test_trainer import brightness, gradient, make_trainer, redness
 
 folder = Path(sys.argv[1])
@@ -30,7 +30,7 @@ options = {"per_device_train_batch_size": 3, "eval_steps": 1, "eval_num_images":
 trainer = make_trainer(random_pipeline(), folder / "run", bounded(), **options)
 state = PartialState()
 number = state.num_processes
-trainer.embed = embed
+trainer.embed, trainer.measures = embed, [Spread()]
 trainer.open()
 evaluation = trainer.evaluate()
 del evaluation["eval_time"]

@@ -97,8 +97,8 @@ def evaluate(
 
     Returns:
         metrics `reward`, `reward_std`, `reward_sem`, `rewards/{name}/mean`, `/std`, `/sem`, `num_images`, and
-        where they apply `diversity` and what the judges say. A standard deviation (std) is over all images;
-        the standard error of a mean (sem) counts those that were scored.
+        where they apply `diversity`, what the judges say and what `measures` give. A standard deviation (std)
+        is over all images; the standard error of a mean (sem) counts those that were scored.
 
     Raises:
         RewardError: a reward that cannot be used, or that scored none of the images; in all processes.

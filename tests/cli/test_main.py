@@ -125,6 +125,7 @@ def metrics(folder):
         ["toy"],
         ["toy", "show"],
         ["toy", "train"],
+        ["toy", "references"],
         ["plan"],
     ],
 )
@@ -317,6 +318,10 @@ def test_overrides_are_taken_from_the_words():
         (["report", "nowhere"], "nowhere does not exist"),
         (["toy"], "required: COMMAND"),
         (["toy", "train"], "required: --output"),
+        (
+            ["toy", "references", "--models", "x"],
+            "'x' has no judges: give a folder that 'nextscale toy train'",
+        ),
         (["toy", "train", "--output", "x", "--steps-factor", "-1"], "--steps-factor must be above 0"),
     ],
 )

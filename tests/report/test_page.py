@@ -76,6 +76,11 @@ def evaluation(done: float) -> dict:
         "eval_judge/style/photo": 0.99 - 0.93 * done,
         "eval_judge/style/painting": 0.94 * done,
         "eval_judge/style/sketch": 0.01 - 0.01 * done,
+        "eval_judge/class_log_prob": -0.1 - 0.4 * done,
+        "eval_judge/frechet/photo/style": 1.0 + 60 * done,
+        "eval_judge/frechet/painting/style": 94.0 - 82 * done,
+        "eval_judge/precision/painting/style": 0.4 * done,
+        "eval_judge/recall/painting/style": 0.1 * done,
         "eval_num_images": 256,
         "eval_time": 2.0,
     }
@@ -193,6 +198,10 @@ def test_every_chart_is_drawn_and_described(tmp_path):
         "Reward: style",
         "Reward: clip",
         "Judges",
+        "Distance to true pictures",
+        "Precision",
+        "Recall",
+        "Log-probability of the class",
         "KL to the base model",
         "Entropy",
         "Diversity",
@@ -241,7 +250,9 @@ def test_summary_tells_what_happened(tmp_path):
         "By reward: style 0.25 to 0.75; clip 0.12 to 0.14.",
         "The style judge, which no training ever saw, now calls 94 % of the images painting (0 % before); "
         "photo 6 % (99 % before).",
-        "The class judge recognises the object in 88 % (93 % before).",
+        "The class judge recognises the object in 88 % (93 % before), with a mean log-probability of -0.50 "
+        "(-0.10 before).",
+        "Fréchet distance to true pictures: painting (style judge) 94.0 to 12.0; photo (style judge) 1.0 to 61.0.",
         "Diversity is 0.31 (0.36 before).",
         "KL to the base model: 12.3 nats an image.",
         "37.6 images a second, and 41 % of the time went into the update.",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NEIGHBOURS = 5  # k of precision and recall
 CHUNK = 512  # rows of a matrix of distances at once: 8 MB against 2,048 images
 
 
@@ -64,7 +65,7 @@ class Manifold:
     radii: Tensor
 
     @classmethod
-    def fit(cls, features_ND: Tensor, num_neighbours: int = 3) -> "Manifold":
+    def fit(cls, features_ND: Tensor, num_neighbours: int = NEIGHBOURS) -> "Manifold":
         """The manifold of these features.
 
         Raises:
@@ -89,7 +90,7 @@ def precision_and_recall(true: Manifold, drawn: Manifold) -> tuple[float, float]
     A true image counts as what could have been drawn where it is in the manifold of the drawn images. Both
     depend on the numbers of images.
 
-    Source: Kynkäänniemi et al., arXiv 1904.06991, equations 1 and 2, with their k = 3.
+    Source: Kynkäänniemi et al., arXiv 1904.06991, equations 1 and 2.
     """
     precision = true.covers(drawn.features).double().mean().item()
     return precision, drawn.covers(true.features).double().mean().item()

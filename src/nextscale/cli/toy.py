@@ -22,6 +22,9 @@ def add(commands: Any) -> None:
     build.add_argument("--output", type=Path, required=True, metavar="PATH", help="folder to write to")
     build.option("--seed", int, "seed of all random draws", 0)
     build.option("--steps-factor", float, "number of training steps, as a share of the shipped models'", 1.0)
+    summary = "draw the true pictures again that images are compared with, for the judges in a folder"
+    refer = add_command(actions, "references", references, summary, ["toy references --models build/toy"])
+    refer.add_argument("--models", type=Path, required=True, metavar="PATH", help="folder of 'toy train'")
 
 
 def show(args: Namespace) -> int:
@@ -47,4 +50,13 @@ def train(args: Namespace) -> int:
     from nextscale.toy.train import train_all
 
     train_all(args.output, args.seed, args.steps_factor)
+    return 0
+
+
+def references(args: Namespace) -> int:
+    if not (args.models / "judges").is_dir():
+        raise ConfigError(f"'{args.models}' has no judges: give a folder that 'nextscale toy train' wrote")
+    from nextscale.toy.train import refer
+
+    refer(args.models)
     return 0

@@ -59,8 +59,10 @@ def charts(run: Run) -> list[Chart]:
     judged = [Line("eval_judge/class_accuracy", "class accuracy", INK, measured=True)]
     for i, name in enumerate(run.names("eval_judge/style/(.+)")):
         judged.append(Line(f"eval_judge/style/{name}", name, c[i % 8], measured=True))
-    distances = _measured(run, "eval_judge/frechet/")
-    shares = [*_measured(run, "eval_judge/precision/"), *_measured(run, "eval_judge/recall/")]
+    distances, precision, recall = (
+        _measured(run, f"eval_judge/{name}/") for name in ("frechet", "precision", "recall")
+    )
+    sure = [Line("eval_judge/class_log_prob", "class judge", measured=True)]
     seen = Line("eval_reward", "evaluation, fixed seeds", c[1], measured=True)
     reward = [Line("reward", "training", c[0], "reward_std"), seen]
     found = [Chart("Reward", "Mean and spread (1 sd).", reward)]
@@ -89,7 +91,9 @@ def charts(run: Run) -> list[Chart]:
         Chart("Multipliers", "What each constraint weighs. It grows while the bound is broken.", weights),
         Chart("Judges", "Share of images. No training ever saw these judges.", judged, "percent"),
         Chart("Distance to true pictures", "Fréchet distance, in a judge's features.", distances, "log"),
-        Chart("Precision and recall", "Against true pictures, in a judge's features.", shares, "percent"),
+        Chart("Precision", "Share of images among the true pictures.", precision, "percent"),
+        Chart("Recall", "Share of true pictures among the images.", recall, "percent"),
+        Chart("Log-probability of the class", "Nats. It falls before the class judge errs.", sure),
         Chart("KL to the base model", "Nats an image.", [Line("kl_per_image", "KL")]),
         Chart("Entropy", "Nats a token. A fall to zero is collapse.", entropy),
         Chart("Diversity", "How much images of one evaluation differ.", diversity),
@@ -104,12 +108,10 @@ def charts(run: Run) -> list[Chart]:
 
 
 def _measured(run: Run, prefix: str) -> list[Line]:
-    """A line for each metric of evaluations that begins so, named by what follows it."""
-    names = run.names(f"{prefix}(.+)")
-    told = prefix.removeprefix("eval_judge/frechet/").removeprefix("eval_judge/").replace("/", " ")
+    """A line for each metric of evaluations that begins so, named by what follows it: a style and a judge."""
     return [
-        Line(f"{prefix}{name}", f"{told}{name.replace('/', ', ')} judge", COLOURS[i % 8], measured=True)
-        for i, name in enumerate(names)
+        Line(f"{prefix}{name}", f"{name.replace('/', ', ')} judge", COLOURS[i % 8], measured=True)
+        for i, name in enumerate(run.names(f"{prefix}(.+)"))
     ]
 
 

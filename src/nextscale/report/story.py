@@ -80,8 +80,11 @@ def facts(run: Run) -> list[Fact]:
             found.append(Fact("", f"Judged {name}", f"{percent(a)} → {percent(b)}", "of the images"))
     if ends := run.ends("eval_judge/class_accuracy"):
         before, after = map(percent, ends)
-        sentence = f"The class judge recognises the object in {after} ({before} before)."
-        found.append(Fact(sentence, "Object recognised", f"{before} → {after}", "of the images"))
+        sentence = f"The class judge recognises the object in {after} ({before} before)"
+        if sure := run.ends("eval_judge/class_log_prob"):
+            sentence += f", with a mean log-probability of {number(sure[1])} ({number(sure[0])} before)"
+        found.append(Fact(f"{sentence}.", "Object recognised", f"{before} → {after}", "of the images"))
+    found += _distance_facts(run)
     if ends := run.ends("eval_diversity"):
         before, after = pair(*ends).split(" → ")
         sentence = f"Diversity is {after} ({before} before)."
@@ -141,6 +144,27 @@ def _moved_styles(run: Run) -> list[tuple[str, float, float]]:
     styles = [(name, *ends) for name in names if (ends := run.ends(f"eval_judge/style/{name}"))]
     styles.sort(key=lambda style: style[1] - style[2])
     return styles if len(styles) < 2 else [styles[0], styles[-1]]
+
+
+def _distance_facts(run: Run) -> list[Fact]:
+    """How near the images have come to true pictures, by style and judge: first what fell most."""
+    names = run.names("eval_judge/frechet/(.+)")
+    moved = [(name, *ends) for name in names if (ends := run.ends(f"eval_judge/frechet/{name}"))]
+    moved.sort(key=lambda each: each[2] / max(each[1], 1e-9))
+    if not moved:
+        return []
+    images = run.values("eval_num_images")
+    hint = f"Fréchet, of {images[-1]:.0f} images" if images else "Fréchet"
+    told = "; ".join(f"{_of_style(name)} {pair(before, after, ' to ')}" for name, before, after in moved)
+    name, before, after = moved[0]
+    sentence = f"Fréchet distance to true pictures: {told}."
+    return [Fact(sentence, f"To true pictures: {_of_style(name)}", pair(before, after), hint)]
+
+
+def _of_style(name: str) -> str:
+    """In words, such as "painting (class judge)" of painting/class."""
+    style, _, kind = name.rpartition("/")
+    return f"{style} ({kind} judge)"
 
 
 def _constraint_facts(run: Run) -> list[Fact]:

@@ -72,7 +72,13 @@ def shipped_judge(kind: str, device: torch.device) -> Judge:
     return load_judge(kind).to(device)
 
 
-@torch.no_grad()
+def look(images: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """What a shipped judge sees, as `Judge.look` gives it; in float32, whatever the evaluation runs in: what
+    it is compared with was."""
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        return shipped_judge(kind, images.device).look(images.float())
+
+
 def judge_images(images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
     """What the shipped judges say of images that were asked to show these classes.
 
@@ -81,7 +87,7 @@ def judge_images(images: Tensor, conditions: Sequence[Condition]) -> dict[str, T
         `judge/class_log_prob`, its log-probability of that class in nats; and `judge/style/{style}`, 1 where
         the style judge calls the image so. The means of all but the log-probability are shares of images.
     """
-    of_class, of_style = (shipped_judge(kind, images.device)(images).float().cpu() for kind in KINDS)
+    of_class, of_style = (look(images, kind)[0].cpu() for kind in KINDS)
     asked = torch.tensor([condition.label for condition in conditions])
     styles = of_style.argmax(-1)
     return {

@@ -1,6 +1,7 @@
 """How near images are to the true pictures of the miniature world, in the features of the judges.
 
-A true picture takes 70 ms to draw, so that the features of 2,048 of each style come with the package.
+What the judges see in 2,048 true pictures of each style comes with the package: no evaluation has to draw
+them, and all compare with the same.
 
 Shapes: B images · N true pictures · D width of a feature
 """
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor
 
 from nextscale.base.conditions import Condition
-from nextscale.base.distances import Gaussian, Manifold, frechet_distance, precision_and_recall
+from nextscale.base.distances import NEIGHBOURS, Gaussian, Manifold, frechet_distance, precision_and_recall
 from nextscale.base.errors import CheckpointError
 from nextscale.base.tensors import read_state_dict
 from nextscale.models.zoo import TOY_ASSETS
-from nextscale.toy.judges import KINDS, shipped_judge
+from nextscale.toy.judges import KINDS, look
 
 REFERENCES = "references.safetensors"
 LIMITS = "references.json"  # how near true pictures and reconstructions come
@@ -77,7 +78,7 @@ def read_references(folder: Path = TOY_ASSETS / "judges") -> dict[str, TruePictu
         }
     except KeyError as error:
         raise CheckpointError(
-            f"'{path}' lacks '{error.args[0]}': write it anew with 'nextscale toy train'"
+            f"'{path}' lacks '{error.args[0]}': write it anew with 'nextscale toy references'"
         ) from None
 
 
@@ -94,7 +95,7 @@ class Realism:
 
     def features(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
         """What each judge sees in the images, (B, D)."""
-        return {kind: shipped_judge(kind, images.device).look(images)[1] for kind in KINDS}
+        return {kind: look(images, kind)[1] for kind in KINDS}
 
     def measure(self, features: Mapping[str, Tensor], conditions: Sequence[Condition]) -> dict[str, float]:
         """`judge/{frechet,precision,recall}/{style}/{kind}`: against the true pictures of a style, in the
@@ -103,7 +104,8 @@ class Realism:
         return {f"judge/{name}": value for name, value in found.items()}
 
     def distances(self, features: Mapping[str, Tensor], labels: Sequence[int]) -> dict[str, float]:
-        """The same by `{frechet,precision,recall}/{style}/{kind}`.
+        """The same by `{frechet,precision,recall}/{style}/{kind}`; the last two where there are more images
+        than `NEIGHBOURS`.
 
         Args:
             features: of each judge, (B, D).
@@ -112,12 +114,14 @@ class Realism:
         found: dict[str, float] = {}
         for kind in KINDS:
             drawn_BD = features[kind].float().cpu()
-            gaussian, manifold = Gaussian.fit(drawn_BD), Manifold.fit(drawn_BD)
+            gaussian = Gaussian.fit(drawn_BD)
+            manifold = Manifold.fit(drawn_BD) if len(drawn_BD) > NEIGHBOURS else None
             for style in self.references:
                 true_gaussian, true_manifold = self._fitted(tuple(sorted(set(labels))), style, kind)
                 found[f"frechet/{style}/{kind}"] = frechet_distance(true_gaussian, gaussian)
-                shares = precision_and_recall(true_manifold, manifold)
-                found[f"precision/{style}/{kind}"], found[f"recall/{style}/{kind}"] = shares
+                if manifold is not None:
+                    shares = precision_and_recall(true_manifold, manifold)
+                    found[f"precision/{style}/{kind}"], found[f"recall/{style}/{kind}"] = shares
         return found
 
     def _fitted(self, labels: tuple[int, ...], style: str, kind: str) -> tuple[Gaussian, Manifold]:

@@ -55,7 +55,7 @@ def write_references(
     log: Callable[[str], None] = print,
 ) -> Path:
     """Write what the judges of a folder see in true pictures, and how near other true pictures and
-    reconstructions come to these; returns the path of the former.
+    reconstructions come to these, as many or 512 of them; returns the path of the former.
 
     Args:
         folder: of the judges, whose files are there already.
@@ -74,13 +74,17 @@ def write_references(
     # What no policy can beat, in the same measures.
     realism = Realism(read_references(folder))
     labels = list(range(len(CLASSES)))
-    limits: dict[str, dict[str, float]] = {}
+    limits: dict[
+        str, dict[str, dict[str, float]]
+    ] = {}  # by number of images, since the measures depend on it
     for style, images in others.items():
         sets = {"true": images, "reconstructed": reconstructions(tokenizer, images)}
         for name, each in sets.items():
-            found = realism.distances(features_of(judges, each), labels)
-            limits[f"{name}/{style}"] = {key: value for key, value in found.items() if f"/{style}/" in key}
-            log(f"{name} pictures of {style}: {limits[f'{name}/{style}']}")
-    content = {"num_images": num_images} | limits
-    (folder / LIMITS).write_text(json.dumps(content, indent=2) + "\n")
+            features = features_of(judges, each)
+            for num in sorted({min(512, num_images), num_images}):
+                found = realism.distances({kind: rows[:num] for kind, rows in features.items()}, labels)
+                own = {key: round(value, 4) for key, value in found.items() if f"/{style}/" in key}
+                limits.setdefault(str(num), {})[f"{name}/{style}"] = own
+                log(f"{num} {name} pictures of {style}: {own}")
+    (folder / LIMITS).write_text(json.dumps(limits, indent=2) + "\n")
     return path

@@ -53,11 +53,23 @@ def train_all(
     for kind in KINDS:
         judge = train_judge(kind, tokenizer, seed + JUDGE_SEED, steps["judge"], log=log)
         save_file(judge.half().state_dict(), output / "judges" / f"{kind}.safetensors")
-    num_true = max(64, round(NUM_TRUE * min(steps_factor, 1.0)))
-    write_references(output / "judges", tokenizer, num_true, seed, log)
-    write_hashes(output)
+    refer(output, max(64, round(NUM_TRUE * min(steps_factor, 1.0))), seed, log)
     log(f"all trained in {(time.time() - begin) / 60:.0f} min, written to {output}")
     return output
+
+
+def refer(
+    folder: Path, num_images: int = NUM_TRUE, seed: int = 0, log: Callable[[str], None] = print
+) -> None:
+    """Write what images are compared with, for the judges and the tokenizer in a folder; takes minutes.
+
+    Args:
+        folder: as `train_all` writes it.
+        num_images: true pictures of each style.
+    """
+    tokenizer = VARPipeline.from_pretrained(folder / "pipeline").tokenizer
+    write_references(folder / "judges", tokenizer, num_images, seed, log)
+    write_hashes(folder)
 
 
 def write_hashes(folder: Path) -> None:
