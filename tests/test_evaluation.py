@@ -191,7 +191,7 @@ def test_a_set_is_measured_as_a_whole(tiny_pipeline: VARPipeline) -> None:
     """However it is cut into batches, and beside other measures with features of the same names."""
     spread, same, scores = Spread(), Spread(), []
 
-    def bright(images: Tensor, conditions: list) -> Tensor:
+    def bright(images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         scores.append(images.mean((1, 2, 3)))
         return scores[-1]
 

@@ -252,7 +252,8 @@ def test_summary_tells_what_happened(tmp_path):
         "photo 6 % (99 % before).",
         "The class judge recognises the object in 88 % (93 % before), with a mean log-probability of -0.50 "
         "(-0.10 before).",
-        "Fréchet distance to true pictures: painting (style judge) 94.0 to 12.0; photo (style judge) 1.0 to 61.0.",
+        "Fréchet distance to true pictures: painting (style judge) 94.0 to 12.0; photo (style judge) 1.0 "
+        "to 61.0.",
         "Diversity is 0.31 (0.36 before).",
         "KL to the base model: 12.3 nats an image.",
         "37.6 images a second, and 41 % of the time went into the update.",
