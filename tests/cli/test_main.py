@@ -759,12 +759,16 @@ def test_evaluate_redraws_the_images_of_a_run_in_bfloat16(tmp_path, capsys):
 
     found = figures(*reward)
     assert found["mixed_precision"] == "bf16"
-    for name in ("reward", "reward_std", "diversity", "judge/class_accuracy", "judge/style/photo"):
+    for name in ("diversity", "judge/class_accuracy", "judge/style/photo"):
         assert found[name] == last[f"eval_{name}"], name
+    for name in ("mean", "std"):  # of the one of its rewards that was asked for
+        assert found[f"rewards/clip_score/{name}"] == last[f"eval_rewards/painting/{name}"], name
     assert figures(*reward, "--mixed-precision", "no")["reward"] != found["reward"]
     recipe = ["--recipe", str(path / "config.yaml"), *reward[2:]]
     again = figures(*recipe)
-    assert again["reward"] == found["reward"] and again["mixed_precision"] == "bf16"
+    assert again["rewards/painting/mean"] == found["reward"] and again["mixed_precision"] == "bf16"
+    for name in ("reward", "reward_std"):  # of all of them, with their weights
+        assert again[name] == last[f"eval_{name}"], name
 
 
 def test_evaluate_the_classes_asked_for(folder, capsys):
