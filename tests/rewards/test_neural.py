@@ -44,11 +44,18 @@ def test_an_image_alone_scores_as_in_a_batch_of_64(neural_reward: Reward):
 
 
 def test_nothing_is_trained(neural_reward: Reward):
-    images = random_images(2).requires_grad_()
+    images = random_images(2)
     assert not neural_reward(images, CONDITIONS[:2]).requires_grad
     assert networks(neural_reward)
     for network in networks(neural_reward):
         assert not network.training and not any(each.requires_grad for each in network.parameters())
+
+
+def test_scores_have_a_gradient_by_the_image(neural_reward: Reward):
+    """What grpo.credit gradient needs."""
+    images = random_images(2).requires_grad_()
+    (gradient,) = torch.autograd.grad(neural_reward(images, CONDITIONS[:2]).sum(), images)
+    assert gradient.isfinite().all() and (gradient.abs().amax((1, 2, 3)) > 0).all()
 
 
 def test_scores_are_float32_under_autocast_and_nearly_the_same(neural_reward: Reward):
