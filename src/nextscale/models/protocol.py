@@ -154,7 +154,9 @@ class NextScaleModel(nn.Module, ABC):
         Returns:
             (B, l, V) float32 logits; with `read` its results, each put together for all tokens.
         """
-        features_BlC = self.features(conditioning, inputs_BlD, cache)
+        # The class's own method: that of a sharded model gathers its weights by itself, and would let go of
+        # them afterwards, in the middle of this pass and within `Sharded.whole`.
+        features_BlC = type(self).features(self, conditioning, inputs_BlD, cache)
         if read is None:
             return self.logits(features_BlC)
         blocks: list[Mapping[str, Tensor]] = []
