@@ -1,6 +1,9 @@
 """Rollouts: drawn and scored batch by batch."""
 
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +12,8 @@ from torch import Tensor
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.rewards import RewardSet
-from nextscale.rollout import collect
+from nextscale.rollout import collect, condition_again
+from test_trainer import make_trainer
 
 SEEDS = [("test", i) for i in range(3)]
 POLICY = SamplingConfig(guidance_scale=1.5)
@@ -43,3 +47,62 @@ def test_batches_are_what_is_drawn_at_once(tiny_pipeline: VARPipeline, batch_siz
     assert torch.equal(parts.conditioning["labels"], whole.conditioning["labels"])
     for name in ("log_probs", "inputs", "images"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=0, atol=1e-4)
+
+
+def test_images_take_the_places_of_others(tiny_pipeline: VARPipeline) -> None:
+    rewards = RewardSet({"red": lambda images, conditions: images[:, 0].mean((1, 2))})
+    first = collect(tiny_pipeline, tiny_pipeline.conditions([0, 2, 3]), SEEDS, 2, POLICY, rewards)
+    other = collect(tiny_pipeline, tiny_pipeline.conditions([1]), [("other",)], 2, POLICY, rewards)
+    mixed = first.replaced([4, 1], other)
+    assert [each.label for each in mixed.conditions] == [0, 1, 2, 2, 1, 3]
+    assert mixed.conditioning["labels"].tolist() == [0, 1, 2, 2, 1, 3]
+    for name in ("tokens", "log_probs", "inputs", "images"):
+        mine, theirs, found = (getattr(each, name) for each in (first, other, mixed))
+        assert torch.equal(found, torch.stack([mine[0], theirs[1], mine[2], mine[3], theirs[0], mine[5]])), (
+            name
+        )
+    assert mixed.scores["red"][[4, 1]].tolist() == other.scores["red"].tolist()
+    assert mixed.seconds["rollout"] == first.seconds["rollout"] + other.seconds["rollout"]
+
+
+def test_groups_with_nothing_to_learn_from_are_drawn_anew(
+    make_pipeline: Callable[..., VARPipeline], tmp_path: Path
+) -> None:
+    """A reward of classes 2 and 3 alone: a group of another class has only scores of 0."""
+
+    def red_of_some(images: Tensor, conditions: list[Any]) -> Tensor:
+        is_some = torch.tensor([each.label >= 2 for each in conditions])
+        return images[:, 0].mean((1, 2)) * is_some
+
+    def trainer_of(limit: int) -> Any:
+        pipe, folder = make_pipeline(), tmp_path / str(limit)
+        return make_trainer(pipe, folder, red_of_some, num_groups=5, max_resamplings=limit)
+
+    plain, once, often = trainer_of(0), trainer_of(1), trainer_of(20)
+    first = plain.rollout(1)
+    scores = plain.gathered_scores(first)
+    idle = [n for n in range(5) if first.conditions[4 * n].label < 2]
+    assert 2 <= len(idle) <= 3  # of five groups, in rounds of the four classes
+    assert plain.refilled(first, scores, 1) == (first, scores, {})
+
+    # By hand: group n, again, with the condition and the numbers of this attempt.
+    drawn, refilled_scores, metrics = once.refilled(first, scores, 1)
+    conditions = [condition_again(once.conditions, 0, 1, n, 1) for n in idle]
+    seeds = [("rollout", 0, 1, n, "again", 1) for n in idle]
+    pipe, rewards = plain.pipe, plain.rewards
+    expected = collect(pipe, conditions, seeds, 4, plain.sampling, rewards)
+    rows = [4 * n + g for n in idle for g in range(4)]
+    kept = [i for i in range(20) if i not in rows]
+    assert torch.equal(drawn.tokens[rows], expected.tokens)
+    assert torch.equal(drawn.tokens[kept], first.tokens[kept])
+    assert [drawn.conditions[i] for i in rows] == expected.conditions
+    (name,) = scores
+    torch.testing.assert_close(refilled_scores[name].flatten()[rows], expected.scores[name])
+    still = [n for n, each in zip(idle, conditions, strict=True) if each.label < 2]
+    assert metrics == {"resampled_groups": len(idle), "idle_groups": len(still)}
+
+    # In the end none is left, and what is logged of the reward is of the first draw, as without it.
+    found, untouched = often.step(1), plain.step(1)
+    assert found["idle_groups"] == 0 and found["resampled_groups"] >= len(idle)
+    assert found["reward"] == untouched["reward"]
+    assert found["frac_reward_zero_std"] == pytest.approx(len(idle) / 5)

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from torch.nn.parallel import DistributedDataParallel
 
 from conftest import random_pipeline
-from nextscale.rewards import AtLeast, AtMost, RewardSet
+from nextscale.rewards import AtLeast, AtMost, Diversity, RewardSet
 from test_evaluation import Spread, embed
 from test_trainer import brightness, gradient, make_trainer, redness
 
@@ -24,6 +24,11 @@ def bounded() -> RewardSet:
         constraints={"bright": AtLeast(0.6), "dark": AtMost("base")},
         held_out=["held"],
     )
+
+
+def red_of_some(images: Any, conditions: Any) -> Any:
+    """Groups of the other classes have nothing to learn from."""
+    return redness(images, conditions) * torch.tensor([each.label >= 2 for each in conditions])
 
 
 options = {"per_device_train_batch_size": 3, "eval_steps": 1, "eval_num_images": 22, "constraint_start": 1.0}
@@ -62,6 +67,10 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         {"use_peft": True, "lora_r": 4, "freeze": "blocks.0.ffn", "ema_decay": 0.5, "save_steps": 3},
     ),
     "freeze": (redness, {"freeze": ("blocks.0", "class_emb"), "ema_decay": 0.5, "save_steps": 3}),
+    # What looks at a group as a whole, wherever a share cuts it: or at images of one start.
+    "various": ({"red": redness, "various": Diversity("pixels")}, {"advantage_baseline": "leave_one_out"}),
+    "branched": (pair, {"branch_scale": 2, "branch_schedule": "in_turn", "credit": "gradient"}),
+    "refilled": (red_of_some, {"max_resamplings": 2}),
 }
 IN_TWO: dict[str, tuple[Any, dict[str, Any]]] = {
     "sharded": (pair, {"fsdp": True, "per_device_train_batch_size": 3}),
@@ -72,6 +81,7 @@ IN_TWO: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "sharded-lora": (redness, {**CASES["lora"][1], "fsdp": True, "gradient_checkpointing": True}),
     "sharded-freeze": (redness, {**CASES["freeze"][1], "fsdp": True}),
+    "sharded-refilled": (red_of_some, {"max_resamplings": 2, "fsdp": True}),
 }
 trained: dict[str, Any] = {}
 for name, (rewards, own) in (CASES | (IN_TWO if number == 2 else {})).items():

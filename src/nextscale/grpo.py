@@ -29,6 +29,9 @@ class GRPOConfig(Record):
     """Groups per step, over all processes."""
     class_labels: tuple[int | str, ...] | None = Field(default=None, min_length=1)
     """Classes to train on, by number or name; by default all classes of the model."""
+    max_resamplings: int = Field(default=0, ge=0)
+    """Draw groups anew in which all advantages are 0, with any of the conditions, up to so many times a step:
+    dynamic sampling. What is logged of rewards stays that of the first draw."""
     branch_scale: int | None = Field(default=None, ge=1)
     """Images share their first so many scales with others of their group, and go on from there; the shared
     scales are credited with what came of them, the others with what each made of the same start."""

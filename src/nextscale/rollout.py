@@ -4,7 +4,7 @@ Shapes: N groups · G images of one group · B = N G images · L tokens of all s
 · H W pixels
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from nextscale.base.clock import Clock
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError
+from nextscale.base.processes import my_share
 from nextscale.base.seeding import generator_for
 from nextscale.grpo import GRPOConfig
 from nextscale.models.scales import ScaleSchedule
@@ -33,6 +34,28 @@ class Rollout(Drawn):
     """
 
     scores: dict[str, Tensor]
+
+    def replaced(self, rows: Sequence[int], others: "Rollout") -> "Rollout":
+        """These images, with others in the place of some.
+
+        Args:
+            rows: for each of the others, the place of the image that it replaces.
+        """
+        num = len(self.images)
+        order_B = torch.arange(num)
+        order_B[list(rows)] = torch.arange(num, num + len(rows))
+        both, scores = Drawn.cat([self, others]), cat_by_name([self.scores, others.scores])
+        here_B = order_B.to(both.tokens.device)
+        return Rollout(
+            conditions=[both.conditions[i] for i in order_B.tolist()],
+            conditioning=both.conditioning.select(here_B),
+            tokens=both.tokens[here_B],
+            log_probs=both.log_probs[here_B],
+            inputs=both.inputs[here_B],
+            images=both.images[here_B],
+            seconds=both.seconds,
+            scores={name: each[order_B] for name, each in scores.items()},
+        )
 
 
 def step_conditions(
@@ -55,6 +78,14 @@ def step_conditions(
         order = torch.randperm(len(conditions), generator=generator_for("labels", seed, number)).tolist()
         chosen += [conditions[i] for i in order[offset:]]
     return chosen[:num_groups]
+
+
+def condition_again(
+    conditions: Sequence[Condition], seed: int, step: int, group: int, attempt: int
+) -> Condition:
+    """The condition of a group that is drawn anew: any, since that of the first draw had nothing to teach."""
+    generator = generator_for("labels", seed, step, group, "again", attempt)
+    return conditions[int(torch.randint(len(conditions), (), generator=generator))]
 
 
 def branches_of(grpo: GRPOConfig, schedule: ScaleSchedule) -> Branches | None:
@@ -107,6 +138,62 @@ def collect(
     drawn, scores = Drawn.cat(batches), cat_by_name(scored)
     fields: dict[str, Any] = vars(drawn) | {"seconds": drawn.seconds | clock.seconds}
     return Rollout(**fields, scores=scores)
+
+
+@dataclass(frozen=True)
+class Refilled:
+    """A rollout after groups with nothing to learn from were drawn anew.
+
+    Attributes:
+        scores: of the images of all processes, (N, G).
+        num_redrawn: groups that were drawn anew, each counted as often as it was.
+        num_idle: groups that still have nothing to learn from.
+    """
+
+    rollout: Rollout
+    scores: dict[str, Tensor]
+    num_redrawn: int
+    num_idle: int
+
+
+def refilled(
+    rollout: Rollout,
+    scores: dict[str, Tensor],
+    limit: int,
+    idle_groups: Callable[[dict[str, Tensor]], Sequence[int]],
+    draw: Callable[[Sequence[int], int, range], Rollout | None],
+    gather: Callable[[Rollout], dict[str, Tensor]],
+) -> Refilled:
+    """Draw groups anew that have nothing to learn from, up to `limit` times. Each process draws those images
+    that are in the places of its own, so that none has to be moved.
+
+    Args:
+        rollout: this process's share of the step's images.
+        scores: of the images of all processes, (N, G).
+        idle_groups: the numbers of the groups with nothing to learn from, by the scores; in order.
+        draw: (groups, attempt, share) to this process's images of these groups, of which it has a share; None
+            where that is empty. All processes call it equally often.
+        gather: a rollout to the scores of all processes, (N, G).
+
+    Source: dynamic sampling of DAPO (arXiv 2503.14476, section 3.2), there without a limit.
+    """
+    num_groups, size = next(iter(scores.values())).shape
+    mine, num_redrawn = my_share(num_groups * size), 0
+    idle = idle_groups(scores)
+    for attempt in range(1, limit + 1):
+        if not idle:
+            break
+        num_redrawn += len(idle)
+        places = [i for i in mine if i // size in set(idle)]
+        groups = sorted({i // size for i in places})
+        # Of the groups in question, a share cuts the first and the last at most.
+        start = places[0] - groups[0] * size if places else 0
+        others = draw(groups, attempt, range(start, start + len(places)))
+        if others is not None:
+            rollout = rollout.replaced([i - mine.start for i in places], others)
+        scores = gather(rollout)
+        idle = idle_groups(scores)
+    return Refilled(rollout, scores, num_redrawn, len(idle))
 
 
 def cat_by_name(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

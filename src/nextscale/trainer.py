@@ -36,7 +36,14 @@ from nextscale.report.model_card import write_model_card
 from nextscale.rewards.asking.processes import fail_together
 from nextscale.rewards.protocol import Reward, require_scores
 from nextscale.rewards.reward_set import RewardSet
-from nextscale.rollout import Rollout, branches_of, collect, step_conditions
+from nextscale.rollout import (
+    Rollout,
+    branches_of,
+    collect,
+    condition_again,
+    refilled,
+    step_conditions,
+)
 from nextscale.runs.checkpoint import (
     check_finite,
     find_checkpoint,
@@ -267,6 +274,7 @@ class GRPOTrainer:
         # Advantages. The multipliers of the constraints move first: the model's update then answers their
         # last move, and they its, which damps their swing.
         constraint_metrics = self.constraints.update(reward_metrics)
+        rollout, scores, refill_metrics = self.refilled(rollout, scores, step)
         advantages = self.credited(self.advantages(scores, step), rollout)  # (B,), (B, S) or (B, L)
 
         # Update: num_iterations optimizer steps on the same images, each on the gradient of all of them.
@@ -304,7 +312,7 @@ class GRPOTrainer:
 
         # Measure, and say once if there was nothing to learn, or if sampler and trainer disagree.
         self._check_drift(loss_metrics)
-        is_constant = reward_metrics["frac_reward_zero_std"] == 1
+        is_constant = step_metrics(self.rewards, scores)["frac_reward_zero_std"] == 1
         if is_constant and not self.was_constant:
             self._say("Warning: all images of each group have the same reward, so there is nothing to learn")
         self.was_constant = is_constant
@@ -314,6 +322,7 @@ class GRPOTrainer:
             **loss_metrics,
             **reward_metrics,
             **constraint_metrics,
+            **refill_metrics,
             **controller_metrics,
             "grad_norm": float(grad_norm),
             "skipped_updates": float(num_skipped),
@@ -328,19 +337,52 @@ class GRPOTrainer:
 
     def rollout(self, step: int) -> Rollout:
         """This process's share of a step's images, which are cut regardless of groups."""
-        num_groups = self.grpo.num_groups
+        num_groups, seed = self.grpo.num_groups, self.run.seed
+        conditions = step_conditions(self.conditions, num_groups, seed, step)
+        seeds = [("rollout", seed, step, group) for group in range(num_groups)]
+        rollout = self._collect(conditions, seeds, my_share(self.grpo.num_images))
+        assert rollout is not None, "check_processes leaves no process without images"
+        return rollout
+
+    def _collect(
+        self, conditions: Sequence[Condition], seeds: Sequence[tuple[int | str, ...]], share: range
+    ) -> Rollout | None:
         with fail_together(), self.learner.whole(), self.learner.autocast():
+            if not share:  # all processes are here, to gather the model, but not all have images to draw
+                return None
             return collect(
                 self.pipe,
-                step_conditions(self.conditions, num_groups, self.run.seed, step),
-                [("rollout", self.run.seed, step, group) for group in range(num_groups)],
+                conditions,
+                seeds,
                 self.grpo.num_generations,
                 self.sampling,
                 self.rewards.without_held_out(),
                 self.run.per_device_eval_batch_size,
-                my_share(self.grpo.num_images),
+                share,
                 self.branches,
             )
+
+    def refilled(
+        self, rollout: Rollout, scores: dict[str, Tensor], step: int
+    ) -> tuple[Rollout, dict[str, Tensor], dict[str, float]]:
+        """The rollout and the scores, as `rollout.refilled` has them where `grpo.max_resamplings` asks for
+        it, and what is logged of that."""
+        limit, num_groups, seed = self.grpo.max_resamplings, self.grpo.num_groups, self.run.seed
+        if not limit:
+            return rollout, scores, {}
+
+        def idle_groups(scores: dict[str, Tensor]) -> list[int]:
+            by_group = self._step_advantages(scores, step).unflatten(0, (num_groups, -1)).flatten(1)
+            return (by_group == 0).all(1).nonzero().flatten().tolist()
+
+        def draw(groups: Sequence[int], attempt: int, share: range) -> Rollout | None:
+            conditions = [condition_again(self.conditions, seed, step, each, attempt) for each in groups]
+            seeds = [("rollout", seed, step, each, "again", attempt) for each in groups]
+            return self._collect(conditions, seeds, share)
+
+        done = refilled(rollout, scores, limit, idle_groups, draw, self.gathered_scores)
+        counts = {"resampled_groups": float(done.num_redrawn), "idle_groups": float(done.num_idle)}
+        return done.rollout, done.scores, counts
 
     def gathered_scores(self, rollout: Rollout) -> dict[str, Tensor]:
         """The scores of all processes, (N, G) with the groups in the order of the step.
@@ -359,10 +401,13 @@ class GRPOTrainer:
             scores: of each reward, (N, G), from `gathered_scores`.
             step: its number.
         """
-        num_scales = self.pipe.transformer.schedule.num_scales
-        given = scores, self.rewards.weights, self.constraints.coefficients, self.grpo, num_scales, step
         mine = my_share(self.grpo.num_images)
-        return step_advantages(*given)[mine.start : mine.stop].to(self.accelerator.device)
+        return self._step_advantages(scores, step)[mine.start : mine.stop].to(self.accelerator.device)
+
+    def _step_advantages(self, scores: Mapping[str, Tensor], step: int) -> Tensor:
+        num_scales = self.pipe.transformer.schedule.num_scales
+        coefficients = self.constraints.coefficients
+        return step_advantages(scores, self.rewards.weights, coefficients, self.grpo, num_scales, step)
 
     def credited(self, advantages: Tensor, rollout: Rollout) -> Tensor:
         """The advantages, given to the tokens that `grpo.credit` says."""
