@@ -156,7 +156,7 @@ def test_a_prefix_sampled_once_is_as_if_each_image_had_sampled_it(make_pipeline,
     model, branches = pipe.transformer, Branches(num_scales, 3)
     uniforms = branches.shared(group_uniforms(6, model.schedule.num_tokens, "branches"), model.schedule)
     conditioning = model.encode_conditions(pipe.conditions([0, 0, 0, 1, 1, 1]))
-    images = branches.of(range(6), uniforms.device)
+    images = branches.of(range(6))
     branched = sample(model, pipe.tokenizer, conditioning, uniforms, config, images)
     whole = sample(model, pipe.tokenizer, conditioning, uniforms, config)
     assert torch.equal(branched.tokens, whole.tokens)

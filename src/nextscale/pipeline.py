@@ -387,11 +387,9 @@ class VARPipeline:
             # Of whole groups: an image's numbers do not depend on where a share or a batch cuts its group.
             uniforms = [group_uniforms(num_images, num_tokens, *path) for path in group_seeds[groups]]
             uniforms_BL, branching = torch.cat(uniforms), None
-            if (
-                branches is not None
-            ):  # images of a prefix that two batches share have the same numbers in both
+            if branches is not None:  # a prefix that two batches share has the same numbers in both
                 uniforms_BL = branches.shared(uniforms_BL, self.transformer.schedule)
-                branching = branches.of(range(start, stop), self.device)
+                branching = branches.of(range(start, stop))
             uniforms_BL = uniforms_BL[part].to(self.device)
             clock = Clock(self.device)
             with clock("rollout"):

@@ -45,16 +45,15 @@ class Branching:
 
     Attributes:
         num_scales: of a prefix; at least one, and fewer than all.
-        prefix_of: (B,) int64, for each image the number of its prefix: 0, then the same or one more.
+        prefix_of: for each of the B images the number of its prefix: 0, then the same or one more.
     """
 
     num_scales: int
-    prefix_of: Tensor
+    prefix_of: tuple[int, ...]
 
-    def firsts(self) -> Tensor:
-        """(P,) the first image of each prefix."""
-        changes = self.prefix_of.diff(prepend=self.prefix_of.new_full((1,), -1))
-        return changes.nonzero().flatten()
+    def firsts(self) -> list[int]:
+        """The first image of each prefix."""
+        return [self.prefix_of.index(prefix) for prefix in range(self.prefix_of[-1] + 1)]
 
 
 @dataclass(frozen=True)
@@ -75,10 +74,10 @@ class Branches:
         num_tokens = sum(schedule.lengths[: self.num_scales])
         return torch.cat([uniforms_BL[firsts_B, :num_tokens], uniforms_BL[:, num_tokens:]], 1)
 
-    def of(self, images: range, device: torch.device) -> Branching:
+    def of(self, images: range) -> Branching:
         """The branching of some images of all groups, counted from the first group's first."""
-        prefixes = torch.arange(images.start, images.stop, device=device) // self.size
-        return Branching(self.num_scales, prefixes - prefixes[0])
+        first = images.start // self.size
+        return Branching(self.num_scales, tuple(each // self.size - first for each in images))
 
 
 @torch.no_grad()
@@ -106,7 +105,7 @@ def sample(
     schedule, cache = transformer.schedule, transformer.new_cache()
     images = conditioning, uniforms_BL
     if branching is not None:  # at first, one row for each prefix
-        firsts = branching.firsts()
+        firsts = torch.tensor(branching.firsts(), device=uniforms_BL.device)
         conditioning, uniforms_BL = conditioning.select(firsts), uniforms_BL[firsts]
     conditioning = all_branches(conditioning, config)
     ramp_L = schedule.guidance_ramp().to(uniforms_BL.device)
@@ -116,10 +115,9 @@ def sample(
         latent_BDhw.new_zeros(len(uniforms_BL), 0, latent_BDhw.shape[1])
     ]  # the first scale sees no input
     for k, part in enumerate(schedule.slices):
-        if (
-            branching is not None and k == branching.num_scales
-        ):  # all that is known of a prefix goes on in each
-            index_B, num_prefixes = branching.prefix_of, len(uniforms_BL)
+        if branching is not None and k == branching.num_scales:  # what a prefix has goes on in each image
+            num_prefixes = len(uniforms_BL)
+            index_B = torch.tensor(branching.prefix_of, device=uniforms_BL.device)
             conditioning, uniforms_BL = all_branches(images[0], config), images[1]
             rows = torch.cat([index_B, index_B + num_prefixes]) if config.is_guided else index_B
             cache, latent_BDhw = cache.select(rows), latent_BDhw[index_B]

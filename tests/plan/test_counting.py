@@ -11,16 +11,18 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from nextscale.base.conditions import Condition
 from nextscale.grpo import GRPOConfig
 from nextscale.models.lora import adapter_off
 from nextscale.models.var import VAR, VARConfig
-from nextscale.models.vqvae import VQVAEConfig
+from nextscale.models.vqvae import VQVAE, VQVAEConfig
 from nextscale.objective import Microbatch, Objective
 from nextscale.plan.counting import Count, count, without_data
 from nextscale.plan.phases import Phases
 from nextscale.policy import SamplingConfig
 from nextscale.reference import Reference
 from nextscale.runs.config import RunConfig
+from nextscale.sampling import Branches, sample
 from nextscale.tuning import TuningConfig, tune
 
 SCALES = (1, 3, 8)
@@ -174,3 +176,21 @@ def test_attention_as_on_a_gpu_keeps_no_weights():
     assert plain.saved >= operands - 4 * B * H * L * d + 4 * B * H * L * L
     # Once more queries times keys in the backward pass, where the weights were not kept.
     assert fused.flops - plain.flops == 2 * B * H * L * L * d
+
+
+def test_branching_counts_what_is_shared_once():
+    def drawn(**options):
+        grpo, run = GRPOConfig(**options), RunConfig(per_device_eval_batch_size=BATCH)
+        return Phases(CONFIG, TOKENIZER, grpo, GUIDED, run, BATCH, as_on_gpu=False).rollout().flops
+
+    model, tokenizer = VAR(CONFIG), VQVAE(TOKENIZER)
+    conditioning = model.encode_conditions([Condition(0, "any")] * BATCH)
+    uniforms = torch.rand(BATCH, model.schedule.num_tokens)
+    for branches in (2, 4):
+        branching = Branches(2, branches).of(range(BATCH))
+        with FlopCounterMode(display=False) as flops:
+            sample(model, tokenizer, conditioning, uniforms, GUIDED, branching)
+        assert drawn(branch_scale=2, branches=branches) == flops.get_total_flops()
+    # Halves of the shared scales are left out, then quarters of what was left.
+    whole, two, four = drawn(), *(drawn(branch_scale=2, branches=each) for each in (2, 4))
+    assert whole - two == 2 * (two - four) > 0

@@ -26,6 +26,7 @@ from nextscale.pipeline import decoded_at_once
 from nextscale.plan.counting import Count, count, without_data
 from nextscale.policy import SamplingConfig
 from nextscale.reference import Reference, cast, reference_dtype
+from nextscale.rollout import branches_of
 from nextscale.runs.config import RunConfig
 from nextscale.sampling import sample
 from nextscale.tuning import TuningConfig, tune
@@ -63,7 +64,9 @@ class Phases:
                 self._conditioning(transformer, batch),
                 torch.zeros(batch, self._num_tokens),
             )
-            run = partial(sample, transformer, tokenizer, conditioning, uniforms_BL, self.sampling)
+            branches = branches_of(self.grpo, transformer.schedule)
+            branching = None if branches is None else branches.of(range(batch))
+            run = partial(sample, transformer, tokenizer, conditioning, uniforms_BL, self.sampling, branching)
             return self._count(run, batch)
 
         return self._by_depth(draw)
