@@ -3,8 +3,8 @@
 python benchmarks/branching.py              # the miniature world timed, and operations by the plan
 python benchmarks/branching.py --no-clock   # operations alone
 
-Sampling, without the decoder: 32 images of the miniature world in float32, seconds of CPU time on one core, the
-best of the rounds, in turn. Operations are of the transformer and the quantizer, an image.
+Sampling, without the decoder: 32 images of the miniature world in float32, seconds of CPU time on one core,
+the best of the rounds, in turn. Operations are of the transformer and the quantizer, an image.
 """
 
 import sys

@@ -340,3 +340,36 @@ def test_branches_and_constraints_go_together() -> None:
     bound = step_advantages(scores, {"a": 1.0}, {"b": 2.0}, BRANCHING, num_scales=5)
     assert torch.allclose(plain[:, :2], bound[:, :2])  # both starts keep the constraint equally well
     assert (bound[1, 4] > plain[1, 4]) and (bound[0, 4] < plain[0, 4])
+
+
+BEST = GRPOConfig(
+    num_groups=1,
+    num_generations=4,
+    branch_scale=1,
+    branches=2,
+    branch_temperature=1e-3,
+    scale_rewards="none",
+)
+
+
+def test_a_start_is_worth_the_sum_of_rewards_where_these_are_summed() -> None:
+    """The best of a sum is not the sum of the bests: the second start has one image that is good at both."""
+    scores = {"a": torch.tensor([[9.0, 0.0, 8.0, 0.0]]), "b": torch.tensor([[0.0, 9.0, 8.0, 0.0]])}
+    weights = {"a": 1.0, "b": 0.5}
+    summed = step_advantages(scores, weights, {}, BEST, num_scales=2)
+    assert summed[:, 0].tolist() == pytest.approx([-1.5, -1.5, 1.5, 1.5], abs=0.05)  # worth 9 and 12
+    apart = BEST.replace(multi_objective_aggregation="normalize_then_sum")
+    each = step_advantages(scores, weights, {}, apart, num_scales=2)
+    assert each[:, 0].tolist() == pytest.approx([0.75, 0.75, -0.75, -0.75], abs=0.05)  # 9 and 8, both ways
+
+
+def test_what_is_kept_low_is_worth_most_where_it_is_lowest() -> None:
+    scores = {"a": torch.tensor([[1.0, 9.0, 4.0, 5.0]]), "same": torch.zeros(1, 4)}
+    expected = [1.5, 1.5, -1.5, -1.5]  # -1 is above -4
+    for aggregation in ("sum_then_normalize", "normalize_then_sum"):
+        grpo = BEST.replace(multi_objective_aggregation=aggregation)
+        found = step_advantages(scores, {"a": -1.0}, {}, grpo, num_scales=2)
+        assert found[:, 0].tolist() == pytest.approx(expected, abs=0.05), aggregation
+        # An upper bound has a negative coefficient; its advantages are divided by their deviation.
+        bound = step_advantages(scores, {"same": 1.0}, {"a": -2.0}, grpo, num_scales=2)
+        assert bound[:, 0].tolist() == pytest.approx([2**0.5, 2**0.5, -(2**0.5), -(2**0.5)], abs=0.05)

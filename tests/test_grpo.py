@@ -124,6 +124,13 @@ def test_a_group_is_shared_by_whole_branches() -> None:
     check_grpo(GRPOConfig(branch_scale=2, branches=4, branch_schedule="in_turn"), {"a": 1.0}, ())
 
 
+def test_turns_need_scales_of_both_kinds() -> None:
+    with pytest.raises(ConfigError, match=r"in_turn leaves nothing to train .*train_scales 2 is not above"):
+        check_grpo(GRPOConfig(branch_scale=2, train_scales=2, branch_schedule="in_turn"), {"a": 1.0}, ())
+    check_grpo(GRPOConfig(branch_scale=2, train_scales=3, branch_schedule="in_turn"), {"a": 1.0}, ())
+    check_grpo(GRPOConfig(branch_scale=2, train_scales=2), {"a": 1.0}, ())
+
+
 def test_a_loss_without_ratios_makes_one_update() -> None:
     with pytest.raises(ConfigError, match=r"num_iterations 2 needs ratios.* set grpo\.num_iterations"):
         check_grpo(GRPOConfig(loss_type="reinforce", num_iterations=2), {"a": 1.0}, ())

@@ -4,6 +4,7 @@ Shapes: N groups · G images of one group · B = N G images · S scales · K rew
 starts of one group
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -125,7 +126,7 @@ def step_advantages(
         step: the number of the step, from 1.
     """
 
-    def within_groups(scores: Mapping[str, Tensor]) -> Tensor:
+    def within_groups(scores: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
         advantages_NG = combined_advantages(
             torch.stack([scores[name] for name in weights]),
             torch.tensor(list(weights.values())),
@@ -138,14 +139,22 @@ def step_advantages(
         return add_constraints(advantages_NG, *constrained)
 
     if grpo.branch_scale is None:
-        return within_groups(scores).flatten()
+        return within_groups(scores, weights).flatten()
 
     # A start competes with the other starts of its group by what it is worth, and each image with those that
-    # go on from the same start.
-    by_start = {name: rearrange(each, "N (P K) -> N P K", K=grpo.branches) for name, each in scores.items()}
-    values = {name: start_values(each, grpo.branch_temperature) for name, each in by_start.items()}
-    starts_NG = within_groups(values).repeat_interleave(grpo.branches, 1)
-    rests_NG = within_groups({name: each.flatten(0, 1) for name, each in by_start.items()})
+    # go on from the same start. What is only summed is worth something as a sum; what is kept low is worth
+    # most where it is lowest.
+    if grpo.multi_objective_aggregation == "sum_then_normalize":
+        total_NG = torch.stack([weight * scores[name] for name, weight in weights.items()]).sum(0)
+        scores, weights = {**scores, "": total_NG}, {"": 1.0}
+    signs = {name: math.copysign(1, each) for name, each in {**weights, **coefficients}.items()}
+    by_start = {name: rearrange(scores[name], "N (P K) -> N P K", K=grpo.branches) for name in signs}
+    values = {
+        name: sign * start_values(sign * by_start[name], grpo.branch_temperature)
+        for name, sign in signs.items()
+    }
+    starts_NG = within_groups(values, weights).repeat_interleave(grpo.branches, 1)
+    rests_NG = within_groups({name: each.flatten(0, 1) for name, each in by_start.items()}, weights)
     starts_B1, rests_B1 = starts_NG.reshape(-1, 1), rests_NG.reshape(-1, 1)
     if grpo.branch_schedule == "in_turn":
         is_rests_turn = step % STEPS_OF_A_TURN == 0

@@ -245,6 +245,17 @@ def check_grpo(
             f"grpo.num_generations {grpo.num_generations} cannot be shared by starts of grpo.branches "
             f"{grpo.branches} images each: it has to be a multiple of that, and at least twice it"
         )
+    if (
+        grpo.branch_scale is not None
+        and grpo.train_scales is not None
+        and grpo.train_scales <= grpo.branch_scale
+        and grpo.branch_schedule == "in_turn"
+    ):
+        raise ConfigError(
+            f"grpo.branch_schedule in_turn leaves nothing to train when it is the rest's turn, since "
+            f"grpo.train_scales {grpo.train_scales} is not above grpo.branch_scale {grpo.branch_scale}: use "
+            "together, or train more scales"
+        )
     weighting = grpo.entropy_scale_weighting
     if grpo.entropy_floor is not None and isinstance(weighting, tuple) and 0 in weighting:
         raise ConfigError(

@@ -18,6 +18,7 @@ from nextscale.rewards import Reward, RewardSet
 from nextscale.rewards.networks.clip import load_clip
 from nextscale.rewards.protocol import RewardConfig
 from nextscale.rewards.python import PythonConfig
+from nextscale.rollout import branches_of
 from nextscale.toy.judges import judge_images
 from nextscale.toy.realism import Realism
 from nextscale.toy.world import CLASSES, IMAGE_SIZE
@@ -138,6 +139,7 @@ def check_fit(recipe: Recipe, pipe: VARPipeline) -> None:
         pipe.conditions(recipe.grpo.class_labels)
     check_tuning(recipe.tuning, pipe.transformer)
     loss_weights(pipe.transformer.schedule.lengths, recipe.grpo)
+    branches_of(recipe.grpo, pipe.transformer.schedule)
 
 
 def build_trainer(recipe: Recipe, command: Sequence[str] = ()) -> GRPOTrainer:
