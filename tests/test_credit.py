@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from nextscale.base.conditions import Condition
-from nextscale.base.errors import RewardError
-from nextscale.credit import gradient_saliency, latent_of, masked_advantages, token_mask
+from nextscale.base.errors import ConfigError, RewardError
+from nextscale.credit import CREDITS, Scored, find_credit, gradient_saliency, latent_of, token_mask
 from nextscale.models.scales import ScaleSchedule
-from nextscale.pipeline import VARPipeline
+from nextscale.pipeline import Drawn, VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.rewards.aesthetic import Aesthetic
 from nextscale.rewards.clip_score import ClipScore
 from nextscale.rewards.diversity import Diversity
+from nextscale.rewards.jpeg import JpegCompressibility
 from nextscale.rewards.reward_set import RewardSet
+from test_trainer import gradient, make_trainer
 
 MakePipeline = Callable[..., VARPipeline]
 
@@ -26,6 +28,13 @@ def corner(images: Tensor, conditions: Any) -> Tensor:
     """Brightness of the upper left eighth of the sides."""
     size = images.shape[-1] // 8
     return images[:, :, :size, :size].mean((1, 2, 3))
+
+
+def credited(
+    name: str, advantages: Tensor, drawn: Drawn, pipe: VARPipeline, rewards: Any, size: int
+) -> Tensor:
+    rewards = RewardSet.of(rewards)
+    return find_credit(name, rewards)(Scored(advantages, drawn, pipe.tokenizer, rewards, size))
 
 
 def drawn_of(pipe: VARPipeline) -> Any:
@@ -71,7 +80,7 @@ def test_the_advantage_goes_to_where_the_reward_looks() -> None:
     rewards = RewardSet({"corner": corner, "various": Diversity("pixels")})
     advantages = torch.tensor([1.0, -2.0, 0.5, 0.0])
     for size in (4, 3):
-        found = masked_advantages("gradient", advantages, drawn, tokenizer, rewards, size)
+        found = credited("gradient", advantages, drawn, pipe, rewards, size)
         for scale in tokenizer.schedule.slices:  # nothing is added or lost
             torch.testing.assert_close(found[:, scale].mean(1), advantages)
     last = found[0, tokenizer.schedule.slices[-1]].view(*[tokenizer.schedule.sizes[-1]] * 2)
@@ -96,24 +105,61 @@ def test_a_saliency_of_ones_own(tiny_pipeline: VARPipeline, tmp_path: Path) -> N
         "    return places\n"
         "def broken(images, conditions):\n"
         "    return -images.mean(1)\n"
+        "def raises(images, conditions):\n"
+        "    raise KeyError('where')\n"
     )
-    drawn, rewards = drawn_of(tiny_pipeline), RewardSet({"corner": corner})
-    given = torch.ones(4), drawn, tiny_pipeline.tokenizer, rewards, 3
-    found = masked_advantages(f"{path}:left", *given)
+    given = torch.ones(4), drawn_of(tiny_pipeline), tiny_pipeline, corner, 3
+    found = credited(f"{path}:left", *given)
     assert found[0, tiny_pipeline.tokenizer.schedule.slices[-1]].view(4, 4)[:, 0].tolist() == [4.0] * 4
-    with pytest.raises(RewardError, match=r"expected \(3, height, width\) of numbers that are at least 0"):
-        masked_advantages(f"{path}:broken", *given)
+    for name, says in (
+        ("broken", r"returned .* expected \(3, height, width\) of numbers that are at least 0"),
+        ("raises", r"raised KeyError: 'where' \(.*mine\.py:8\)"),
+    ):
+        with pytest.raises(RewardError, match=says):
+            credited(f"{path}:{name}", *given)
 
 
-def test_a_reward_without_a_gradient_is_named(tiny_pipeline: VARPipeline) -> None:
-    drawn, tokenizer = drawn_of(tiny_pipeline), tiny_pipeline.tokenizer
+def test_a_reward_without_a_gradient_is_named_before_it_is_needed(tiny_pipeline: VARPipeline) -> None:
+    async def awaited(images: Tensor, conditions: Any) -> Tensor:
+        return images.mean((1, 2, 3))
+
+    for rewards, says in (
+        ({"size": JpegCompressibility()}, "reward 'size' has no gradient with respect to the image"),
+        ({"awaited": awaited}, "reward 'awaited' has no gradient with respect to the image"),
+        ({"various": Diversity("pixels")}, "needs a reward of single images"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            find_credit("gradient", RewardSet(rewards))
 
     def counted(images: Tensor, conditions: list[Condition]) -> list[float]:
         return [0.5] * len(images)
 
-    for rewards, says in (
-        ({"counted": counted}, "reward 'counted' has no gradient with respect to the image"),
-        ({"various": Diversity("pixels")}, "needs a reward of single images"),
-    ):
-        with pytest.raises(RewardError, match=says):
-            masked_advantages("gradient", torch.ones(4), drawn, tokenizer, RewardSet(rewards), 4)
+    def broken(images: Tensor, conditions: list[Condition]) -> Tensor:
+        raise KeyError("colour")
+
+    drawn = drawn_of(tiny_pipeline)  # of any function, it is known when it is called
+    for reward, says in ((counted, "has no gradient with respect"), (broken, "raised KeyError: 'colour'")):
+        with pytest.raises(RewardError, match=f"reward '{reward.__name__}' {says}"):
+            credited("gradient", torch.ones(4), drawn, tiny_pipeline, reward, 4)
+
+
+@pytest.mark.parametrize("shape", [(16,), (16, 4), (16, 30)])
+def test_a_way_of_ones_own(make_pipeline: MakePipeline, tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """One line in the table; a misspelt name is told before the run."""
+    with pytest.raises(ConfigError, match=r"unknown grpo\.credit 'gradiant'; did you mean 'gradient'"):
+        make_trainer(make_pipeline(), tmp_path / "bad", credit="gradiant")
+    with pytest.raises(ConfigError, match=r"grpo.credit 'no.py:f': no file"):
+        make_trainer(make_pipeline(), tmp_path / "bad", credit="no.py:f")
+
+    def mine(scored: Scored) -> Tensor:
+        return torch.ones(shape) if scored.advantages.any() else scored.advantages
+
+    CREDITS["mine"] = mine
+    try:
+        found = gradient(make_trainer(make_pipeline(), tmp_path / "a", credit="mine", beta=0.0))
+    finally:
+        del CREDITS["mine"]
+    trainer = make_trainer(make_pipeline(), tmp_path / "b", beta=0.0)
+    trainer.advantages = lambda scores, step: torch.ones(16)  # type: ignore[method-assign]
+    for name, each in gradient(trainer).items():
+        torch.testing.assert_close(found[name], each)

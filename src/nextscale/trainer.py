@@ -23,7 +23,7 @@ from nextscale.base.interrupt import Interrupted, StopOnSignal
 from nextscale.base.metrics import Means
 from nextscale.base.processes import gathered, my_share
 from nextscale.controllers import AdaptiveKL, Constraints, Controller, EntropyFloor
-from nextscale.credit import masked_advantages
+from nextscale.credit import Scored, find_credit
 from nextscale.evaluation import Embedder, Judges, SetMeasure, evaluate, step_metrics
 from nextscale.grpo import GRPOConfig, check_grpo
 from nextscale.learner import Learner
@@ -124,6 +124,7 @@ class GRPOTrainer:
             self.rewards.constraints,
             has_adapter=self.tuning.use_peft,
         )
+        self.credit = find_credit(self.grpo.credit, self.rewards)
         self.folder = RunFolder(Path(self.run.output_dir), self.accelerator.is_main_process)
         self.folder.check(resume=bool(self.run.resume), overwrite=self.run.overwrite)
         self._check_continuable()
@@ -413,9 +414,9 @@ class GRPOTrainer:
         """The advantages, given to the tokens that `grpo.credit` says."""
         if self.grpo.credit == "none":
             return advantages
-        given = self.grpo.credit, advantages, rollout, self.pipe.tokenizer, self.rewards
+        size = self.run.per_device_train_batch_size  # a decoder's backward pass takes as much memory
         with fail_together(), self.learner.autocast():
-            return masked_advantages(*given, self.run.per_device_eval_batch_size)
+            return self.credit(Scored(advantages, rollout, self.pipe.tokenizer, self.rewards, size))
 
     def coefficients(self) -> Coefficients:
         """What the controllers of the loss say now."""

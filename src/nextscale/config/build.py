@@ -9,6 +9,7 @@ import torch
 from nextscale.base.errors import ConfigError, NextscaleError
 from nextscale.config.recipe import Recipe, to_yaml
 from nextscale.config.resume import check_folder
+from nextscale.credit import find_credit
 from nextscale.evaluation import Embedder, Judges, SetMeasure
 from nextscale.grpo import check_grpo
 from nextscale.losses import find_loss, loss_weights
@@ -119,13 +120,10 @@ def build_parts(recipe: Recipe) -> Parts:
     check_folder(recipe)
     pipe = load_pipeline(recipe.model, recipe.vae)
     check_fit(recipe, pipe)
-    return Parts(
-        pipe,
-        make_rewards(recipe.rewards),
-        judges_for(pipe),
-        measures_for(pipe),
-        embedder(recipe.run.diversity_clip),
-    )
+    rewards = make_rewards(recipe.rewards)
+    find_credit(recipe.grpo.credit, rewards)
+    embed = embedder(recipe.run.diversity_clip)
+    return Parts(pipe, rewards, judges_for(pipe), measures_for(pipe), embed)
 
 
 def check_fit(recipe: Recipe, pipe: VARPipeline) -> None:

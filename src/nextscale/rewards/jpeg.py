@@ -21,12 +21,16 @@ BYTES_PER_KILOBYTE = 1000
 class JpegIncompressibility:
     """Kilobytes of an image as a JPEG, above 0: the more detail and noise, the higher."""
 
+    has_gradient = False
+
     def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         return jpeg_kilobytes(images)
 
 
 class JpegCompressibility:
     """Kilobytes of an image as a JPEG, negated, below 0: the plainer, the higher."""
+
+    has_gradient = False
 
     def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         return -jpeg_kilobytes(images)

@@ -20,7 +20,11 @@ Scores = Tensor | np.ndarray | Sequence[float | None]
 
 
 class Reward(Protocol):
-    """Scores images: the higher, the better. It may be async."""
+    """Scores images: the higher, the better. It may be async.
+
+    An object that says `has_gradient = False` has scores that do not depend on the images in a way that torch
+    could differentiate. Of others it is found out where the gradient is needed.
+    """
 
     def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Scores | Awaitable[Scores]:
         """One score for each image.

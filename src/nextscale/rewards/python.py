@@ -11,8 +11,11 @@ from nextscale.rewards.asking.answers import user_line
 from nextscale.rewards.protocol import Reward, RewardConfig
 
 
-def load_function(reference: str) -> Reward:
+def load_function(reference: str, what: str = "python reward") -> Reward:
     """The function named by `path/to/file.py:function`. The file is executed.
+
+    Args:
+        what: it is, for errors.
 
     Raises:
         ConfigError: there is no such file or function, or the file raises.
@@ -20,12 +23,12 @@ def load_function(reference: str) -> Reward:
     path_text, _, name = reference.rpartition(":")
     path = Path(path_text)
     if not path_text or not name.isidentifier():
-        raise ConfigError(f"python reward '{reference}' must be of the form path/to/file.py:function")
+        raise ConfigError(f"{what} '{reference}' must be of the form path/to/file.py:function")
     if not path.is_file():
-        raise ConfigError(f"python reward '{reference}': no file '{path}'")
+        raise ConfigError(f"{what} '{reference}': no file '{path}'")
     spec = importlib.util.spec_from_file_location(f"nextscale_user_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"python reward '{reference}': '{path}' is not a Python file")
+        raise ConfigError(f"{what} '{reference}': '{path}' is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look up their module while they are created
     try:
@@ -33,16 +36,14 @@ def load_function(reference: str) -> Reward:
     except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
         raise ConfigError(
-            f"python reward '{reference}': the file raised {type(error).__name__}: {error}{user_line(error)}"
+            f"{what} '{reference}': the file raised {type(error).__name__}: {error}{user_line(error)}"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
         functions = [
             key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
         ]
-        raise ConfigError(
-            f"python reward '{reference}': no function '{name}' in it{did_you_mean(name, functions)}"
-        )
+        raise ConfigError(f"{what} '{reference}': no function '{name}' in it{did_you_mean(name, functions)}")
     return cast("Reward", function)
 
 

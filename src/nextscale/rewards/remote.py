@@ -38,6 +38,8 @@ class Remote:
         ConfigError: the URL is malformed, or the environment variable is not set.
     """
 
+    has_gradient = False
+
     def __init__(self, url: str, *, batch_size: int = BATCH_SIZE, **request: Any) -> None:
         self.client = ScoringClient(url, **request)
         self.batch_size = batch_size

@@ -56,6 +56,8 @@ class VlmJudge:
         ConfigError: the URL, the question, the range or the environment variable cannot be used.
     """
 
+    has_gradient = False
+
     def __init__(
         self,
         url: str,
