@@ -78,6 +78,7 @@ def evaluate(
     embed: Embedder | None = None,
     measures: Sequence[SetMeasure] = (),
     batch_size: int = 64,
+    num_compared: int | None = None,
     num_columns: int = 8,
 ) -> Evaluation:
     """Measure a model on at least `num_images` images, the same seeds at every call.
@@ -93,6 +94,8 @@ def evaluate(
         embed: measures diversity, the mean distance between two images of one condition.
         measures: of all images together.
         batch_size: images drawn and scored at once, across conditions.
+        num_compared: images that a reward of groups compares, by default all of a condition: as many as in
+            training, where its scores depend on how many there are.
         num_columns: images of each row of `Evaluation.samples`.
 
     Returns:
@@ -147,7 +150,7 @@ def evaluate(
     # From here on, all processes have the whole.
     owners = [r for r in range(num_processes) if in_grid(share_of(total, r, num_processes))]
     grid = torch.cat(from_owners(torch.cat(samples), owners)).unflatten(0, (-1, columns))
-    by_group = rewards.of_groups(gathered(cat_by_name(scored)), per_condition)
+    by_group = rewards.of_groups(gathered(cat_by_name(scored)), per_condition, num_compared)
     flat = {name: each.flatten() for name, each in by_group.items()}
     require_scores(flat)
     reward = rewards.total(flat)

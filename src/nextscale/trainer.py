@@ -459,6 +459,7 @@ class GRPOTrainer:
                 measures=self.measures,
                 embed=self.embed,
                 batch_size=self.run.per_device_eval_batch_size,
+                num_compared=self.grpo.num_generations,
             )
         if self.accelerator.is_main_process:
             names = [each.text for each in result.conditions]

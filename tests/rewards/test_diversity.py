@@ -138,3 +138,18 @@ def test_a_recipe_names_it() -> None:
     assert isinstance(made, Diversity) and not made.is_clip
     toy = read_reward({"diversity": "clip", "clip": "toy", "compare_by": "coverage"}).make()
     assert isinstance(toy, Diversity) and toy.compare_by == "coverage"
+
+
+def test_an_evaluation_compares_as_many_as_training() -> None:
+    """Coverage depends on how many images there are: a mean to keep is of as many as are trained on."""
+    rewards = RewardSet({"various": Diversity("clip", clip="toy", compare_by="coverage")})
+    features = {"various": unit_rows(2, 7, 6).flatten(0, 1)}
+    found = rewards.of_groups(features, 7, num_compared=3)["various"]
+    groups = features["various"].view(2, 7, 6)
+    for start in (0, 3):
+        part = slice(start, start + 3)
+        torch.testing.assert_close(found[:, part], leave_one_out_coverage(groups[:, part]))
+    assert found[:, 6].isnan().all()
+    whole = rewards.of_groups(features, 7, num_compared=9)["various"]
+    torch.testing.assert_close(whole, leave_one_out_coverage(groups))
+    assert (whole < found.nan_to_num(torch.inf)).all()  # more images cover more of what any one adds

@@ -3,6 +3,8 @@
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from nextscale.base.conditions import Condition
@@ -146,12 +148,16 @@ class RewardSet:
                 future.cancel()  # those still running, when one has failed
         return {name: scores[name] for name in self.rewards}
 
-    def of_groups(self, scores: Mapping[str, Tensor], group_size: int) -> dict[str, Tensor]:
+    def of_groups(
+        self, scores: Mapping[str, Tensor], group_size: int, num_compared: int | None = None
+    ) -> dict[str, Tensor]:
         """Each reward's scores by groups, (N, G).
 
         Args:
             scores: of whole groups one after the other, as `scores` gives them.
             group_size: G.
+            num_compared: images that a `GroupReward` compares, by default G. A larger group is cut into parts
+                of so many, and what is left over is not scored: the scores are then those of smaller groups.
 
         Raises:
             RewardError: a `GroupReward` did not give one finite number or NaN for each image.
@@ -159,9 +165,12 @@ class RewardSet:
         by_group = {name: each.unflatten(0, (-1, group_size)) for name, each in scores.items()}
         for name, reward in self.rewards.items():
             if isinstance(reward, GroupReward) and name in by_group:
-                answer = reward.scores_of_groups(by_group[name]).flatten()
-                checked = check_answer(name, answer, answer.new_empty(len(scores[name])))
-                by_group[name] = checked.unflatten(0, (-1, group_size))
+                features_NGE, size = by_group[name], min(num_compared or group_size, group_size)
+                num_scored = group_size // size * size
+                parts = rearrange(features_NGE[:, :num_scored], "N (n G) E -> (N n) G E", G=size)
+                answer = reward.scores_of_groups(parts).flatten()
+                checked = check_answer(name, answer, parts.flatten(0, 1)).unflatten(0, (-1, num_scored))
+                by_group[name] = F.pad(checked, (0, group_size - num_scored), value=torch.nan)
         return by_group
 
     def total(self, scores: Mapping[str, Tensor]) -> Tensor:
