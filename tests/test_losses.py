@@ -28,7 +28,7 @@ from nextscale.losses import (
 from nextscale.models.protocol import NextScaleModel
 from nextscale.models.scales import ScaleSchedule
 from nextscale.models.var import VAR, VARConfig
-from nextscale.objective import Microbatch, Objective, importance_ratios, per_token
+from nextscale.objective import Microbatch, Objective, mismatch_ratios, per_token
 from nextscale.pipeline import VARPipeline
 from nextscale.plan.counting import Count, count, without_data
 from nextscale.policy import SamplingConfig
@@ -51,8 +51,8 @@ def test_an_error_names_the_weights_that_do_not_fit() -> None:
             loss_weights((1, 4), GRPOConfig(**{option: (1.0, 2.0, 3.0)}))
 
 
-@pytest.mark.parametrize("weighting", [(1.0,), (1.0, -1.0), (0.0, 0.0)])
-def test_impossible_weights_are_refused(weighting: tuple[float, ...]) -> None:
+@pytest.mark.parametrize("weighting", [(1.0,), (1.0, -1.0), (0.0, 0.0), (1.0, math.nan), math.nan, -math.inf])
+def test_impossible_weights_are_refused(weighting: float | tuple[float, ...]) -> None:
     with pytest.raises(ConfigError, match="one a trained scale"):
         token_weights((1, 4), weighting)
 
@@ -472,7 +472,7 @@ def test_importance_weights_by_hand() -> None:
             {} if mode is None else {"importance_sampling_correction": True, "importance_sampling_mode": mode}
         )
         config = GRPOConfig(importance_sampling_clip_max=1.5, **options)
-        return importance_ratios(old, sampled, config).tolist()
+        return mismatch_ratios(old, sampled, config).tolist()
 
     assert weights(None) == [pytest.approx([4.0, 1.0, 0.5])]
     assert weights("token_truncate") == [pytest.approx([1.5, 1.0, 0.5])]
@@ -550,6 +550,11 @@ def test_a_choice_of_branches_needs_guidance(tiny_pipeline: VARPipeline) -> None
     schedule = tiny_pipeline.transformer.schedule
     with pytest.raises(ConfigError, match="trained_branches conditional has no effect without guidance"):
         Objective(GRPOConfig(trained_branches="conditional"), SamplingConfig(), schedule, None)
+    with pytest.raises(
+        ConfigError, match=r"reference_guidance_scale 1\.5 has no effect, since .* is the same"
+    ):
+        guided = SamplingConfig(guidance_scale=1.5)
+        Objective(GRPOConfig(reference_guidance_scale=1.5), guided, schedule, None)
 
 
 def test_the_reference_may_be_guided_where_the_policy_is_not(make_pipeline: MakePipeline) -> None:

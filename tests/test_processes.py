@@ -72,6 +72,7 @@ def test_any_number_of_processes_equals_one(make_pipeline: Callable[[], VARPipel
         "recomputed": "group",
         "sharded-lora": "lora",
         "sharded-freeze": "freeze",
+        "sharded-conditional": "conditional",
         "sharded-refilled": "refilled",
     }
     for case, plain in alike.items():

@@ -8,8 +8,8 @@ import pytest
 
 from nextscale.base.errors import ConfigError
 from nextscale.cli.main import main
-from nextscale.study.plan import read_study, trials
-from nextscale.study.results import Row, interval, table
+from nextscale.study.plan import Experiment, read_study, trials
+from nextscale.study.results import Row, draw, interval, table
 
 TINY = """
 seeds: [3]
@@ -65,12 +65,18 @@ def test_the_interval_is_students() -> None:
 
 def test_the_table_has_a_line_for_each_variant_that_was_run() -> None:
     rows = [
-        Row("painting", "plain", seed, {"judge/class_accuracy": share, "kl": 100.0}, [])
+        Row(
+            "painting",
+            "plain",
+            seed,
+            {"kl": 100.0, "judge/class_accuracy": share, "rewards/mine/mean": 0.5},
+            [],
+        )
         for seed, share in ((1, 0.9), (2, 1.0))
     ]
     lines = table(rows, ["plain", "never run"]).splitlines()
-    assert lines[0] == "| variant | seeds | class % | KL, nats an image |"
-    assert lines[2] == "| plain | 2 | 95 ± 64 | 100 ± 0 |"
+    assert lines[0] == "| variant | seeds | class % | reward: mine | KL, nats an image |"
+    assert lines[2] == "| plain | 1 2 | 95 ± 64 | 0.5 ± 0 | 100 ± 0 |"
     assert len(lines) == 3
 
 
@@ -84,7 +90,7 @@ def test_a_study_runs_and_is_not_repeated(tmp_path: Path, capfd: pytest.CaptureF
     results = json.loads((tmp_path / "results.json").read_text())
     assert {row["variant"] for row in results["rows"]} == {"plain", "coarse"}
     assert all(row["measures"]["images"] == 2 and len(row["curve"]) == 1 for row in results["rows"])
-    assert "| coarse | 1 |" in (tmp_path / "results.md").read_text()
+    assert "| coarse | 3 |" in (tmp_path / "results.md").read_text()
     assert (tmp_path / "painting.png").stat().st_size > 10_000
     before = (runs / "painting/plain/3/evaluation.json").stat().st_mtime_ns
     assert main(words) == 0
@@ -103,3 +109,17 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
     assert "painting/coarse/3: grpo.train_scales 99 is out of range" in out
     assert main(["study", str(path), "--experiment", "paint"]) == 2
     assert "unknown experiment 'paint'" in capfd.readouterr().err
+
+
+def test_a_recipe_may_lie_beside_the_study(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(TINY.replace("recipe: toy-painting", "recipe: mine.yaml"))
+    (tmp_path / "mine.yaml").write_text("model: toy\n")
+    first, second = trials(read_study(path), tmp_path / "runs", tmp_path)
+    assert (first.recipe, second.recipe) == (str(tmp_path / "mine.yaml"), "toy-aesthetic")
+
+
+def test_runs_whose_diversity_was_not_measured_are_drawn_all_the_same(tmp_path: Path) -> None:
+    experiment = Experiment(recipe="any", variants={"plain": {}}, aim="rewards/mine/mean")
+    row = Row("a", "plain", 1, {"rewards/mine/mean": 0.5}, [(2.0, 1.0, 0.4, math.nan), (4.0, 2.0, 0.5, 1.0)])
+    assert draw([row], experiment, tmp_path / "a.png").stat().st_size > 10_000

@@ -70,6 +70,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     # What looks at a group as a whole, wherever a share cuts it: or at images of one start.
     "various": ({"red": redness, "various": Diversity("pixels")}, {"advantage_baseline": "leave_one_out"}),
     "branched": (pair, {"branch_scale": 2, "branch_schedule": "in_turn", "credit": "gradient"}),
+    "conditional": (pair, {"trained_branches": "conditional"}),
+    "moving": (pair, {"sync_ref_model": True, "ref_model_sync_steps": 2, "beta": 0.5, "target_kl": 0.01}),
     "refilled": (red_of_some, {"max_resamplings": 2}),
 }
 IN_TWO: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -81,6 +83,7 @@ IN_TWO: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "sharded-lora": (redness, {**CASES["lora"][1], "fsdp": True, "gradient_checkpointing": True}),
     "sharded-freeze": (redness, {**CASES["freeze"][1], "fsdp": True}),
+    "sharded-conditional": (pair, {"fsdp": True, "trained_branches": "conditional"}),
     "sharded-refilled": (red_of_some, {"max_resamplings": 2, "fsdp": True}),
 }
 trained: dict[str, Any] = {}

@@ -128,7 +128,7 @@ def evaluate(
         return [i for i, (row, column) in enumerate(places) if row < MAX_ROWS and column < columns]
 
     scored, judged, embeddings, samples = [], [], [], []
-    seen: list[dict[str, Tensor]] = []
+    seen: list[list[dict[str, Tensor]]] = [[] for _ in measures]
     # Only what is small is kept of each batch: memory does not grow with the number of images.
     mine = my_share(total)
     done = mine.start
@@ -140,11 +140,9 @@ def evaluate(
                 embeddings.append({"embedding": embed(batch.images).float().cpu()})
             if judges is not None:
                 judged.append(judges(batch.images, batch.conditions))
-            features: dict[str, Tensor] = {}
-            for i, each in enumerate(measures):
-                found = each.features(batch.images, batch.conditions)
-                features |= {f"{i}/{name}": value.float().cpu() for name, value in found.items()}
-            seen.append(features)
+            for parts, each in zip(seen, measures, strict=True):
+                features = each.features(batch.images, batch.conditions)
+                parts.append({name: value.float().cpu() for name, value in features.items()})
             done += len(batch.images)
 
     # From here on, all processes have the whole.
@@ -167,11 +165,8 @@ def evaluate(
         metrics["diversity"] = sum(map(mean_pairwise_distance, groups)) / len(groups)
     if judged:
         metrics |= {name: each.float().mean().item() for name, each in gathered(cat_by_name(judged)).items()}
-    of_all = gathered(cat_by_name(seen)) if measures else {}
-    for i, each in enumerate(measures):
-        prefix = f"{i}/"
-        own = {name.removeprefix(prefix): of_all[name] for name in of_all if name.startswith(prefix)}
-        metrics |= each.measure(own, chosen)
+    for parts, each in zip(seen, measures, strict=True):
+        metrics |= each.measure(gathered(cat_by_name(parts)), chosen)
     return Evaluation(metrics, grid, chosen[:MAX_ROWS])
 
 

@@ -8,6 +8,7 @@ Every mean says its denominator: tokens are weighted within an image by `token_w
 images count alike.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -206,7 +207,8 @@ def token_weights(
     else:
         assert isinstance(weighting, tuple)
         totals = [float(total) for total in weighting]
-    if len(totals) != len(lengths) or min(totals) < 0 or sum(totals) <= 0:
+    is_each_possible = all(0 <= total < math.inf for total in totals)
+    if len(totals) != len(lengths) or not is_each_possible or sum(totals) <= 0:
         raise ConfigError(
             f"{option} needs {len(lengths)} non-negative weights, one a trained scale, got {weighting}"
         )

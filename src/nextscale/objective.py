@@ -109,7 +109,7 @@ class Objective:
 
     Raises:
         ConfigError: an unknown loss, more scales to train than there are, weights that do not fit them, or
-            a choice of branches without guidance.
+            an option of guidance without effect.
     """
 
     def __init__(
@@ -124,11 +124,7 @@ class Objective:
         self.reference_sampling = sampling
         if config.reference_guidance_scale is not None:
             self.reference_sampling = sampling.replace(guidance_scale=config.reference_guidance_scale)
-        if config.trained_branches != "both" and not sampling.is_guided:
-            raise ConfigError(
-                f"grpo.trained_branches {config.trained_branches} has no effect without guidance: set "
-                "sampling.guidance_scale, or remove it"
-            )
+        check_guidance(config, sampling)
         self.lengths = trained_lengths(schedule.lengths, config)
         with torch.device(device):
             weights = loss_weights(schedule.lengths, config)
@@ -170,7 +166,7 @@ class Objective:
         # the sampler's, which differ in low precision: all ratios are then exactly 1.
         log_probs_BL, sampled_BL = of_tokens["log_probs"], batch.log_probs[:, :num_tokens]
         old_BL = log_probs_BL.detach() if batch.old_log_probs is None else batch.old_log_probs
-        mismatch_BL = importance_ratios(old_BL, sampled_BL, self.config)
+        mismatch_BL = mismatch_ratios(old_BL, sampled_BL, self.config)
         quantities = Quantities(
             log_probs_BL=log_probs_BL,
             old_log_probs_BL=old_BL,
@@ -264,6 +260,24 @@ class Objective:
         return metrics
 
 
+def check_guidance(config: GRPOConfig, sampling: SamplingConfig) -> None:
+    """Check that options of guidance have an effect on a policy.
+
+    Raises:
+        ConfigError: one has none.
+    """
+    if config.trained_branches != "both" and not sampling.is_guided:
+        raise ConfigError(
+            f"grpo.trained_branches {config.trained_branches} has no effect without guidance: set "
+            "sampling.guidance_scale, or remove it"
+        )
+    if config.reference_guidance_scale == sampling.guidance_scale:
+        raise ConfigError(
+            f"grpo.reference_guidance_scale {config.reference_guidance_scale} has no effect, since "
+            "sampling.guidance_scale is the same: set another, or remove it"
+        )
+
+
 def per_token(advantages: Tensor, schedule: ScaleSchedule) -> Tensor:
     """(B,), (B, S) or (B, L) advantages as something that broadcasts to (B, L)."""
     if advantages.ndim == 1:
@@ -273,7 +287,7 @@ def per_token(advantages: Tensor, schedule: ScaleSchedule) -> Tensor:
     return advantages[:, schedule.scale_of_token().to(advantages.device)]
 
 
-def importance_ratios(old_log_probs_BL: Tensor, sampled_BL: Tensor, config: GRPOConfig) -> Tensor:
+def mismatch_ratios(old_log_probs_BL: Tensor, sampled_BL: Tensor, config: GRPOConfig) -> Tensor:
     """Probability of the tokens under the trainer's policy, by that with which the sampler drew them.
 
     The two are one policy, computed in two ways: rounding is all that differs, and it shows in low precision.

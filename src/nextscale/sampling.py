@@ -103,7 +103,7 @@ def sample(
         CheckpointError: the model's logits are NaN.
     """
     schedule, cache = transformer.schedule, transformer.new_cache()
-    images = conditioning, uniforms_BL
+    of_images, uniforms_of_images_BL = conditioning, uniforms_BL
     if branching is not None:  # at first, one row for each prefix
         firsts = torch.tensor(branching.firsts(), device=uniforms_BL.device)
         conditioning, uniforms_BL = conditioning.select(firsts), uniforms_BL[firsts]
@@ -118,7 +118,7 @@ def sample(
         if branching is not None and k == branching.num_scales:  # what a prefix has goes on in each image
             num_prefixes = len(uniforms_BL)
             index_B = torch.tensor(branching.prefix_of, device=uniforms_BL.device)
-            conditioning, uniforms_BL = all_branches(images[0], config), images[1]
+            conditioning, uniforms_BL = all_branches(of_images, config), uniforms_of_images_BL
             rows = torch.cat([index_B, index_B + num_prefixes]) if config.is_guided else index_B
             cache, latent_BDhw = cache.select(rows), latent_BDhw[index_B]
             tokens, log_probs, inputs = (

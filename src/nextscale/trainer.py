@@ -117,7 +117,7 @@ class GRPOTrainer:
         self.conditions = list(conditions)
         self.grpo.check_processes(self.accelerator.num_processes)
         self._check_held_out()
-        self._check_offload()
+        self._check_reference()
         check_grpo(
             self.grpo,
             self.rewards.weights,
@@ -529,7 +529,7 @@ class GRPOTrainer:
                 f"model, '{self.folder.final}', in another folder, or replace it with run.overwrite"
             )
 
-    def _check_offload(self) -> None:
+    def _check_reference(self) -> None:
         if self.grpo.sync_ref_model and asks_for_fsdp(self.run):
             raise ConfigError(
                 "grpo.sync_ref_model cannot move a reference that FSDP spreads over the processes: remove "

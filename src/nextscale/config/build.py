@@ -14,6 +14,7 @@ from nextscale.evaluation import Embedder, Judges, SetMeasure
 from nextscale.grpo import check_grpo
 from nextscale.losses import find_loss, loss_weights
 from nextscale.models import zoo
+from nextscale.objective import check_guidance
 from nextscale.pipeline import VARPipeline
 from nextscale.rewards import Reward, RewardSet
 from nextscale.rewards.networks.clip import load_clip
@@ -138,6 +139,7 @@ def check_fit(recipe: Recipe, pipe: VARPipeline) -> None:
     check_tuning(recipe.tuning, pipe.transformer)
     loss_weights(pipe.transformer.schedule.lengths, recipe.grpo)
     branches_of(recipe.grpo, pipe.transformer.schedule)
+    check_guidance(recipe.grpo, recipe.sampling)
 
 
 def build_trainer(recipe: Recipe, command: Sequence[str] = ()) -> GRPOTrainer:

@@ -111,7 +111,7 @@ def _cost(run: Run) -> dict[str, str]:
     num_tokens, silent = [0, *run.values("num_tokens")][-1], run.values("frac_reward_zero_std")
     rows = {
         "Steps": f"{run.num_steps:,}",
-        "Images drawn in training": f"{story.num_images(run):,}",
+        "Images drawn in training": f"{run.num_images:,}",
         "Tokens": f"{num_tokens:,.0f}",
         "Training time": duration(sum(run.values("step_time"))),
         "Evaluation time": duration(sum(run.values("eval_time"))),

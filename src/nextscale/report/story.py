@@ -8,7 +8,7 @@ import numpy as np
 from nextscale.base.numbers import count, duration, number, pair, percent
 from nextscale.report.charts import PARTS
 from nextscale.runs.hacking import hacking_warning
-from nextscale.runs.reader import Run, is_number
+from nextscale.runs.reader import Run
 
 HACKING = "The trained reward rose while a judge that it never saw fell: a sign of reward hacking."
 
@@ -57,7 +57,7 @@ def facts(run: Run) -> list[Fact]:
     """What happened, most important first."""
     found, steps, change = [], count(run.num_steps, "step"), _reward_change(run)
     place = f" on {run.environment['device']}" if run.environment.get("device") else ""
-    spent, images = sum(run.values("step_time")), num_images(run)
+    spent, images = sum(run.values("step_time")), run.num_images
     took = f" ({duration(spent)}{place})" if spent else ""
     source = "evaluation" if run.ends("eval_reward") else "training"
     if change:
@@ -101,12 +101,6 @@ def facts(run: Run) -> list[Fact]:
         told = f"{rate} images a second, and {percent(shares[most])} of the time went into the {most}."
         found.append(Fact(told, "Speed", rate, "images a second"))
     return found
-
-
-def num_images(run: Run) -> int:
-    """Images drawn in training. The metrics hold their rate, so each step's count is rounded."""
-    timed = [(record.get("images_per_second"), record.get("step_time")) for record in run.records]
-    return sum(round(rate * time) for rate, time in timed if is_number(rate) and is_number(time))
 
 
 def time_shares(run: Run) -> dict[str, float]:

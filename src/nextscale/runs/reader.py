@@ -6,6 +6,7 @@ Reads files only: no model, no torch, no lock, so that a live run can be looked 
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -17,6 +18,13 @@ from nextscale.base.errors import ConfigError
 from nextscale.runs.paths import RunPaths
 
 MAX_ROWS = 16  # more row names beside a grid of samples would not be readable
+
+
+def images_of(record: Mapping[str, Any]) -> int:
+    """Images drawn in a training step; 0 in a record of an evaluation. The metrics hold their rate, so the
+    count is rounded."""
+    rate, seconds = record.get("images_per_second"), record.get("step_time")
+    return round(rate * seconds) if is_number(rate) and is_number(seconds) else 0
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,11 @@ class Run:
     @property
     def num_steps(self) -> int:
         return self.records[-1]["step"]
+
+    @property
+    def num_images(self) -> int:
+        """Images drawn in training."""
+        return sum(map(images_of, self.records))
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of a metric, where it is a finite number: two arrays of equal length."""

@@ -22,7 +22,12 @@ class Experiment(Record):
     """One recipe, and what is varied of it."""
 
     recipe: str
-    """A packaged recipe, or a file."""
+    """A packaged recipe, or a file beside the study or from the working directory."""
+    aim: str = "reward"
+    """Metric that the curves show, which training and evaluation both have: such as rewards/NAME/mean, where
+    variants have other rewards besides."""
+    against_diversity: str | None = None
+    """Measure of the evaluation that is drawn against diversity; by default the aim."""
     common: Overrides = Field(default_factory=dict)
     """Overrides of all variants."""
     variants: dict[str, Overrides] = Field(min_length=1)
@@ -97,11 +102,12 @@ def read_study(path: Path) -> Study:
         raise ConfigError(f"'{path}': {describe_validation_error(Study, error)}") from None
 
 
-def trials(study: Study, folder: Path) -> Iterator[Trial]:
+def trials(study: Study, folder: Path, beside: Path = Path()) -> Iterator[Trial]:
     """All runs: seed by seed, so that what is there of an unfinished study can be compared.
 
     Args:
         folder: where each run gets a folder EXPERIMENT/VARIANT/SEED.
+        beside: folder of the study, where recipes are looked for.
     """
     for seed in study.seeds:
         for name, experiment in study.experiments.items():
@@ -109,4 +115,6 @@ def trials(study: Study, folder: Path) -> Iterator[Trial]:
                 path = folder / name / re.sub(r"[^\w.]+", "-", variant) / str(seed)
                 given = experiment.common | overrides
                 recipe = given.pop("recipe", experiment.recipe)
+                if (beside / recipe).is_file():
+                    recipe = str(beside / recipe)
                 yield Trial(name, variant, seed, recipe, given, path)
