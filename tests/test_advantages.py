@@ -8,6 +8,8 @@ from nextscale.advantages import (
     add_constraints,
     combined_advantages,
     group_advantages,
+    kl_costs,
+    later_kl,
     start_values,
     step_advantages,
 )
@@ -373,3 +375,47 @@ def test_what_is_kept_low_is_worth_most_where_it_is_lowest() -> None:
         # An upper bound has a negative coefficient; its advantages are divided by their deviation.
         bound = step_advantages(scores, {"same": 1.0}, {"a": -2.0}, grpo, num_scales=2)
         assert bound[:, 0].tolist() == pytest.approx([2**0.5, 2**0.5, -(2**0.5), -(2**0.5)], abs=0.05)
+
+
+# The KL as a part of the reward
+
+
+def test_later_kl_is_of_the_scales_after():
+    kl = torch.tensor([[1.0, 2.0, 3.0, 10.0, 20.0]])
+    assert torch.equal(later_kl(kl, (1, 2, 2)), torch.tensor([[35.0, 30.0, 0.0]]))
+    assert torch.equal(later_kl(kl[:, :3], (1, 2)), torch.tensor([[5.0, 0.0]]))
+
+
+@pytest.mark.parametrize("baseline", [0.0, 0.7])
+def test_less_its_costs_a_policy_gradient_is_that_of_the_kl_of_all_paths(baseline):
+    """A policy of two scales, one token and two, three codes each: all 27 images are counted out, and the
+    gradient of the images' exact KL is taken by autograd."""
+    generator = torch.Generator().manual_seed(0)
+    first, theirs_first = (torch.randn(3, generator=generator, dtype=torch.float64) for _ in range(2))
+    second, theirs_second = (torch.randn(3, 2, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    first.requires_grad_(), second.requires_grad_()
+    images = torch.cartesian_prod(*[torch.arange(3)] * 3)
+    starts, rests = images[:, 0], images[:, 1:]
+
+    def distributions(of_first, of_second):
+        """(27, 3, 3) log-probs of each token given the image's start."""
+        shared = of_first.log_softmax(0).expand(27, 1, 3)
+        return torch.cat([shared, of_second.log_softmax(-1)[starts]], 1)
+
+    ours, theirs = distributions(first, second), distributions(theirs_first, theirs_second)
+    picked = torch.cat([starts[:, None], rests], 1)[..., None]
+    log_probs, their_log_probs = (each.gather(-1, picked)[..., 0] for each in (ours, theirs))
+    probs = log_probs.sum(1).exp()
+    torch.testing.assert_close(probs.sum().item(), 1.0)
+    kl_of_images = (probs * (log_probs - their_log_probs).sum(1)).sum()
+    expected = torch.autograd.grad(kl_of_images, (first, second), retain_graph=True)
+
+    lengths = (1, 2)
+    with torch.no_grad():
+        kl = (ours.exp() * (ours - theirs)).sum(-1)
+        later = later_kl(kl, lengths)
+        costs = kl_costs(log_probs - their_log_probs, kl, later, torch.full_like(later, baseline), lengths)
+    as_advantages = (probs.detach()[:, None] * costs * log_probs).sum()
+    found = torch.autograd.grad(as_advantages, (first, second))
+    for ours_, theirs_ in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours_, theirs_)

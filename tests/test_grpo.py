@@ -8,6 +8,7 @@ from nextscale.config.files import packaged_recipes
 from nextscale.config.recipe import load_recipe
 from nextscale.grpo import GRPOConfig, check_grpo
 from nextscale.pipeline import VARPipeline
+from nextscale.policy import SamplingConfig
 from nextscale.runs.config import RunConfig
 from nextscale.trainer import GRPOTrainer
 
@@ -66,6 +67,15 @@ def brightness(images, conditions):
         ({"epsilon_high": 2.0, "loss_type": "cispo"}, r"epsilon_high 2\.0 has .* grpo\.num_iterations to 2"),
         ({"epsilon_high": 2.0, "loss_type": "reinforce"}, r"epsilon_high 2\.0 has .* use grpo or cispo"),
         ({"kl_estimator": "k3", "beta": 0.0}, r"kl_estimator k3 has .* set grpo\.beta"),
+        ({"kl_in_reward": True, "beta": 0.0}, r"kl_in_reward True has .* set grpo\.beta"),
+        (
+            {"kl_estimator": "k3", "kl_in_reward": True},
+            r"kl_estimator k3 has no effect with grpo\.kl_in_reward.*: remove that",
+        ),
+        (
+            {"kl_scale_weighting": "token", "kl_in_reward": True},
+            r"kl_scale_weighting token has no effect with grpo\.kl_in_reward.*: remove that",
+        ),
         ({"target_kl": 9.0, "beta": 0.0}, r"target_kl 9\.0 has .* set grpo\.beta"),
         ({"target_kl_rate": 0.1}, r"target_kl_rate 0\.1 has .* grpo\.target_kl: set that too"),
         ({"ref_model_sync_steps": 9}, r"ref_model_sync_steps 9 has .* grpo\.sync_ref_model: set that too"),
@@ -90,6 +100,15 @@ def test_an_option_without_effect_is_refused(
     with pytest.raises(ConfigError, match=rf"^grpo\.{says}.*, or remove grpo\.{name}$"):
         GRPOTrainer(tiny_pipeline, brightness, GRPOConfig(**options), run=run)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_temperature_of_training_differs_from_that_of_sampling(
+    tiny_pipeline: VARPipeline, tmp_path: Path
+) -> None:
+    run = RunConfig(output_dir=str(tmp_path / "run"), report_to="none")
+    sampling = SamplingConfig(temperature=1.3)
+    with pytest.raises(ConfigError, match=r"^grpo\.temperature 1\.3 has no .* is the same: set another"):
+        GRPOTrainer(tiny_pipeline, brightness, GRPOConfig(temperature=1.3), sampling=sampling, run=run)
 
 
 def test_options_with_what_they_need_are_accepted() -> None:

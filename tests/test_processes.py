@@ -73,6 +73,7 @@ def test_any_number_of_processes_equals_one(make_pipeline: Callable[[], VARPipel
         "sharded-lora": "lora",
         "sharded-freeze": "freeze",
         "sharded-conditional": "conditional",
+        "sharded-costly": "costly",
         "sharded-refilled": "refilled",
     }
     for case, plain in alike.items():

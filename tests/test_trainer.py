@@ -1,5 +1,6 @@
 """GRPO as a whole: it learns, it is invariant to how the work is cut, and it resumes to the same bits."""
 
+import copy
 import json
 import threading
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -16,10 +18,12 @@ from nextscale.base.errors import ConfigError, RewardError
 from nextscale.evaluation import evaluate
 from nextscale.grpo import GRPOConfig
 from nextscale.losses import LOSSES, LossOutput, Quantities, regularised
+from nextscale.models.lora import METADATA, TENSORS
 from nextscale.models.protocol import Conditioning
 from nextscale.optimizer import OptimizerConfig
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
+from nextscale.rescoring import teacher_forced_logits
 from nextscale.rewards import AtLeast, AtMost, RewardSet
 from nextscale.runs.config import RunConfig
 from nextscale.trainer import GRPOTrainer
@@ -37,7 +41,13 @@ def brightness(images: Tensor, conditions: list) -> Tensor:
     return images.mean((1, 2, 3))
 
 
-def make_trainer(pipe: VARPipeline, folder: Path, reward: Any = redness, **options: Any) -> GRPOTrainer:
+def make_trainer(
+    pipe: VARPipeline,
+    folder: Path,
+    reward: Any = redness,
+    sampling: SamplingConfig = GUIDED,
+    **options: Any,
+) -> GRPOTrainer:
     """A quiet trainer; options go to the record that has them."""
     records = {}
     for record in (GRPOConfig, TuningConfig, OptimizerConfig, RunConfig):
@@ -49,7 +59,7 @@ def make_trainer(pipe: VARPipeline, folder: Path, reward: Any = redness, **optio
         pipe,
         reward,
         GRPOConfig(**{"num_groups": 4, "num_generations": 4} | records[GRPOConfig]),
-        sampling=GUIDED,
+        sampling=sampling,
         tuning=TuningConfig(**records[TuningConfig]),
         optimizer=OptimizerConfig(**{"learning_rate": 1e-3} | records[OptimizerConfig]),
         run=RunConfig(**quiet | {"output_dir": str(folder)} | records[RunConfig]),
@@ -336,6 +346,8 @@ def test_every_grpo_option_changes_something(
         "delta": 1.0001,
         "importance_sampling_level": "image",
         "kl_estimator": "k3",
+        "kl_in_reward": True,
+        "temperature": 2.0,
         "target_kl": 1.0,
         "sync_ref_model": True,
         "trained_branches": "conditional",
@@ -380,6 +392,61 @@ def test_every_grpo_option_changes_something(
     )
     scores = first.gathered_scores(first.rollout(1))
     assert not torch.allclose(first.advantages(scores), second.advantages(scores))
+
+
+def test_a_kl_in_the_reward_keeps_the_model_near_as_one_in_the_loss_does(
+    make_pipeline: MakePipeline, tmp_path: Path
+) -> None:
+    def last_kl(name: str, **options: Any) -> float:
+        make_trainer(make_pipeline(), tmp_path / name, max_steps=16, **options).train()
+        return metrics_of(tmp_path / name)[-1]["kl_per_image"]
+
+    free = last_kl("free", beta=1e-9)
+    for held in (last_kl("loss", beta=1.0), last_kl("reward", beta=1.0, kl_in_reward=True)):
+        assert held < free / 2, (held, free)
+
+
+def test_what_a_token_cost_in_kl_is_taken_from_its_advantage(
+    make_pipeline: MakePipeline, tmp_path: Path
+) -> None:
+    """Against log-probs of the two models by themselves, after the model has moved."""
+    pipe = make_pipeline()
+    trainer = make_trainer(pipe, tmp_path / "run", kl_in_reward=True, beta=0.3, per_device_train_batch_size=3)
+    base = copy.deepcopy(pipe.transformer)
+    trainer.train()
+
+    drawn = trainer.rollout(3)
+    advantages = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    found = advantages[:, None] - trainer.less_kl(advantages, drawn)
+    schedule = pipe.transformer.schedule
+    with torch.no_grad():
+        ours, theirs = (
+            teacher_forced_logits(model, schedule, drawn.conditioning, drawn.inputs, GUIDED).log_softmax(-1)
+            for model in (pipe.transformer, base)
+        )
+    picked = drawn.tokens[..., None]
+    log_ratios = (ours - theirs).gather(-1, picked)[..., 0]
+    kl = (ours.exp() * (ours - theirs)).sum(-1)
+    later = torch.stack([kl[:, slice_.stop :].sum(1) for slice_ in schedule.slices], 1)
+    surplus = later - later.unflatten(0, (4, 4)).mean(1).repeat_interleave(4, 0)
+    expected = log_ratios - kl + surplus.repeat_interleave(torch.tensor(schedule.lengths), 1)
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(found, 0.3 * expected, rtol=1e-3, atol=1e-6)
+
+
+def test_training_is_at_its_own_temperature(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    """As a run that samples at it is, but for what is measured and kept."""
+    pipe, other = make_pipeline(), make_pipeline()
+    make_trainer(pipe, tmp_path / "own", temperature=2.0, use_peft=True).train()
+    hot = GUIDED.replace(temperature=2.0)
+    explicit = make_trainer(other, tmp_path / "all", sampling=hot, use_peft=True)
+    explicit.train()
+    for ours, theirs in zip(pipe.transformer.parameters(), other.transformer.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert pipe.sampling == GUIDED and other.sampling == hot
+    assert VARPipeline.from_pretrained(tmp_path / "own" / "final").sampling == GUIDED
+    with safe_open(tmp_path / "own/final/adapter" / TENSORS, "pt") as adapter:
+        assert json.loads(adapter.metadata()[METADATA])["sampling"] == GUIDED.model_dump()
 
 
 def test_an_entropy_floor_holds_the_entropy_of_every_scale(

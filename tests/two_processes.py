@@ -72,6 +72,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "branched": (pair, {"branch_scale": 2, "branch_schedule": "in_turn", "credit": "gradient"}),
     "conditional": (pair, {"trained_branches": "conditional"}),
     "moving": (pair, {"sync_ref_model": True, "ref_model_sync_steps": 2, "beta": 0.5, "target_kl": 0.01}),
+    "costly": (pair, {"kl_in_reward": True, "beta": 0.5, "train_scales": 3, "temperature": 1.5}),
     "refilled": (red_of_some, {"max_resamplings": 2}),
 }
 IN_TWO: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -84,6 +85,7 @@ IN_TWO: dict[str, tuple[Any, dict[str, Any]]] = {
     "sharded-lora": (redness, {**CASES["lora"][1], "fsdp": True, "gradient_checkpointing": True}),
     "sharded-freeze": (redness, {**CASES["freeze"][1], "fsdp": True}),
     "sharded-conditional": (pair, {"fsdp": True, "trained_branches": "conditional"}),
+    "sharded-costly": (pair, {"fsdp": True, **CASES["costly"][1]}),
     "sharded-refilled": (red_of_some, {"max_resamplings": 2, "fsdp": True}),
 }
 trained: dict[str, Any] = {}

@@ -5,7 +5,7 @@ starts of one group
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from einops import rearrange
@@ -161,6 +161,36 @@ def step_advantages(
         starts_B1, rests_B1 = starts_B1 * (not is_rests_turn), rests_B1 * is_rests_turn
     num_rest = num_scales - grpo.branch_scale
     return torch.cat([starts_B1.expand(-1, grpo.branch_scale), rests_B1.expand(-1, num_rest)], 1)
+
+
+def later_kl(kl_BL: Tensor, lengths: Sequence[int]) -> Tensor:
+    """(B, S) KL of all scales after each, in nats.
+
+    Args:
+        kl_BL: of each token's distribution.
+        lengths: tokens of each scale.
+    """
+    of_scales_BS = torch.stack([each.sum(1) for each in kl_BL.split(list(lengths), 1)], 1)
+    return of_scales_BS.flip(1).cumsum(1).flip(1) - of_scales_BS
+
+
+def kl_costs(
+    log_ratios_BL: Tensor, kl_BL: Tensor, later_BS: Tensor, expected_BS: Tensor, lengths: Sequence[int]
+) -> Tensor:
+    """(B, L) what each token cost in KL, in nats, more than was to be expected of it: that of its own, and
+    what its image's later scales had.
+
+    As an advantage, less this is the policy gradient of the image's KL, all paths of it included. Tokens of
+    one scale are drawn apart from each other, so none answers for another of its scale.
+
+    Args:
+        log_ratios_BL: log policy - log reference of the drawn tokens, whose expectation is the exact KL.
+        later_BS: from `later_kl`.
+        expected_BS: the same on average, over images of the same condition.
+    """
+    counts = torch.tensor(list(lengths), device=later_BS.device)
+    later_BL = (later_BS - expected_BS).repeat_interleave(counts, 1)
+    return log_ratios_BL - kl_BL + later_BL
 
 
 STEPS_OF_A_TURN = 4  # three of the starts, one of the rests, as arXiv 2601.02256 has it

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from nextscale.base.errors import ConfigError
 from nextscale.base.records import Record
-from nextscale.policy import KLEstimator
+from nextscale.policy import KLEstimator, SamplingConfig
 
 ScaleRewards = Literal["group", "batch", "none"]
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
@@ -29,6 +29,10 @@ class GRPOConfig(Record):
     """Groups per step, over all processes."""
     class_labels: tuple[int | str, ...] | None = Field(default=None, min_length=1)
     """Classes to train on, by number or name; by default all classes of the model."""
+    temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Of the policy that draws in training and is trained; by default sampling.temperature, which the tuned
+    model is measured and kept with. Above that, training tries more, and results are sharper than what it
+    saw."""
     max_resamplings: int = Field(default=0, ge=0)
     """Draw groups anew in which all advantages are 0, with any of the conditions, up to so many times a step:
     dynamic sampling. What is logged of rewards stays that of the first draw."""
@@ -59,6 +63,9 @@ class GRPOConfig(Record):
     kl_estimator: KLEstimator = "reverse"
     """What is summed in the loss: KL(policy || reference), exact over the codebook; "forward", the exact
     KL(reference || policy); or the estimators k1, k2 and k3 from the drawn token alone, for comparison."""
+    kl_in_reward: bool = False
+    """Take the KL from the reward, not from the loss: a token then answers for what its image's later scales
+    cost, too. Costs a forward pass per step."""
     measure_kl: bool = True
     """With beta 0, keep the reference all the same and log the KL; costs a forward pass per step."""
     reference_dtype: ReferenceDtype | None = None
@@ -140,6 +147,21 @@ class GRPOConfig(Record):
         """Whether a frozen copy of the model is kept."""
         return self.beta > 0 or self.measure_kl
 
+    def explored(self, sampling: SamplingConfig) -> SamplingConfig:
+        """The policy that draws in training and is trained, of a model that is sampled like this.
+
+        Raises:
+            ConfigError: a temperature that is the same.
+        """
+        if self.temperature is None:
+            return sampling
+        if self.temperature == sampling.temperature:
+            raise ConfigError(
+                f"grpo.temperature {self.temperature} has no effect, since sampling.temperature is the same: "
+                "set another, or remove it"
+            )
+        return sampling.replace(temperature=self.temperature)
+
     def check_processes(self, num_processes: int) -> None:
         """Check that so many processes can share the images of a step.
 
@@ -176,6 +198,8 @@ def check_grpo(
     no_entropy = not has_entropy, "without an entropy bonus: set grpo.entropy_coef or grpo.entropy_floor"
     no_floor = grpo.entropy_floor is None, "without grpo.entropy_floor: set that too"
     unbound = not constraints, "without a constraint: give a reward at_least or at_most"
+    not_in_loss = "with grpo.kl_in_reward, which leaves the loss none: remove that"
+    no_kl_loss = no_kl if no_kl[0] else (grpo.kl_in_reward, not_in_loss)
     kl_in_loss = grpo.beta > 0, f"with grpo.beta {grpo.beta}, which needs the KL: set grpo.beta to 0"
     unscaled = (
         grpo.scale_rewards == "none" and not constraints,
@@ -224,10 +248,11 @@ def check_grpo(
         "epsilon_high": no_ratio if no_ratio[0] else (on_policy[0] and not cuts_all, on_policy[1]),
         "delta": unclipped if unclipped[0] else on_policy,
         "importance_sampling_level": no_ratio if no_ratio[0] else on_policy,
-        "kl_estimator": no_kl,
+        "kl_estimator": no_kl_loss,
+        "kl_in_reward": no_kl,
         "target_kl": no_kl,
         "target_kl_rate": no_target,
-        "kl_scale_weighting": no_kl,
+        "kl_scale_weighting": no_kl_loss,
         "entropy_scale_weighting": no_entropy,
     }.items():
         value = getattr(grpo, name)

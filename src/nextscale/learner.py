@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nextscale.base.average import Average
 from nextscale.grpo import GRPOConfig
 from nextscale.losses import LossOutput
 from nextscale.models.lora import adapter_off, write_adapter
-from nextscale.objective import Coefficients, Microbatch, Objective
+from nextscale.objective import Coefficients, Microbatch, Objective, microbatches
 from nextscale.optimizer import OptimizerConfig, make_optimizer
-from nextscale.pipeline import VARPipeline
+from nextscale.pipeline import Drawn, VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.reference import Reference, reference_dtype
 from nextscale.runs.checkpoint import load_checkpoint, save_checkpoint
@@ -58,7 +58,7 @@ class Learner:
     ) -> None:
         self.pipe, self.accelerator, self.tuning = pipe, accelerator, tuning
         self.grpo = grpo
-        self.sampling, self.run, self.max_grad_norm = sampling, run, optimizer.max_grad_norm
+        self.run, self.max_grad_norm = run, optimizer.max_grad_norm
         transformer = pipe.transformer
         check_trainable(transformer)
         untune(transformer)  # of a trainer that was made and never run
@@ -112,6 +112,16 @@ class Learner:
                 output = self.objective(self.model, batch, coefficients)
             self.accelerator.backward(output.loss * weight)
         return output
+
+    def divergence(self, drawn: Drawn) -> tuple[Tensor, Tensor]:
+        """`Objective.divergence` of this process's images, part by part. All processes call it."""
+        parts = microbatches(
+            drawn, drawn.log_probs, self.grpo.num_images, self.run.per_device_train_batch_size
+        )
+        with self.autocast():
+            found = [(self.objective.divergence(self.model, part), weight) for part, weight, _ in parts]
+        log_ratios, kl = zip(*(each for each, weight in found if weight), strict=True)
+        return torch.cat(log_ratios), torch.cat(kl)
 
     def clip_gradients(self) -> float:
         """Clip the gradient; returns its norm from before."""
@@ -198,7 +208,7 @@ class Learner:
         """
         self._take_average()
         if adapter is not None and self.tuning.use_peft:
-            write_adapter(self.pipe.transformer, adapter, self.pipe.source, self.sampling)
+            write_adapter(self.pipe.transformer, adapter, self.pipe.source, self.pipe.sampling)
         untune(self.pipe.transformer)
 
     def close(self) -> None:

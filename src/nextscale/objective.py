@@ -177,7 +177,7 @@ class Objective:
             weights_L=self.weights_L,
             kl_weights_L=self.kl_weights_L,
             entropy_weights_L=self.entropy_weights_L,
-            beta=coefficients.beta,
+            beta=0.0 if self.config.kl_in_reward else coefficients.beta,
             entropy_coef=entropy_coef,
             lengths=self.lengths,
         )
@@ -202,6 +202,24 @@ class Objective:
                 kept["reference_features"] = features_BLC
         return LossOutput(output.loss, {name: each.detach() for name, each in values.items()}, kept)
 
+    @torch.no_grad()
+    def divergence(self, model: nn.Module, batch: Microbatch) -> tuple[Tensor, Tensor]:
+        """(B, L) log policy - log reference of the drawn tokens, and the exact KL of their distributions, in
+        nats; of the trained tokens."""
+        reference, inputs_BLD = self.reference, batch.inputs[:, : sum(self.lengths) - 1]
+        assert reference is not None, "with beta there is a reference"
+        features_BLC = reference.features(batch.conditioning, inputs_BLD, self.reference_sampling)
+        ramp_L = self.schedule.guidance_ramp().to(inputs_BLD.device)
+
+        def read(logits_BlV: Tensor, at: slice) -> dict[str, Tensor]:
+            ours_BlV = logits_BlV.log_softmax(-1)
+            theirs_BlV = reference.log_probs(features_BLC[:, at], ramp_L[at], self.reference_sampling)
+            parts = ours_BlV, theirs_BlV, ours_BlV.exp(), batch.tokens[:, at]
+            return {"log_ratios": kl_divergence(*parts, "k1"), "kl": kl_divergence(*parts)}
+
+        found = read_policy(model, self.schedule, batch.conditioning, inputs_BLD, self.sampling, read)
+        return found["log_ratios"], found["kl"]
+
     def _reader(self, tokens_BL: Tensor, features_BLC: Tensor | None, has_entropy_loss: bool) -> Reader:
         """What is read of the policy logits of a block of tokens: all that needs the whole codebook.
 
@@ -210,7 +228,7 @@ class Objective:
             has_entropy_loss: whether the entropy needs a gradient.
         """
         sampling, reference, estimator = self.sampling, self.reference, self.config.kl_estimator
-        has_kl_loss = self.config.beta > 0
+        has_kl_loss = self.config.beta > 0 and not self.config.kl_in_reward
         ramp_L = self.schedule.guidance_ramp().to(tokens_BL.device)
 
         def read(logits_BlV: Tensor, at: slice) -> dict[str, Tensor]:

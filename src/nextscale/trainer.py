@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from nextscale.advantages import step_advantages
+from nextscale.advantages import kl_costs, later_kl, step_advantages
 from nextscale.base.clock import Clock
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError, RewardError, TrainingError
@@ -28,7 +29,7 @@ from nextscale.evaluation import Embedder, Judges, SetMeasure, evaluate, step_me
 from nextscale.grpo import GRPOConfig, check_grpo
 from nextscale.learner import Learner
 from nextscale.models.lora import adapted_layers
-from nextscale.objective import Coefficients, microbatches
+from nextscale.objective import Coefficients, microbatches, per_token
 from nextscale.optimizer import OptimizerConfig
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
@@ -70,8 +71,8 @@ class GRPOTrainer:
         rewards: one reward, several by name, or a `RewardSet`, with weights, constraints and held-out ones.
         grpo: the algorithm.
         conditions: what to train on; by default `grpo.class_labels`, or else all classes of the model.
-        sampling: the policy that draws, and is trained; by default the pipeline's. The trained pipeline keeps
-            it as its own.
+        sampling: how the model is sampled, in training (but for `grpo.temperature`) as afterwards; by default
+            the pipeline's. The trained pipeline keeps it as its own.
         tuning: what of the transformer is trained: by default all of it.
         judges: independent classifiers for the evaluation.
         measures: of all images of an evaluation together.
@@ -105,6 +106,7 @@ class GRPOTrainer:
     ) -> None:
         self.grpo, self.run = grpo or GRPOConfig(), run or RunConfig()
         self.sampling, self.optimizer_config = sampling or pipe.sampling, optimizer or OptimizerConfig()
+        self.explored = self.grpo.explored(self.sampling)  # the policy that draws in training and is trained
         self.tuning = tuning or TuningConfig()
         self.rewards, self.judges, self.embed = RewardSet.of(rewards), judges, embed
         self.measures = measures
@@ -136,7 +138,7 @@ class GRPOTrainer:
             pipe,
             self.accelerator,
             grpo=self.grpo,
-            sampling=self.sampling,
+            sampling=self.explored,
             tuning=self.tuning,
             optimizer=self.optimizer_config,
             run=self.run,
@@ -277,6 +279,7 @@ class GRPOTrainer:
         constraint_metrics = self.constraints.update(reward_metrics)
         rollout, scores, refill_metrics = self.refilled(rollout, scores, step)
         advantages = self.credited(self.advantages(scores, step), rollout)  # (B,), (B, S) or (B, L)
+        advantages = self.less_kl(advantages, rollout)
 
         # Update: num_iterations optimizer steps on the same images, each on the gradient of all of them.
         # One that is not finite is left out, for it would end the model. What the first iteration finds out
@@ -356,7 +359,7 @@ class GRPOTrainer:
                 conditions,
                 seeds,
                 self.grpo.num_generations,
-                self.sampling,
+                self.explored,
                 self.rewards.without_held_out(),
                 self.run.per_device_eval_batch_size,
                 share,
@@ -417,6 +420,22 @@ class GRPOTrainer:
         size = self.run.per_device_train_batch_size  # a decoder's backward pass takes as much memory
         with fail_together(), self.learner.autocast():
             return self.credit(Scored(advantages, rollout, self.pipe.tokenizer, self.rewards, size))
+
+    def less_kl(self, advantages: Tensor, rollout: Rollout) -> Tensor:
+        """The advantages, less what each token cost in KL, where `grpo.kl_in_reward` has it there."""
+        if not self.grpo.kl_in_reward:
+            return advantages
+        lengths, schedule = self.learner.objective.lengths, self.pipe.transformer.schedule
+        log_ratios_BL, kl_BL = self.learner.divergence(rollout)
+        later_BS = later_kl(kl_BL, lengths)
+
+        # What is to be expected is the mean of the group, whose images other processes may have.
+        mine, size = my_share(self.grpo.num_images), self.grpo.num_generations
+        means_NS = gathered({"later": later_BS})["later"].unflatten(0, (-1, size)).mean(1)
+        expected_BS = means_NS.repeat_interleave(size, 0)[mine.start : mine.stop].to(later_BS)
+        costs_Bl = kl_costs(log_ratios_BL, kl_BL, later_BS, expected_BS, lengths)
+        costs_BL = F.pad(costs_Bl, (0, schedule.num_tokens - costs_Bl.shape[1]))
+        return per_token(advantages, schedule) - self.coefficients().beta * costs_BL
 
     def coefficients(self) -> Coefficients:
         """What the controllers of the loss say now."""

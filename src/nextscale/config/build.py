@@ -139,7 +139,7 @@ def check_fit(recipe: Recipe, pipe: VARPipeline) -> None:
     check_tuning(recipe.tuning, pipe.transformer)
     loss_weights(pipe.transformer.schedule.lengths, recipe.grpo)
     branches_of(recipe.grpo, pipe.transformer.schedule)
-    check_guidance(recipe.grpo, recipe.sampling)
+    check_guidance(recipe.grpo, recipe.grpo.explored(recipe.sampling))
 
 
 def build_trainer(recipe: Recipe, command: Sequence[str] = ()) -> GRPOTrainer:

@@ -111,17 +111,22 @@ class Phases:
         batch = self._trained_at_once
 
         def run(model: VAR) -> Count:
+            objective, microbatch = self._objective(model, batch)
             model.gradient_checkpointing = self.run.gradient_checkpointing
-            reference = self._reference(model) if self.grpo.needs_reference else None
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter)
-            objective = Objective(self.grpo, self.sampling, model.schedule, reference)
-            tokens_BL = torch.zeros(batch, self._num_tokens, dtype=torch.long)
-            conditioning = self._conditioning(model, batch)
-            log_probs_BL, advantages_B = torch.zeros(tokens_BL.shape), torch.zeros(batch)
-            microbatch = Microbatch(conditioning, tokens_BL, self._inputs(batch), log_probs_BL, advantages_B)
             return self._count(lambda: objective(model, microbatch).loss, batch)
+
+        return self._by_depth(run)
+
+    def divergence(self) -> Count:
+        """What each token costs in KL, where that is taken from the reward."""
+        batch = self._trained_at_once
+
+        def run(model: VAR) -> Count:
+            objective, microbatch = self._objective(model, batch)
+            return self._count(partial(objective.divergence, model, microbatch), batch)
 
         return self._by_depth(run)
 
@@ -170,6 +175,15 @@ class Phases:
 
     def _inputs(self, batch: int) -> Tensor:
         return torch.zeros(batch, self._num_tokens - 1, self.transformer.codebook_width)
+
+    def _objective(self, model: VAR, batch: int) -> tuple[Objective, Microbatch]:
+        """The loss, and images to give to it."""
+        reference = self._reference(model) if self.grpo.needs_reference else None
+        tokens_BL = torch.zeros(batch, self._num_tokens, dtype=torch.long)
+        conditioning = self._conditioning(model, batch)
+        log_probs_BL, advantages_B = torch.zeros(tokens_BL.shape), torch.zeros(batch)
+        drawn = Microbatch(conditioning, tokens_BL, self._inputs(batch), log_probs_BL, advantages_B)
+        return Objective(self.grpo, self.sampling, model.schedule, reference), drawn
 
     def _conditioning(self, model: NextScaleModel, batch: int) -> Conditioning:
         return model.encode_conditions([Condition(0, "any")] * batch)

@@ -151,6 +151,9 @@ def make_plan(
     flops = {name: each.flops * num_images / share for name, each in counts.items()}
     flops["update"] -= flops["reference"]  # which runs inside the loss, once a rollout
     flops["update"] *= grpo.num_iterations
+    if grpo.kl_in_reward:
+        counts["divergence"] = of.divergence()
+        flops["update"] += counts["divergence"].flops * num_images / share
 
     is_sharded = bool(run.fsdp) and num_gpus > 1
     shards = num_gpus if is_sharded else 1
