@@ -26,7 +26,7 @@ FLOORS = (
         "credit",
         "evaluation",
     ),
-    ("toy.*", "learner", "trainer"),
+    ("toy.*", "learner", "collector", "callbacks", "trainer"),
     ("plan.*",),
     ("config.*", "recipes.*"),
     ("study.*",),

@@ -79,14 +79,15 @@ def test_groups_with_nothing_to_learn_from_are_drawn_anew(
         return make_trainer(pipe, folder, red_of_some, num_groups=5, max_resamplings=limit)
 
     plain, once, often = trainer_of(0), trainer_of(1), trainer_of(20)
-    first = plain.rollout(1)
-    scores = plain.gathered_scores(first)
+    first = plain.collector.rollout(1)
+    scores = plain.collector.scores(first)
     idle = [n for n in range(5) if first.conditions[4 * n].label < 2]
     assert 2 <= len(idle) <= 3  # of five groups, in rounds of the four classes
-    assert plain.refilled(first, scores, 1) == (first, scores, {})
+    of_all = plain.advantages
+    assert plain.collector.refilled(first, scores, 1, of_all) == (first, scores, {})
 
     # By hand: group n, again, with the condition and the numbers of this attempt.
-    drawn, refilled_scores, metrics = once.refilled(first, scores, 1)
+    drawn, refilled_scores, metrics = once.collector.refilled(first, scores, 1, of_all)
     conditions = [condition_again(once.conditions, 0, 1, n, 1) for n in idle]
     seeds = [("rollout", 0, 1, n, "again", 1) for n in idle]
     pipe, rewards = plain.pipe, plain.rewards

@@ -166,7 +166,7 @@ def test_a_steps_advantages_have_the_multiplier_of_its_own_violation(
         assert metrics[f"constraints/{name}/violation"] > 1
         assert metrics[f"constraints/{name}/multiplier"] == 0.75
     assert metrics["reward"] == metrics["rewards/red/mean"]
-    torch.testing.assert_close(taken[0], plain.advantages(plain.gathered_scores(plain.rollout(1))))
+    torch.testing.assert_close(taken[0], plain.advantages(plain.collector.scores(plain.collector.rollout(1))))
 
 
 def test_base_is_what_the_evaluation_before_training_found(
@@ -225,7 +225,7 @@ def test_equal_rewards_give_zero_advantage_and_zero_gradient(
     trainer = make_trainer(tiny_pipeline, tmp_path / "run", equal, beta=0.0)
     taken = gradient(trainer)
     assert all(each.abs().max() == 0 for each in taken.values())
-    assert trainer.advantages(trainer.gathered_scores(trainer.rollout(1))).abs().max() == 0
+    assert trainer.advantages(trainer.collector.scores(trainer.collector.rollout(1))).abs().max() == 0
 
 
 def test_on_policy_ratios_are_one_and_kl_is_zero(tiny_pipeline: VARPipeline, tmp_path: Path) -> None:
@@ -284,8 +284,8 @@ def test_gradient_checkpointing_gives_the_same_gradient(make_pipeline: MakePipel
 
 def test_a_group_does_not_depend_on_who_draws_it(make_pipeline: MakePipeline, tmp_path: Path) -> None:
     """A step's images are the same in batches of 16 and of 3, and drawn by one process or shared by two."""
-    whole = make_trainer(make_pipeline(), tmp_path / "a").rollout(3)
-    parts = make_trainer(make_pipeline(), tmp_path / "b", per_device_eval_batch_size=3).rollout(3)
+    whole = make_trainer(make_pipeline(), tmp_path / "a").collector.rollout(3)
+    parts = make_trainer(make_pipeline(), tmp_path / "b", per_device_eval_batch_size=3).collector.rollout(3)
     assert torch.equal(whole.tokens, parts.tokens)
     assert torch.allclose(whole.images, parts.images, atol=1e-5)
 
@@ -390,7 +390,7 @@ def test_every_grpo_option_changes_something(
         make_trainer(make_pipeline(), tmp_path / way, pair, multi_objective_aggregation=way)
         for way in ("sum_then_normalize", "normalize_then_sum")
     )
-    scores = first.gathered_scores(first.rollout(1))
+    scores = first.collector.scores(first.collector.rollout(1))
     assert not torch.allclose(first.advantages(scores), second.advantages(scores))
 
 
@@ -415,7 +415,7 @@ def test_what_a_token_cost_in_kl_is_taken_from_its_advantage(
     base = copy.deepcopy(pipe.transformer)
     trainer.train()
 
-    drawn = trainer.rollout(3)
+    drawn = trainer.collector.rollout(3)
     advantages = torch.randn(16, generator=torch.Generator().manual_seed(0))
     found = advantages[:, None] - trainer.less_kl(advantages, drawn)
     schedule = pipe.transformer.schedule
@@ -535,9 +535,9 @@ def test_the_first_update_is_exactly_on_policy(make_pipeline: MakePipeline, tmp_
 
     def step(name: str, moves: bool, **more: Any) -> dict[str, float]:
         trainer = make_trainer(make_pipeline(), tmp_path / name, **options, **more)
-        rollout = trainer.rollout(1)
+        rollout = trainer.collector.rollout(1)
         drifted = replace(rollout, log_probs=rollout.log_probs + 0.01)
-        trainer.rollout = lambda step: drifted  # type: ignore[method-assign]
+        trainer.collector.rollout = lambda step: drifted  # type: ignore[method-assign]
         if not moves:
             trainer.learner.optimizer.step = trainer.learner.scheduler.step = lambda: None  # type: ignore[method-assign]
         return trainer.step(1)
@@ -606,8 +606,8 @@ def test_the_first_scales_alone_are_trained_and_measured(make_pipeline: MakePipe
     """And the entropy floor holds those alone; the finer scales are drawn as ever."""
     options = {"train_scales": 2, "entropy_floor": 1.0, "entropy_floor_rate": 10.0, "num_iterations": 2}
     trainer = make_trainer(make_pipeline(), tmp_path / "run", **options)
-    whole = make_trainer(make_pipeline(), tmp_path / "whole").rollout(1)
-    assert torch.equal(trainer.rollout(1).tokens, whole.tokens)
+    whole = make_trainer(make_pipeline(), tmp_path / "whole").collector.rollout(1)
+    assert torch.equal(trainer.collector.rollout(1).tokens, whole.tokens)
     trainer.train()
     _, last = metrics_of(tmp_path / "run")
     for name in ("entropy", "kl", "entropy_floor"):

@@ -169,7 +169,7 @@ def test_final_its_adapter_and_the_pipeline_draw_the_same(
     pipe = VARPipeline.from_pretrained(tmp_path / "base")
     before = log_probs(pipe)
     trainer = make_trainer(pipe, tmp_path / "run", max_steps=3, use_dora=use_dora, **LORA)
-    final = trainer.train() / "final"
+    final = trainer.train().folder / "final"
     trained, sampling = log_probs(pipe), pipe.sampling
     pipe.sampling = SamplingConfig(top_k=9)
     assert (log_probs(pipe) - before).abs().max() > 0.01
@@ -198,7 +198,7 @@ def test_final_its_adapter_and_the_pipeline_draw_the_same(
 def test_an_official_file_takes_an_adapter(make_pipeline: MakePipeline, tmp_path: Path) -> None:
     files = make_pipeline().save_official(tmp_path / "official")
     pipe = VARPipeline.from_official(*files)
-    adapter = make_trainer(pipe, tmp_path / "run", **LORA).train() / "final" / "adapter"
+    adapter = make_trainer(pipe, tmp_path / "run", **LORA).train().folder / "final" / "adapter"
     assert equal(state_of(VARPipeline.from_official(*files, adapter=adapter)), state_of(pipe))
 
 
@@ -209,7 +209,7 @@ def test_an_adapter_of_another_base_and_what_is_none_are_refused(
     make_pipeline(seed=1).save_pretrained(tmp_path / "other")
     make_pipeline(width=32).save_pretrained(tmp_path / "narrow")
     pipe = VARPipeline.from_pretrained(tmp_path / "base")
-    final = make_trainer(pipe, tmp_path / "run", **LORA).train() / "final"
+    final = make_trainer(pipe, tmp_path / "run", **LORA).train().folder / "final"
     for other in (tmp_path / "other", final):
         with pytest.raises(
             CheckpointError, match="for other weights than this model's: it was trained on 'base'"
@@ -257,7 +257,7 @@ def test_a_trainer_of_an_adapter_leaves_nothing_behind(make_pipeline: MakePipeli
     pipe.save_pretrained(tmp_path / "saved")  # a model as any other, at any time
     assert equal(state_of(VARPipeline.from_pretrained(tmp_path / "saved")), before)
     lost = make_trainer(pipe, tmp_path / "lost", **LORA)
-    final = make_trainer(pipe, tmp_path / "run", **LORA).train() / "final"
+    final = make_trainer(pipe, tmp_path / "run", **LORA).train().folder / "final"
     with pytest.raises(ConfigError, match="no longer has this trainer's adapter"):
         lost.train()
     first = make_pipeline()

@@ -39,7 +39,7 @@ trainer.embed, trainer.measures = embed, [Spread()]
 trainer.open()
 evaluation = trainer.evaluate()
 del evaluation["eval_time"]
-rollout = trainer.rollout(1)
+rollout = trainer.collector.rollout(1)
 content: dict[str, Any] = {name: getattr(rollout, name) for name in ("tokens", "images", "log_probs")}
 content["evaluation"] = evaluation
 content["coefficients"] = torch.tensor(list(trainer.constraints.coefficients.values()))
@@ -94,7 +94,7 @@ for name, (rewards, own) in (CASES | (IN_TWO if number == 2 else {})).items():
     transformer = pipe.transformer
     one = {"max_steps": 3, "learning_rate": 1e-5} | own
     trainer = make_trainer(pipe, folder / f"{name}-{number}", rewards, **one)
-    content[f"advantages/{name}"] = trainer.advantages(trainer.gathered_scores(trainer.rollout(1)))
+    content[f"advantages/{name}"] = trainer.advantages(trainer.collector.scores(trainer.collector.rollout(1)))
     trainer.train()
     assert pipe.transformer is transformer
     trained[name] = {key: each.detach() for key, each in transformer.named_parameters()}

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from nextscale import rewards
     from nextscale.base.conditions import Condition
     from nextscale.base.errors import CheckpointError, ConfigError, NextscaleError, RewardError
+    from nextscale.callbacks import Callback
     from nextscale.grpo import GRPOConfig
     from nextscale.optimizer import OptimizerConfig
     from nextscale.pipeline import VAROutput, VARPipeline
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Callback",
     "CheckpointError",
     "Condition",
     "ConfigError",
@@ -43,6 +45,7 @@ __all__ = [
 # Public names are imported when they are first asked for: torch takes seconds, `nextscale --help` should not.
 _HOMES = {
     **dict.fromkeys(("CheckpointError", "ConfigError", "NextscaleError", "RewardError"), "base.errors"),
+    "Callback": "callbacks",
     "log_probs": "rescoring",
     **dict.fromkeys(("VAROutput", "VARPipeline"), "pipeline"),
     "SamplingConfig": "policy",

@@ -5,6 +5,7 @@ Shapes: B images · S scales · L tokens of all scales · D codebook width · h 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +119,12 @@ def find_credit(name: str, rewards: RewardSet) -> Credit:
             if is_async(reward) or not getattr(reward, "has_gradient", True):
                 raise ConfigError(_without_gradient(each))
     return CREDITS[name]
+
+
+def credit_source(name: str) -> dict[str, Path]:
+    """The file of a function of a user's own, for the run to keep a copy of; empty for what is built in."""
+    path, colon, _ = name.rpartition(":")
+    return {"grpo.credit": Path(path)} if colon else {}
 
 
 def masked_advantages(scored: Scored, saliency: Callable[[Drawn, slice], Tensor]) -> Tensor:

@@ -23,6 +23,7 @@ from nextscale.rewards.groups import GroupReward
 from nextscale.rewards.protocol import require_scores
 from nextscale.rewards.reward_set import RewardSet
 from nextscale.rollout import cat_by_name
+from nextscale.runs.config import RunConfig
 
 MAX_ROWS = 16  # of a grid of samples
 
@@ -80,6 +81,7 @@ def evaluate(
     batch_size: int = 64,
     num_compared: int | None = None,
     num_columns: int = 8,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Measure a model on at least `num_images` images, the same seeds at every call.
 
@@ -97,6 +99,7 @@ def evaluate(
         num_compared: images that a reward of groups compares, by default all of a condition: as many as in
             training, where its scores depend on how many there are.
         num_columns: images of each row of `Evaluation.samples`.
+        progress: called after every batch with the images that this process has drawn, and is to draw.
 
     Returns:
         metrics `reward`, `reward_std`, `reward_sem`, `rewards/{name}/mean`, `/std`, `/sem`, `num_images`, and
@@ -144,6 +147,8 @@ def evaluate(
                 features = each.features(batch.images, batch.conditions)
                 parts.append({name: value.float().cpu() for name, value in features.items()})
             done += len(batch.images)
+            if progress is not None:
+                progress(done - mine.start, len(mine))
 
     # From here on, all processes have the whole.
     owners = [r for r in range(num_processes) if in_grid(share_of(total, r, num_processes))]
@@ -168,6 +173,19 @@ def evaluate(
     for parts, each in zip(seen, measures, strict=True):
         metrics |= each.measure(gathered(cat_by_name(parts)), chosen)
     return Evaluation(metrics, grid, chosen[:MAX_ROWS])
+
+
+def check_evaluated(run: RunConfig, rewards: RewardSet) -> None:
+    """Check that what is only measured will be.
+
+    Raises:
+        ConfigError: there are held-out rewards, and no evaluations.
+    """
+    if rewards.held_out and not run.eval_steps:
+        raise ConfigError(
+            f"reward '{rewards.held_out[0]}' is held out, but with run.eval_steps 0 nothing measures it: set "
+            "run.eval_steps, or remove the reward"
+        )
 
 
 def step_metrics(rewards: RewardSet, scores: Mapping[str, Tensor]) -> dict[str, float]:

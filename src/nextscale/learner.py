@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nextscale.base.average import Average
+from nextscale.base.errors import ConfigError
 from nextscale.grpo import GRPOConfig
 from nextscale.losses import LossOutput
 from nextscale.models.lora import adapter_off, write_adapter
+from nextscale.models.protocol import NextScaleModel
 from nextscale.objective import Coefficients, Microbatch, Objective, microbatches
 from nextscale.optimizer import OptimizerConfig, make_optimizer
 from nextscale.pipeline import Drawn, VARPipeline
@@ -194,6 +196,11 @@ class Learner:
             "reference": None if reference is None else reference.model,
         }
 
+    def whole_model(self) -> NextScaleModel:
+        """The model as it is now, however it is spread over processes, which all call this; read it alone.
+        Where it is sharded, a copy, with weights in the main process alone."""
+        return self.sharded.gathered() if self.sharded is not None else self.pipe.transformer
+
     def unshard(self) -> None:
         """Give the pipeline back its transformer, whole, where it was sharded."""
         if self.sharded is not None:
@@ -225,3 +232,21 @@ class Learner:
         if self.average is not None and self.tuning.exports_average:
             self.average.exchange()
         self.average = None
+
+
+def check_reference(grpo: GRPOConfig, run: RunConfig) -> None:
+    """Check that the reference can be kept as the options say.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if grpo.sync_ref_model and asks_for_fsdp(run):
+        raise ConfigError(
+            "grpo.sync_ref_model cannot move a reference that FSDP spreads over the processes: remove one of "
+            "them"
+        )
+    if grpo.offload_reference and asks_for_fsdp(run):
+        raise ConfigError(
+            "grpo.offload_reference has no effect with FSDP, which spreads the reference over all processes: "
+            "remove one of them"
+        )

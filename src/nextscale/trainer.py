@@ -9,7 +9,9 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
 from accelerate.utils import gather_object
@@ -20,31 +22,29 @@ from nextscale.advantages import kl_costs, later_kl, step_advantages
 from nextscale.base.clock import Clock
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError, RewardError, TrainingError
+from nextscale.base.files import replacing_folder
 from nextscale.base.interrupt import Interrupted, StopOnSignal
 from nextscale.base.metrics import Means
 from nextscale.base.processes import gathered, my_share
+from nextscale.callbacks import Callback, ProgressBar, Trackers, best_model, named
+from nextscale.collector import Collector
 from nextscale.controllers import AdaptiveKL, Constraints, Controller, EntropyFloor
-from nextscale.credit import Scored, find_credit
-from nextscale.evaluation import Embedder, Judges, SetMeasure, evaluate, step_metrics
+from nextscale.credit import Scored, credit_source, find_credit
+from nextscale.evaluation import Embedder, Judges, SetMeasure, check_evaluated, evaluate, step_metrics
 from nextscale.grpo import GRPOConfig, check_grpo
-from nextscale.learner import Learner
-from nextscale.models.lora import adapted_layers
+from nextscale.learner import Learner, check_reference
+from nextscale.models.folder import write_folder
+from nextscale.models.lora import adapted_layers, merged
 from nextscale.objective import Coefficients, microbatches, per_token
 from nextscale.optimizer import OptimizerConfig
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.report.model_card import write_model_card
+from nextscale.report.page import write_report
 from nextscale.rewards.asking.processes import fail_together
-from nextscale.rewards.protocol import Reward, require_scores
+from nextscale.rewards.protocol import Reward
 from nextscale.rewards.reward_set import RewardSet
-from nextscale.rollout import (
-    Rollout,
-    branches_of,
-    collect,
-    condition_again,
-    refilled,
-    step_conditions,
-)
+from nextscale.rollout import Rollout
 from nextscale.runs.checkpoint import (
     check_finite,
     find_checkpoint,
@@ -54,7 +54,8 @@ from nextscale.runs.config import RunConfig
 from nextscale.runs.diagnosis import diagnose
 from nextscale.runs.environment import environment
 from nextscale.runs.hacking import HackingWatch
-from nextscale.runs.launch import asks_for_fsdp, make_accelerator
+from nextscale.runs.launch import make_accelerator
+from nextscale.runs.result import TrainResult
 from nextscale.runs.writer import RunFolder
 from nextscale.tuning import TuningConfig
 
@@ -80,6 +81,11 @@ class GRPOTrainer:
         config_yaml: the contents of the run's `config.yaml`; by default the options above.
         command: the words that the run was started with, for its `environment.json`.
         sources: name of a reward to the Python file that it is defined in; the run keeps a copy.
+        callbacks: what else looks on, after the progress bar and the trackers.
+
+    Attributes:
+        step_done: the number of training steps done.
+        should_stop: set it, in any process, to end the run after the step in hand.
 
     Raises:
         ConfigError: options that do not fit the model or each other, or a folder that is in use or holds a
@@ -103,6 +109,7 @@ class GRPOTrainer:
         config_yaml: str | None = None,
         command: Sequence[str] = (),
         sources: Mapping[str, Path] | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.grpo, self.run = grpo or GRPOConfig(), run or RunConfig()
         self.sampling, self.optimizer_config = sampling or pipe.sampling, optimizer or OptimizerConfig()
@@ -118,8 +125,8 @@ class GRPOTrainer:
             conditions = pipe.conditions(labels) if labels else pipe.all_conditions()
         self.conditions = list(conditions)
         self.grpo.check_processes(self.accelerator.num_processes)
-        self._check_held_out()
-        self._check_reference()
+        check_evaluated(self.run, self.rewards)
+        check_reference(self.grpo, self.run)
         check_grpo(
             self.grpo,
             self.rewards.weights,
@@ -131,7 +138,7 @@ class GRPOTrainer:
         self.folder.check(resume=bool(self.run.resume), overwrite=self.run.overwrite)
         self._check_continuable()
         self.config_yaml, self.command = config_yaml or self._default_config(pipe.source), command
-        self.sources = sources or {}
+        self.sources = {**(sources or {}), **credit_source(self.grpo.credit)}
 
         self.pipe = pipe
         self.learner = Learner(
@@ -144,7 +151,17 @@ class GRPOTrainer:
             run=self.run,
         )
 
-        grpo, self.branches = self.grpo, branches_of(self.grpo, pipe.transformer.schedule)
+        self.collector = Collector(
+            pipe,
+            self.learner,
+            self.conditions,
+            self.rewards,
+            grpo=self.grpo,
+            sampling=self.explored,
+            run=self.run,
+        )
+
+        grpo = self.grpo
         self.constraints = Constraints(self.rewards.constraints, grpo.constraint_rate, grpo.constraint_start)
         self.watch = HackingWatch(self.rewards.held_out)
         self.entropy_floor: EntropyFloor | None = None
@@ -159,7 +176,13 @@ class GRPOTrainer:
             self.controllers["adaptive_kl"] = self.adaptive_kl
         self.after_update = [each for each in (self.entropy_floor, self.adaptive_kl) if each is not None]
 
-        self.step_done, self.seconds_done = 0, 0.0
+        self.bar, self.best = ProgressBar(), best_model(self.run)
+        own: list[Callback] = [self.bar, Trackers(), *([self.best] if self.best else [])]
+        self.callbacks = [*own, *callbacks]
+
+        self.step_done, self.seconds_done, self.should_stop = 0, 0.0, False
+        self.first_evaluation: dict[str, float] = {}
+        self.last_metrics: dict[str, float] = {}
         self.step_evaluated: int | None = None
         self.saved: tuple[int, int | None] | None = None  # the two, when the last checkpoint was written
         self.was_constant = False  # the reward, in the last step
@@ -180,10 +203,10 @@ class GRPOTrainer:
         process = self.accelerator
         self.folder.write_environment(environment(process.device, self.command, process.num_processes))
 
-    def train(self) -> Path:
-        """Run all steps; returns the run's folder. The pipeline is then as one that was loaded with these
-        weights: an adapter is merged, and where the average of the weights is what is exported, it has that,
-        also after a run that was stopped.
+    def train(self) -> TrainResult:
+        """Run all steps. The pipeline is then as one that was loaded with these weights: an adapter is
+        merged, and where the average of the weights is what is exported, it has that, also after a run that
+        was stopped.
 
         Raises:
             ConfigError: as `open` does.
@@ -200,12 +223,13 @@ class GRPOTrainer:
         try:
             return self._train()
         finally:
+            self.bar.close()
             self.folder.close()
             for tracker in self.accelerator.trackers:
                 tracker.finish()
             self.learner.close()
 
-    def _train(self) -> Path:
+    def _train(self) -> TrainResult:
         run, process = self.run, self.accelerator
 
         # Continue where an earlier run stopped. What it logged after its last checkpoint is logged anew.
@@ -214,23 +238,19 @@ class GRPOTrainer:
             if self.step_done >= run.max_steps:
                 self._say(f"all {self.step_done} steps are done; raise run.max_steps to go on")
         self.folder.keep_steps(self.step_done)
-        process.init_trackers("nextscale", init_kwargs={"tensorboard": {"purge_step": self.step_done + 1}})
+        self.tell("on_train_begin")
 
         # All steps. Ctrl-C lets the one in hand end, in all processes alike; what fails ends the run after a
         # checkpoint. An evaluation that is due may be one that an earlier run did not get to.
-        disable = run.disable_tqdm or not process.is_main_process
-        bar = tqdm(total=run.max_steps, initial=self.step_done, desc="GRPO", unit="step", disable=disable)
-        with bar, StopOnSignal() as stop:
+        with StopOnSignal() as stop:
             try:
                 while not (signal_number := max(gather_object([stop.requested]))):
                     if self.evaluation_is_due and self.step_evaluated != self.step_done:
                         self.log(self.step_done, self.evaluate())
-                    if self.step_done >= run.max_steps:
+                    if self.step_done >= run.max_steps or any(gather_object([self.should_stop])):
                         break
                     metrics = self.step(self.step_done + 1)
                     self.finish_step(metrics)
-                    bar.update()
-                    bar.set_postfix(_postfix(metrics))
             except (RewardError, TrainingError):
                 try:
                     self.save()
@@ -258,8 +278,22 @@ class GRPOTrainer:
         if process.is_main_process:
             self.pipe.save_pretrained(self.folder.final)
             write_model_card(self.folder.final, self.folder.path, sampling=self.sampling)
+            write_report(self.folder.path)
         process.wait_for_everyone()
-        return self.folder.path
+        result = self.result()
+        self.tell("on_train_end", result)
+        return result
+
+    def result(self) -> TrainResult:
+        """What has been reached so far."""
+        best_step = self.best.step if self.best else None
+        state = self.folder.path, self.step_done, self.seconds_done, self.last_metrics, self.first_evaluation
+        return TrainResult(*state, best_step)
+
+    def tell(self, event: str, *arguments: Any) -> None:
+        """Call an event of all callbacks."""
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *arguments)
 
     def step(self, step: int) -> dict[str, float]:
         """One training step: a batch of rollouts and its updates; returns its metrics.
@@ -270,14 +304,15 @@ class GRPOTrainer:
         begin, clock = time.perf_counter(), Clock(self.accelerator.device)
 
         # Draw and score: this process's share of the step's groups. All see the scores of all.
-        rollout = self.rollout(step)
-        scores = self.gathered_scores(rollout)
+        rollout = self.collector.rollout(step)
+        scores = self.collector.scores(rollout)
         reward_metrics = step_metrics(self.rewards, scores)
 
         # Advantages. The multipliers of the constraints move first: the model's update then answers their
         # last move, and they its, which damps their swing.
         constraint_metrics = self.constraints.update(reward_metrics)
-        rollout, scores, refill_metrics = self.refilled(rollout, scores, step)
+        of_all = partial(self._step_advantages, step=step)
+        rollout, scores, refill_metrics = self.collector.refilled(rollout, scores, step, of_all)
         advantages = self.credited(self.advantages(scores, step), rollout)  # (B,), (B, S) or (B, L)
         advantages = self.less_kl(advantages, rollout)
 
@@ -339,70 +374,11 @@ class GRPOTrainer:
 
     # ---- the parts of a step
 
-    def rollout(self, step: int) -> Rollout:
-        """This process's share of a step's images, which are cut regardless of groups."""
-        num_groups, seed = self.grpo.num_groups, self.run.seed
-        conditions = step_conditions(self.conditions, num_groups, seed, step)
-        seeds = [("rollout", seed, step, group) for group in range(num_groups)]
-        rollout = self._collect(conditions, seeds, my_share(self.grpo.num_images))
-        assert rollout is not None, "check_processes leaves no process without images"
-        return rollout
-
-    def _collect(
-        self, conditions: Sequence[Condition], seeds: Sequence[tuple[int | str, ...]], share: range
-    ) -> Rollout | None:
-        with fail_together(), self.learner.whole(), self.learner.autocast():
-            if not share:  # all processes are here, to gather the model, but not all have images to draw
-                return None
-            return collect(
-                self.pipe,
-                conditions,
-                seeds,
-                self.grpo.num_generations,
-                self.explored,
-                self.rewards.without_held_out(),
-                self.run.per_device_eval_batch_size,
-                share,
-                self.branches,
-            )
-
-    def refilled(
-        self, rollout: Rollout, scores: dict[str, Tensor], step: int
-    ) -> tuple[Rollout, dict[str, Tensor], dict[str, float]]:
-        """The rollout and the scores, as `rollout.refilled` has them where `grpo.max_resamplings` asks for
-        it, and what is logged of that."""
-        limit, num_groups, seed = self.grpo.max_resamplings, self.grpo.num_groups, self.run.seed
-        if not limit:
-            return rollout, scores, {}
-
-        def idle_groups(scores: dict[str, Tensor]) -> list[int]:
-            by_group = self._step_advantages(scores, step).unflatten(0, (num_groups, -1)).flatten(1)
-            return (by_group == 0).all(1).nonzero().flatten().tolist()
-
-        def draw(groups: Sequence[int], attempt: int, share: range) -> Rollout | None:
-            conditions = [condition_again(self.conditions, seed, step, each, attempt) for each in groups]
-            seeds = [("rollout", seed, step, each, "again", attempt) for each in groups]
-            return self._collect(conditions, seeds, share)
-
-        done = refilled(rollout, scores, limit, idle_groups, draw, self.gathered_scores)
-        counts = {"resampled_groups": float(done.num_redrawn), "idle_groups": float(done.num_idle)}
-        return done.rollout, done.scores, counts
-
-    def gathered_scores(self, rollout: Rollout) -> dict[str, Tensor]:
-        """The scores of all processes, (N, G) with the groups in the order of the step.
-
-        Raises:
-            RewardError: a reward that scored none of the step's images.
-        """
-        scores = self.rewards.of_groups(gathered(rollout.scores), self.grpo.num_generations)
-        require_scores(scores)
-        return scores
-
     def advantages(self, scores: Mapping[str, Tensor], step: int = 1) -> Tensor:
         """Advantages of this process's images, which may depend on the scores of all: (B,), or (B, S).
 
         Args:
-            scores: of each reward, (N, G), from `gathered_scores`.
+            scores: of each reward, (N, G), from `Collector.scores`.
             step: its number.
         """
         mine = my_share(self.grpo.num_images)
@@ -454,6 +430,7 @@ class GRPOTrainer:
         """Evaluate, log and save where it is time to; what a step measured is logged even if that fails."""
         self.step_done += 1
         self.seconds_done += metrics["step_time"]
+        self.tell("on_step_end", metrics)
         evaluated: dict[str, float] = {}
         try:
             if self.evaluation_is_due:
@@ -479,6 +456,7 @@ class GRPOTrainer:
                 embed=self.embed,
                 batch_size=self.run.per_device_eval_batch_size,
                 num_compared=self.grpo.num_generations,
+                progress=partial(self.tell, "on_prediction_step"),
             )
         if self.accelerator.is_main_process:
             names = [each.text for each in result.conditions]
@@ -490,12 +468,17 @@ class GRPOTrainer:
         for warning in self.watch.warnings.values():
             self._say(f"Warning: {warning}")
         self.step_evaluated = self.step_done
-        return metrics | warning_metrics | {"eval_time": time.perf_counter() - begin}
+        metrics |= warning_metrics | {"eval_time": time.perf_counter() - begin}
+        if self.step_done == 0:
+            self.first_evaluation = dict(metrics)
+        self.tell("on_evaluate", metrics)
+        return metrics
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """A line of metrics.jsonl, and the same to the tracker."""
+        """A line of metrics.jsonl, which the trackers get, too."""
         self.folder.append_metrics({"step": step} | metrics)
-        self.accelerator.log({name: each for name, each in metrics.items() if math.isfinite(each)}, step=step)
+        self.last_metrics = metrics
+        self.tell("on_log", step, metrics)
 
     def save(self) -> Path:
         """Write a checkpoint of the state after the last whole step; returns its path."""
@@ -505,11 +488,26 @@ class GRPOTrainer:
             "num_skipped": self.learner.num_skipped,
             "scheduler": self.learner.scheduler.state_dict(),
             "controllers": {name: each.state_dict() for name, each in self.controllers.items()},
+            "callbacks": {name: each.state_dict() for name, each in named(self.callbacks).items()},
+            "first_evaluation": finite(self.first_evaluation),
+            "last_metrics": finite(self.last_metrics),
         }
         self.saved = self.step_done, self.step_evaluated
-        return self.learner.save(
-            self.folder.checkpoints, self.step_done, state, limit=self.run.save_total_limit
-        )
+        folder, limit = self.folder.checkpoints, self.run.save_total_limit
+        path = self.learner.save(folder, self.step_done, state, limit=limit)
+        self.tell("on_save", path)
+        return path
+
+    def export(self, folder: Path) -> None:
+        """Write the model as evaluations measure it, to a folder that it can be loaded from. All processes
+        call it."""
+        with self.learner.as_evaluated():
+            model = self.learner.whole_model()
+            if self.accelerator.is_main_process:
+                parts = merged(model), self.pipe.tokenizer, self.pipe.class_names, self.sampling
+                with replacing_folder(folder) as aside:
+                    write_folder(aside, *parts)
+        self.accelerator.wait_for_everyone()
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint.
@@ -524,6 +522,11 @@ class GRPOTrainer:
         self.learner.scheduler.load_state_dict(state["scheduler"])
         for name, controller in self.controllers.items():
             controller.load_state_dict(state["controllers"][name])
+        for name, callback in named(self.callbacks).items():
+            if theirs := state.get("callbacks", {}).get(name):
+                callback.load_state_dict(theirs)
+        self.first_evaluation = state.get("first_evaluation", {})
+        self.last_metrics = state.get("last_metrics", {})
 
     def _say(self, sentence: str) -> None:
         """Tell the user something, once however many processes there are."""
@@ -548,25 +551,6 @@ class GRPOTrainer:
                 f"model, '{self.folder.final}', in another folder, or replace it with run.overwrite"
             )
 
-    def _check_reference(self) -> None:
-        if self.grpo.sync_ref_model and asks_for_fsdp(self.run):
-            raise ConfigError(
-                "grpo.sync_ref_model cannot move a reference that FSDP spreads over the processes: remove "
-                "one of them"
-            )
-        if self.grpo.offload_reference and asks_for_fsdp(self.run):
-            raise ConfigError(
-                "grpo.offload_reference has no effect with FSDP, which spreads the reference over all "
-                "processes: remove one of them"
-            )
-
-    def _check_held_out(self) -> None:
-        if self.rewards.held_out and not self.run.eval_steps:
-            raise ConfigError(
-                f"reward '{self.rewards.held_out[0]}' is held out, but with run.eval_steps 0 nothing "
-                "measures it: set run.eval_steps, or remove the reward"
-            )
-
     def _default_config(self, model: str | None) -> str:
         sections = {
             "model": model,
@@ -580,8 +564,6 @@ class GRPOTrainer:
         return json.dumps(sections, indent=2) + "\n"  # JSON is YAML
 
 
-def _postfix(metrics: dict[str, float]) -> dict[str, str]:
-    shown = {"reward": f"{metrics['reward']:.3f}"}
-    if "kl_per_image" in metrics:
-        shown["kl"] = f"{metrics['kl_per_image']:.1f}"
-    return shown | {"images/s": f"{metrics['images_per_second']:.0f}"}
+def finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Those that JSON has a number for."""
+    return {name: each for name, each in metrics.items() if math.isfinite(each)}

@@ -19,7 +19,13 @@ FREE_OF_A_RUN = {
     "eval_steps",
     "save_steps",
 }
-FREE_OF_A_RUN |= {"save_total_limit", "report_to"}
+FREE_OF_A_RUN |= {
+    "save_total_limit",
+    "report_to",
+    "save_best",
+    "greater_is_better",
+    "early_stopping_patience",
+}
 
 
 @pytest.fixture

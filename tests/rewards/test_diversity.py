@@ -101,10 +101,10 @@ def test_scores_do_not_depend_on_where_a_batch_cuts_a_group(
 ) -> None:
     whole = make(make_pipeline(), tmp_path / "a")
     cut = make(make_pipeline(), tmp_path / "b", per_device_eval_batch_size=3)
-    found = [each.gathered_scores(each.rollout(1)) for each in (whole, cut)]
+    found = [each.collector.scores(each.collector.rollout(1)) for each in (whole, cut)]
     assert found[0]["various"].shape == (3, 4)
     torch.testing.assert_close(found[0]["various"], found[1]["various"])
-    images = whole.rollout(1).images
+    images = whole.collector.rollout(1).images
     small = small_pixels(images).view(3, 4, -1)
     by_hand = torch.stack([(small - small[:, [g]]).square().mean(-1).sqrt().sum(1) / 3 for g in range(4)], 1)
     torch.testing.assert_close(found[0]["various"], by_hand)

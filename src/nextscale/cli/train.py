@@ -36,7 +36,7 @@ def run(args: Namespace) -> int:
 
     trainer = build_trainer(recipe, args.words)
     try:
-        folder = trainer.train()
+        folder = trainer.train().folder
     except (Interrupted, RewardError, TrainingError):  # which end all processes, and together
         trainer.accelerator.end_training()
         raise

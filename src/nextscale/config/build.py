@@ -9,7 +9,6 @@ import torch
 from nextscale.base.errors import ConfigError, NextscaleError
 from nextscale.config.recipe import Recipe, to_yaml
 from nextscale.config.resume import check_folder
-from nextscale.credit import find_credit
 from nextscale.evaluation import Embedder, Judges, SetMeasure
 from nextscale.grpo import check_grpo
 from nextscale.losses import find_loss, loss_weights
@@ -122,7 +121,6 @@ def build_parts(recipe: Recipe) -> Parts:
     pipe = load_pipeline(recipe.model, recipe.vae)
     check_fit(recipe, pipe)
     rewards = make_rewards(recipe.rewards)
-    find_credit(recipe.grpo.credit, rewards)
     embed = embedder(recipe.run.diversity_clip)
     return Parts(pipe, rewards, judges_for(pipe), measures_for(pipe), embed)
 

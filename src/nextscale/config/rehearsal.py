@@ -7,6 +7,7 @@ import torch
 from nextscale.config.build import build_parts, check_fit, make_reward, resolve
 from nextscale.config.recipe import Recipe
 from nextscale.config.resume import check_folder
+from nextscale.credit import find_credit
 from nextscale.models import hub, zoo
 from nextscale.models.var import VAR
 from nextscale.models.vqvae import VQVAE
@@ -32,7 +33,7 @@ def rehearse(recipe: Recipe, num_processes: int) -> list[str]:
     names = [recipe.model, *backbones.values(), recipe.run.diversity_clip]
     missing = [name for name in dict.fromkeys(names) if name and _needs_download(name)]
     if not missing:
-        build_parts(recipe)
+        find_credit(recipe.grpo.credit, build_parts(recipe).rewards)
         return []
     check_folder(recipe)
     model = zoo.describe(recipe.model, recipe.vae)

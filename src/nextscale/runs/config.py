@@ -32,6 +32,12 @@ class RunConfig(Record):
     """Steps between checkpoints. 0 saves one at the end alone."""
     save_total_limit: int = Field(default=2, ge=1, json_schema_extra=FREE_ON_RESUME)
     """Number of checkpoints to keep."""
+    save_best: str | None = Field(default=None, json_schema_extra=FREE_ON_RESUME)
+    """Metric of the evaluations, such as eval_reward: the model that was best by it is kept in best/."""
+    greater_is_better: bool = Field(default=True, json_schema_extra=FREE_ON_RESUME)
+    """Whether the greatest value of save_best is best, or the least."""
+    early_stopping_patience: int | None = Field(default=None, ge=1, json_schema_extra=FREE_ON_RESUME)
+    """End the run after so many evaluations in a row without a better one by save_best."""
     resume: str | None = Field(default=None, json_schema_extra=FREE_ON_RESUME)
     """Checkpoint to continue from: "auto" for the newest in output_dir, or a path."""
     overwrite: bool = Field(default=False, json_schema_extra=FREE_ON_RESUME)

@@ -16,6 +16,7 @@ class RunPaths:
         self.samples_index = self.samples / "index.json"  # what the rows of a grid are
         self.checkpoints = path / "checkpoints"
         self.final = path / "final"  # the trained model
+        self.best = path / "best"  # the best model by a metric, where one is kept
         self.tensorboard = path / "tensorboard"
         self.report = path / "report.html"
         self.lock_file = path / ".lock"

@@ -69,6 +69,16 @@ class Sharded:
                 part.set_reshard_after_forward(reshards, recurse=False)
                 part.reshard()
 
+    def gathered(self) -> NextScaleModel:
+        """A copy of the model on the CPU, whole in the first process, and without weights in the others. All
+        call it."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(self.model, options=options)
+        model = copy.deepcopy(self.original)  # which is empty
+        if state:
+            model.load_state_dict(state, assign=True)
+        return model
+
     def restore(self) -> NextScaleModel:
         """The original model, filled with the whole parameters, in all processes."""
         state = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True))

@@ -148,7 +148,7 @@ class RunFolder(RunPaths):
 
     def _clear(self) -> None:
         """Remove what a run has written; its metrics last, for they mark the folder as a run's."""
-        for folder in (self.checkpoints, self.final, self.rewards, self.samples, self.tensorboard):
+        for folder in (self.checkpoints, self.final, self.best, self.rewards, self.samples, self.tensorboard):
             shutil.rmtree(folder, ignore_errors=True)
         for file in (self.report, self.environment, self.metrics):
             file.unlink(missing_ok=True)
