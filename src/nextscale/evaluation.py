@@ -60,11 +60,30 @@ class Evaluation:
         metrics: names without the prefix `eval_`.
         samples: (rows, columns, 3, H, W), the first images of the first conditions, for a grid.
         conditions: of the rows.
+        first_tokens: (rows, L) of the first image of each row.
+        extremes: the best, the middle and the worst images, where they were asked for.
     """
 
     metrics: dict[str, float]
     samples: Tensor
     conditions: list[Condition]
+    first_tokens: Tensor
+    extremes: "Extremes | None" = None
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """Images by their reward: what a mean hides, such as a reward that is deceived.
+
+    Attributes:
+        images: (3, n, 3, H, W): the best, those around the median, and the worst.
+        rewards: of each.
+        conditions: of each.
+    """
+
+    images: Tensor
+    rewards: list[list[float]]
+    conditions: list[list[Condition]]
 
 
 @torch.no_grad()
@@ -81,6 +100,7 @@ def evaluate(
     batch_size: int = 64,
     num_compared: int | None = None,
     num_columns: int = 8,
+    num_extremes: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Measure a model on at least `num_images` images, the same seeds at every call.
@@ -99,6 +119,7 @@ def evaluate(
         num_compared: images that a reward of groups compares, by default all of a condition: as many as in
             training, where its scores depend on how many there are.
         num_columns: images of each row of `Evaluation.samples`.
+        num_extremes: images of each row of `Extremes`, which are drawn again by the first process.
         progress: called after every batch with the images that this process has drawn, and is to draw.
 
     Returns:
@@ -130,14 +151,16 @@ def evaluate(
         places = [divmod(i, per_condition) for i in images]
         return [i for i, (row, column) in enumerate(places) if row < MAX_ROWS and column < columns]
 
-    scored, judged, embeddings, samples = [], [], [], []
+    scored, judged, embeddings, samples, tokens = [], [], [], [], []
     seen: list[list[dict[str, Tensor]]] = [[] for _ in measures]
     # Only what is small is kept of each batch: memory does not grow with the number of images.
     mine = my_share(total)
     done = mine.start
     with fail_together():
         for batch in pipe.draw_batches(chosen, seeds, per_condition, sampling, batch_size, mine):
-            samples.append(batch.images[in_grid(range(done, done + len(batch.images)))].cpu())
+            shown = in_grid(range(done, done + len(batch.images)))
+            samples.append(batch.images[shown].cpu())
+            tokens.append(batch.tokens[shown].cpu())
             scored.append(rewards.scores(batch.images, batch.conditions))
             if embed is not None:
                 embeddings.append({"embedding": embed(batch.images).float().cpu()})
@@ -153,6 +176,7 @@ def evaluate(
     # From here on, all processes have the whole.
     owners = [r for r in range(num_processes) if in_grid(share_of(total, r, num_processes))]
     grid = torch.cat(from_owners(torch.cat(samples), owners)).unflatten(0, (-1, columns))
+    tokens_BL = torch.cat(from_owners(torch.cat(tokens), owners))
     by_group = rewards.of_groups(gathered(cat_by_name(scored)), per_condition, num_compared)
     flat = {name: each.flatten() for name, each in by_group.items()}
     require_scores(flat)
@@ -172,7 +196,35 @@ def evaluate(
         metrics |= {name: each.float().mean().item() for name, each in gathered(cat_by_name(judged)).items()}
     for parts, each in zip(seen, measures, strict=True):
         metrics |= each.measure(gathered(cat_by_name(parts)), chosen)
-    return Evaluation(metrics, grid, chosen[:MAX_ROWS])
+    extremes: Extremes | None = None
+    if num_extremes and PartialState().is_main_process:
+        order = [i for i in reward.argsort(descending=True).tolist() if not reward[i].isnan()]
+        middle = max((len(order) - num_extremes) // 2, 0)
+        rows = [order[:num_extremes], order[middle : middle + num_extremes], order[-num_extremes:]]
+        again = [
+            [
+                next(iter(pipe.draw_batches(chosen, seeds, per_condition, sampling, 1, range(i, i + 1))))
+                for i in row
+            ]
+            for row in rows
+        ]
+        extremes = Extremes(
+            torch.stack([torch.cat([each.images.cpu() for each in row]) for row in again]),
+            [[reward[i].item() for i in row] for row in rows],
+            [[chosen[i // per_condition] for i in row] for row in rows],
+        )
+    return Evaluation(metrics, grid, chosen[:MAX_ROWS], tokens_BL[::columns], extremes)
+
+
+@torch.no_grad()
+def scale_images(pipe: VARPipeline, tokens_BL: Tensor) -> Tensor:
+    """(B, S, 3, H, W) how images come to be: each decoded from its first scales alone, one more each time."""
+    tokenizer, tokens_BL = pipe.tokenizer, tokens_BL.to(pipe.device)
+    latent_BDhw, images = tokenizer.empty_latent(len(tokens_BL)), []
+    for k, part in enumerate(tokenizer.schedule.slices):
+        latent_BDhw = tokenizer.add_scale(latent_BDhw, tokens_BL[:, part], k)
+        images.append(torch.cat([tokenizer.latent_to_images(each[None]).cpu() for each in latent_BDhw]))
+    return torch.stack(images, 1)
 
 
 def check_evaluated(run: RunConfig, rewards: RewardSet) -> None:

@@ -30,7 +30,16 @@ from nextscale.callbacks import Callback, ProgressBar, Trackers, best_model, nam
 from nextscale.collector import Collector
 from nextscale.controllers import AdaptiveKL, Constraints, Controller, EntropyFloor
 from nextscale.credit import Scored, credit_source, find_credit
-from nextscale.evaluation import Embedder, Judges, SetMeasure, check_evaluated, evaluate, step_metrics
+from nextscale.evaluation import (
+    Embedder,
+    Evaluation,
+    Judges,
+    SetMeasure,
+    check_evaluated,
+    evaluate,
+    scale_images,
+    step_metrics,
+)
 from nextscale.grpo import GRPOConfig, check_grpo
 from nextscale.learner import Learner, check_reference
 from nextscale.models.folder import write_folder
@@ -50,7 +59,7 @@ from nextscale.runs.checkpoint import (
     find_checkpoint,
     list_checkpoints,
 )
-from nextscale.runs.config import RunConfig
+from nextscale.runs.config import MAX_DRIFT, RunConfig
 from nextscale.runs.diagnosis import diagnose
 from nextscale.runs.environment import environment
 from nextscale.runs.hacking import HackingWatch
@@ -59,9 +68,7 @@ from nextscale.runs.result import TrainResult
 from nextscale.runs.writer import RunFolder
 from nextscale.tuning import TuningConfig
 
-MAX_DRIFT = {"no": 0.01, "bf16": 0.05}
-"""Mean difference of log-probs between sampler and trainer, by precision, above which they hardly run the
-same policy: rounding gives at most 4e-6 and 0.03 in the miniature world (docs/policy.md)."""
+NUM_SHOWN = 6  # images of each kind that the report shows of the first and the last evaluation
 
 
 class GRPOTrainer:
@@ -443,6 +450,7 @@ class GRPOTrainer:
     def evaluate(self) -> dict[str, float]:
         """Measure the model on fixed seeds and write its sample grid; metrics with the prefix `eval_`."""
         begin = time.perf_counter()
+        is_end = self.step_done in (0, self.run.max_steps)  # of which the report shows more
         with self.learner.as_evaluated(), self.learner.whole(), self.learner.autocast():
             result = evaluate(
                 self.pipe,
@@ -456,11 +464,11 @@ class GRPOTrainer:
                 embed=self.embed,
                 batch_size=self.run.per_device_eval_batch_size,
                 num_compared=self.grpo.num_generations,
+                num_extremes=NUM_SHOWN if is_end else 0,
                 progress=partial(self.tell, "on_prediction_step"),
             )
         if self.accelerator.is_main_process:
-            names = [each.text for each in result.conditions]
-            self.folder.save_grid(self.step_done, result.samples, names)
+            self._save_pictures(result)
         if self.step_done == 0:
             self.constraints.set_base(result.metrics)
         metrics = {f"eval_{name}": value for name, value in result.metrics.items()}
@@ -473,6 +481,16 @@ class GRPOTrainer:
             self.first_evaluation = dict(metrics)
         self.tell("on_evaluate", metrics)
         return metrics
+
+    def _save_pictures(self, result: Evaluation) -> None:
+        """The grid of an evaluation, and of the first and the last one what the report shows besides."""
+        step, names = self.step_done, [each.text for each in result.conditions]
+        self.folder.save_grid(step, result.samples, names)
+        if (shown := result.extremes) is not None:
+            texts = [[each.text for each in row] for row in shown.conditions]
+            self.folder.save_extremes(step, shown.images, shown.rewards, texts)
+            come_to_be = scale_images(self.pipe, result.first_tokens[:NUM_SHOWN])
+            self.folder.save_scales(step, come_to_be, names[:NUM_SHOWN])
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """A line of metrics.jsonl, which the trackers get, too."""

@@ -205,7 +205,7 @@ def trained(make_pipeline, tmp_path_factory):
     run = RunConfig(output_dir=str(folder / "run"), max_steps=1, eval_steps=0, save_steps=0, report_to="none")
     pipe = VARPipeline.from_pretrained(folder / "base")
     grpo = GRPOConfig(num_groups=2, num_generations=2)
-    return GRPOTrainer(pipe, {"bright": bright}, grpo, run=run).train()
+    return GRPOTrainer(pipe, {"bright": bright}, grpo, run=run).train().folder
 
 
 def test_a_finished_run_has_a_card(trained):

@@ -1,6 +1,8 @@
 """The report: the figures in it are those of the run folder, and nothing in it reaches out of the page."""
 
 import base64
+import hashlib
+import io
 import json
 import math
 import re
@@ -146,7 +148,7 @@ class Page(HTMLParser):
         self.references += [given[key] for key in ("src", "href", "srcset", "action", "data") if key in given]
         if tag == "img":
             self.images.append(given)
-        if tag not in ("meta", "img", "br", "link"):
+        if tag not in ("meta", "img", "br", "link", "input"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list) -> None:
@@ -156,7 +158,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag, f"</{tag}> closes nothing"
 
     def handle_data(self, data: str) -> None:
-        if not {"style", "svg"} & set(self.open):
+        if not {"style", "svg", "script"} & set(self.open):
             self.text += f" {data} "
 
 
@@ -218,13 +220,111 @@ def test_every_chart_is_drawn_and_described(tmp_path):
     assert all(image["alt"] for image in page.images)
 
 
+def picture_of(image: dict) -> Image.Image:
+    data = base64.b64decode(image["src"].partition(",")[2])
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
 def test_before_and_after_are_the_first_and_the_last_grid(tmp_path):
     folder = make_run(tmp_path / "run", metrics(), grids=(30, 0, 10, 20))
-    first, last, *between = Page(write_report(folder)).images
+    first, last, *others = Page(write_report(folder)).images
+    panels, between, film = others[:4], others[4:6], others[6]
     for image, step in ((first, 0), (last, 30), (between[0], 10), (between[1], 20)):
         data = (folder / "samples" / f"step-{step:06d}.png").read_bytes()
         assert image["src"] == "data:image/png;base64," + base64.b64encode(data).decode()
-    assert "Before training" in first["alt"] and "After 30 steps" in last["alt"] and len(between) == 2
+    assert "Before training" in first["alt"] and "After 30 steps" in last["alt"] and len(others) == 7
+
+    # A panel has a class's row of both; the film has the first image of each row, step by step.
+    grids = [np.asarray(Image.open(folder / "samples" / f"step-{n:06d}.png")) for n in (0, 10, 20, 30)]
+    for row, panel in enumerate(panels):
+        pixels = np.asarray(picture_of(panel))
+        assert (pixels[:16] == grids[0][16 * row : 16 * row + 16]).all() and pixels.shape == (33, 128, 3)
+        assert (pixels[-16:] == grids[3][16 * row : 16 * row + 16]).all()
+        assert ["star", "heart", "moon", "tree"][row] in panel["alt"]
+    assert (np.asarray(picture_of(film)) == np.concatenate([each[:, :16] for each in grids], 1)).all()
+    assert "after the steps 0, 10, 20, 30" in film["alt"]
+
+
+def test_scales_and_extremes_are_shown_with_what_they_are(tmp_path):
+    folder = make_run(tmp_path / "run", metrics(), grids=())
+    for step in (0, 30):
+        for kind, rows in (("scales", 2), ("extremes", 3)):
+            path = folder / "samples" / f"{kind}-step-{step:06d}.png"
+            draw_grid(path, step, rows=rows, columns=5)
+        index = {"rewards": [[0.9, 0.8], [0.5, 0.5], [-0.25, -0.5]], "names": [["a", "b"]] * 3}
+        (folder / "samples" / f"extremes-step-{step:06d}.json").write_text(json.dumps(index))
+        (folder / "samples" / f"scales-step-{step:06d}.json").write_text('{"names": ["star", "<moon>"]}')
+    page = Page(write_report(folder))
+    assert [image["alt"].partition(":")[0] for image in page.images] == [
+        "Before training",
+        "After 30 steps",
+    ] * 2
+    assert "draws in 5 scales" in page.text and "star <moon> 1 2 3 4 5" in page.text
+    assert "best: 0.90 middle: 0.50 worst: -0.25" in page.text
+
+    # A file that was damaged is told; an index that is gone leaves its picture out.
+    (folder / "samples" / "scales-step-000030.json").unlink()
+    assert len(Page(write_report(folder)).images) == 3
+    (folder / "samples" / "extremes-step-000030.png").write_text("none")
+    with pytest.raises(ConfigError, match=r"extremes-step-000030\.png is no readable image"):
+        write_report(folder)
+
+
+def test_the_script_is_the_one_that_the_page_allows(tmp_path):
+    raw = Page(write_report(make_run(tmp_path / "run", metrics()))).raw
+    (script,) = re.findall(r"<script>(.*?)</script>", raw, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in raw and "default-src 'none'" in raw
+    assert "=" + '"' + "javascript" not in raw and not re.search(r"\son\w+=", raw)
+
+
+def test_settings_that_differ_from_the_defaults_come_first(tmp_path):
+    folder = make_run(tmp_path / "run", metrics())
+    environment = {"device": "cpu", "command": "nextscale train mine.yaml --grpo.beta 0.5"}
+    (folder / "environment.json").write_text(json.dumps(environment))
+    text = Page(write_report(folder)).text
+    changed = text[text.index("Set in this run") : text.index("Every setting")]
+    assert "grpo.num_generations 16 (default 8)" in changed and "rewards.1.target painting" in changed
+    assert "grpo.beta" not in changed.partition("It was started with")[0]  # as it is by default
+    assert "can be run again with: nextscale train mine.yaml --grpo.beta 0.5" in changed
+
+
+def test_the_verdict_tells_the_price(tmp_path):
+    text = Page(write_report(make_run(tmp_path / "run", metrics()))).text
+    assert "The price: diversity 0.36 to 0.31 (-14 %) and a KL of 12.3 nats an image" in text
+
+
+@pytest.mark.parametrize(
+    ("precision", "gap", "says"),
+    [
+        ("no", 1e-6, "It is normal for float32."),
+        ("no", 0.02, "It is too large for float32."),
+        ("bf16", 0.02, "It is normal for bf16."),
+        ("bf16", 0.2, "It is too large for bf16."),
+    ],
+)
+def test_the_gap_of_sampler_and_trainer_is_judged_by_the_precision(tmp_path, precision, gap, says):
+    lines = metrics()
+    for line in lines[1:]:
+        line["sampling/sampling_logp_difference/mean"] = gap
+    config = CONFIG.replace("seed: 0,", f"seed: 0, mixed_precision: '{precision}',")
+    assert says in Page(write_report(make_run(tmp_path / "run", lines, config=config))).text
+
+
+def test_curves_differ_by_more_than_colour_and_zero_lies_on_the_ground(tmp_path):
+    lines = metrics()
+    for line in lines[1:]:
+        line |= {f"clip_ratio/{name}_mean": 0.0 for name in ("low", "high", "region")}
+        line |= {"kl/scale_1": 0.1, "kl/scale_2": 0.2, "entropy/scale_1": 2.0}
+    raw = Page(write_report(make_run(tmp_path / "run", lines))).raw
+    assert "<h3>KL by scale" in raw and "<h3>Entropy by scale" in raw
+    judges = raw[raw.index("<h3>Judges") :]
+    judges = judges[: judges.index("</figure>")]
+    assert all(f"--d:{dash}" in judges for dash in ("solid", "dashed", "dotted", "double"))
+    assert judges.count("stroke-dasharray") >= 3
+    clipped = raw[raw.index("<h3>Clip ratio") :]
+    ticks = re.findall(r">(\d+) %</text>", clipped[: clipped.index("</figure>")])
+    assert ticks[0] == "0" and ticks[-1] == "100"
 
 
 def test_text_of_files_is_escaped_and_nothing_is_loaded(tmp_path):
@@ -238,7 +338,7 @@ def test_text_of_files_is_escaped_and_nothing_is_loaded(tmp_path):
     (folder / "environment.json").write_text(json.dumps({"device": bad}))
     (folder / "samples" / "index.json").write_text(json.dumps({"classes": [bad]}))
     page = Page(write_report(folder))
-    assert "script" not in page.tags and bad in page.text and f"Judged {bad}" in page.text
+    assert page.raw.count("<script") == 1 and bad in page.text and f"Judged {bad}" in page.text
     assert NOT_FILLED in page.text and "a <b> & c" in page.text
     assert page.references and all(ref.startswith(("data:image/png;", "#")) for ref in page.references)
     assert not re.search(r"https?://|url\((?!#)|@import", page.raw)

@@ -13,9 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from nextscale.base.numbers import number, percent
+from nextscale.runs.config import MAX_DRIFT
 from nextscale.runs.reader import Run
 
 PARTS: tuple[str, ...] = ("rollout", "decode", "reward", "update")
+DASHES = {"solid": "-", "dashed": "--", "dotted": ":", "double": "-."}
+"""How the lines of a chart differ besides their colour: as CSS and as Matplotlib call it."""
 MAX_POINTS = 300  # of a curve; a longer run is averaged in equal pieces, so that the page stays small
 # Matplotlib draws in placeholders, which the page replaces by CSS variables that follow light and dark mode.
 INK, GRID, *COLOURS = (f"#fe02{i:02x}" for i in range(10))
@@ -85,6 +88,7 @@ def charts(run: Run) -> list[Chart]:
     clipped = [Line(f"clip_ratio/{k}_mean", k, c[i]) for i, k in enumerate(("region", "low", "high"))]
     gap = "sampling/sampling_logp_difference"
     gaps = [Line(f"{gap}/{k}", k, c[i]) for i, k in enumerate(("mean", "max"))]
+    kl, by_scale = [Line("kl_per_image", "KL")], {name: _by_scale(run, name) for name in ("kl", "entropy")}
     diversity = [Line("eval_diversity", "diversity", measured=True)]
     times = [Line(f"time/{part}", part, c[i]) for i, part in enumerate(PARTS)]
     found += [
@@ -94,17 +98,36 @@ def charts(run: Run) -> list[Chart]:
         Chart("Precision", "Share of images among the true pictures.", precision, "percent"),
         Chart("Recall", "Share of true pictures among the images.", recall, "percent"),
         Chart("Log-probability of the class", "Nats. It falls before the class judge errs.", sure),
-        Chart("KL to the base model", "Nats an image.", [Line("kl_per_image", "KL")]),
+        Chart("KL to the base model", "Nats an image.", kl),
+        Chart("KL by scale", "Nats a token. Scale 1 is the coarsest.", by_scale["kl"]),
         Chart("Entropy", "Nats a token. A fall to zero is collapse.", entropy),
+        Chart("Entropy by scale", "Nats a token. A scale at zero draws the same again.", by_scale["entropy"]),
         Chart("Diversity", "How much images of one evaluation differ.", diversity),
         Chart("Gradient norm", "Before clipping.", [Line("grad_norm", "norm")]),
         Chart("Clip ratio", "Share of tokens whose ratio was clipped.", clipped, "percent"),
-        Chart("Sampled against recomputed", "Gap of log-probabilities. It should be tiny.", gaps, "log"),
+        Chart("Sampled against recomputed", _gap_in_words(run, f"{gap}/mean"), gaps, "log"),
         Chart("Time of a step", "Seconds.", times, "stacked"),
     ]
     for chart in found:
         chart.lines[:] = [line for line in chart.lines if run.values(line.key)]
     return [chart for chart in found if chart.lines]
+
+
+def _by_scale(run: Run, name: str) -> list[Line]:
+    """A line for each scale of a metric."""
+    scales = run.names(f"{name}/scale_(.+)")
+    return [Line(f"{name}/scale_{each}", each, COLOURS[i % 8]) for i, each in enumerate(scales)]
+
+
+def _gap_in_words(run: Run, key: str) -> str:
+    """Whether sampler and trainer ran the same policy, as far as the run's precision can tell."""
+    settings = run.config.get("run")
+    precision = settings.get("mixed_precision", "no") if isinstance(settings, dict) else "no"
+    largest, says = max(run.values(key), default=0.0), "Gap of log-probabilities, in nats a token."
+    if precision not in MAX_DRIFT:
+        return says
+    name = {"no": "float32"}.get(precision, precision)
+    return f"{says} It is {'normal' if largest <= MAX_DRIFT[precision] else 'too large'} for {name}."
 
 
 def _measured(run: Run, prefix: str) -> list[Line]:
@@ -119,9 +142,11 @@ def draw_chart(run: Run, chart: Chart) -> dict[str, Any]:
     """A chart as the page's template takes it: drawn, and in words for those who cannot see it."""
     show = percent if chart.kind == "percent" else number
     keys, told = [], []
-    for line in chart.lines:
+    for i, line in enumerate(chart.lines):
         first, *_, last = 2 * run.values(line.key)
-        keys.append({"colour": VARIABLES[line.colour], "label": line.label, "value": show(last)})
+        dash = "" if chart.kind == "stacked" else [*DASHES][i % len(DASHES)]
+        key = {"colour": VARIABLES[line.colour], "label": line.label, "value": show(last), "dash": dash}
+        keys.append(key)
         told.append(f"{line.label} from {show(first)} to {show(last)}")
     alt = f"{chart.title} over the steps: {'; '.join(told)}."
     return {"title": chart.title, "says": chart.says, "keys": keys, "alt": alt, "svg": _draw(run, chart)}
@@ -134,7 +159,7 @@ def _draw(run: Run, chart: Chart) -> Markup:
         axes = figure.add_subplot(xlabel="step")
         floor: Any = 0.0
         common = np.array([])  # the steps that the layers of a stack share
-        for line in chart.lines:
+        for i, line in enumerate(chart.lines):
             steps, values, low, high = _thin(*run.series(line.key))
             if chart.kind == "stacked":
                 common = common if len(common) else steps
@@ -147,12 +172,16 @@ def _draw(run: Run, chart: Chart) -> Markup:
                 low, high = values - spread, values + spread
             if not line.measured:
                 axes.fill_between(steps, low, high, color=line.colour, alpha=0.16, linewidth=0)
-            axes.plot(steps, values, "-o" if line.measured or len(values) == 1 else "-", color=line.colour)
+            marker = "o" if line.measured or len(values) == 1 else ""
+            style = [*DASHES.values()][i % len(DASHES)]
+            axes.plot(steps, values, marker=marker, linestyle=style, color=line.colour)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         if chart.kind == "log" and all(min(run.values(line.key)) > 0 for line in chart.lines):
             axes.set_yscale("log")
         elif chart.kind == "percent":
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+        if not any(any(run.values(line.key)) for line in chart.lines):
+            axes.set_ylim(0, 1)  # a flat zero lies on the ground
         axes.margins(x=0.02)
         figure.savefig(buffer := io.StringIO(), format="svg", transparent=True)
     return _inner_svg(buffer.getvalue())

@@ -4,24 +4,25 @@ Reads files only: no model, no torch, no network. What the page looks like stand
 """
 
 import base64
-import io
+import hashlib
+import json
 import re
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
+from markupsafe import Markup
 
-from nextscale.base.errors import ConfigError
 from nextscale.base.files import write_text_aside
 from nextscale.base.numbers import count, duration, percent
-from nextscale.report import story
+from nextscale.report import pictures, story
 from nextscale.report.charts import COLOURS, INK, PARTS, VARIABLES, charts, draw_chart, piece_length
 from nextscale.runs.reader import Run, read_run
 
-MAX_STRIP = 8  # grids shown between the first and the last
+SCHEMA = "config/recipe.schema.json"
 
 
 def write_report(folder: Path) -> Path:
@@ -31,9 +32,12 @@ def write_report(folder: Path) -> Path:
         ConfigError: the folder is not a run folder, or a file in it is broken.
     """
     run = read_run(Path(folder))
-    ends, between = _pictures(run)
+    ends, between = pictures.ends_and_between(run)
+    script = _script()
     page = _templates().get_template("page.html").render(
         name=run.name,
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         verdict=story.verdict(run),
         description=run.config.get("description") or _opening_comment(run.config_text),
         warnings=story.warnings(run),
@@ -42,12 +46,18 @@ def write_report(folder: Path) -> Path:
         ends=ends,
         between=between,
         row_names=run.row_names(),
+        panels=pictures.class_panels(run),
+        film=pictures.film(run),
+        scales=pictures.scale_by_scale(run),
+        extremes=pictures.by_reward(run),
         steps_per_point=piece_length(len(run.values("reward"))),
         charts=[draw_chart(run, chart) for chart in charts(run)],
         cost=_cost(run),
         shares=_shares(run),
         environment=_flatten(run.environment),
         settings=_settings(run.config),
+        changed=_changed(run.config),
+        command=run.environment.get("command") or "",
         config=run.config_text,
         is_judged=bool(run.names("eval_judge/(.+)")),
     )  # fmt: skip
@@ -75,38 +85,6 @@ def _templates() -> Environment:
     return templates
 
 
-def _pictures(run: Run) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The first and the last grid of samples, and some of those between."""
-    grids = run.paths.grids()
-    steps, between = list(grids), list(grids)[1:-1]
-    ends = []
-    for step in dict.fromkeys((steps[0], steps[-1]) if steps else ()):
-        title = f"After {count(step, 'step')}" if step else "Before training"
-        alt = f"{title}: a grid of sampled images, a row for each class"
-        ends.append(_picture(grids[step], title, alt, 1_000_000))
-    shown = np.linspace(0, len(between) - 1, min(MAX_STRIP, len(between))).round().astype(int)
-    titles = {between[i]: f"Step {between[i]}" for i in shown}
-    return ends, [_picture(grids[step], title, title, 120_000) for step, title in titles.items()]
-
-
-def _picture(path: Path, title: str, alt: str, max_bytes: int) -> dict[str, Any]:
-    """The PNG as it is, or, where it is larger than `max_bytes`, the largest JPEG of it that is not."""
-    try:
-        with Image.open(path) as image:
-            data, kind, (width, height) = path.read_bytes(), "png", image.size
-            scale = min(1.0, 1600 / width)
-            while len(data) > max_bytes:
-                size = max(1, round(width * scale)), max(1, round(height * scale))
-                image.convert("RGB").resize(size).save(buffer := io.BytesIO(), "JPEG", quality=85)
-                data, kind, scale = buffer.getvalue(), "jpeg", scale * 0.8
-    except OSError:
-        raise ConfigError(f"{path} is no readable image; restore or delete it") from None
-    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    # The nearest pixel is for enlarging a small grid; it would break one that is shown smaller than it is.
-    look = "pixel" if width <= 640 else "smooth"
-    return {"title": title, "alt": alt, "source": source, "width": width, "height": height, "look": look}
-
-
 def _cost(run: Run) -> dict[str, str]:
     num_tokens, silent = [0, *run.values("num_tokens")][-1], run.values("frac_reward_zero_std")
     rows = {
@@ -124,7 +102,13 @@ def _shares(run: Run) -> list[dict[str, str]]:
     """Where the training time went: a piece of the bar and an entry of its key for each part of a step."""
     colours, shares = dict(zip(PARTS, COLOURS, strict=False)), story.time_shares(run)
     return [
-        {"colour": VARIABLES[colours.get(part, INK)], "label": part, "value": percent(x), "width": f"{x:.2%}"}
+        {
+            "colour": VARIABLES[colours.get(part, INK)],
+            "label": part,
+            "value": percent(x),
+            "width": f"{x:.2%}",
+            "dash": "",
+        }
         for part, x in shares.items()
     ]
 
@@ -134,6 +118,26 @@ def _settings(config: dict[str, Any]) -> dict[str, dict[str, str]]:
     alone = {key: value for key, value in config.items() if not isinstance(value, dict | list)}
     sections = {"recipe": alone, **{key: value for key, value in config.items() if key not in alone}}
     return {title: _flatten(section) for title, section in sections.items() if section}
+
+
+def _changed(config: dict[str, Any]) -> dict[str, str]:
+    """The settings that differ from the defaults; what has none, such as the rewards, is among them."""
+    content = json.loads((files("nextscale") / SCHEMA).read_text(encoding="utf-8"))["properties"]
+    defaults = {key: value["default"] for key, value in content.items() if "default" in value}
+    ours, theirs = _flatten(config), _flatten(defaults)
+    skipped = ("description", "run.output_dir")
+    return {
+        key: f"{value}  (default {theirs[key]})" if key in theirs else value
+        for key, value in ours.items()
+        if value != theirs.get(key) and key not in skipped
+    }
+
+
+@cache
+def _script() -> str:
+    """The page's script, as it stands between its tags: the hash that lets it run is over every character."""
+    path = files("nextscale.report") / "templates" / "page.js"
+    return "\n" + path.read_text(encoding="utf-8").strip() + "\n"
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, str]:

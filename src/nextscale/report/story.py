@@ -40,7 +40,19 @@ def verdict(run: Run) -> str:
         kept = accuracy[1] / accuracy[0] if accuracy[0] else math.nan
         held = "held" if kept >= 0.95 else "fell a little" if kept >= 0.85 else "fell"
         says += f", and the share of objects that a judge recognises {held} ({percent(accuracy[1])})"
-    return f"In {count(run.num_steps, 'step')} {says}."
+    return f"In {count(run.num_steps, 'step')} {says}.{_price(run)}"
+
+
+def _price(run: Run) -> str:
+    """What the change cost: how much less images differ, and how far the model has moved."""
+    diversity, kl = run.ends("eval_diversity"), run.values("kl_per_image")
+    told = []
+    if diversity and diversity[0] > 0:
+        change = diversity[1] / diversity[0] - 1
+        told.append(f"diversity {pair(*diversity, ' to ')} ({change:+.0%})".replace("%", " %"))
+    if kl:
+        told.append(f"a KL of {number(kl[-1])} nats an image to the base model")
+    return f" The price: {' and '.join(told)}." if told else ""
 
 
 def warnings(run: Run) -> list[str]:

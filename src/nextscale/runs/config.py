@@ -57,3 +57,8 @@ class RunConfig(Record):
     """Trackers that get the metrics besides metrics.jsonl: one or several of Accelerate's, or "none"."""
     disable_tqdm: bool = Field(default=False, json_schema_extra=FREE_ON_RESUME)
     """Hide the progress bar."""
+
+
+MAX_DRIFT = {"no": 0.01, "bf16": 0.05}
+"""Mean difference of log-probs between sampler and trainer, by precision, above which they hardly run the
+same policy: rounding gives at most 4e-6 and 0.03 in the miniature world (docs/policy.md)."""

@@ -25,6 +25,14 @@ class RunPaths:
         """The grid of samples after `step` steps."""
         return self.samples / f"{step_name(step)}.png"
 
+    def scales(self, step: int) -> Path:
+        """How some images came to be, scale by scale, after `step` steps."""
+        return self.samples / f"scales-{step_name(step)}.png"
+
+    def extremes(self, step: int) -> Path:
+        """The best, middle and worst images by reward after `step` steps; their index is beside, as JSON."""
+        return self.samples / f"extremes-{step_name(step)}.png"
+
     def grids(self) -> dict[int, Path]:
         """The grids of samples that there are, by step, in order."""
         return by_step(self.samples, ".png")

@@ -119,20 +119,48 @@ class RunFolder(RunPaths):
                 file.write(json.dumps(line) + "\n")
 
     def save_grid(self, step: int, images: Tensor, row_names: list[str]) -> None:
-        """Write images as one picture, and the names of its rows.
+        """Write the samples of an evaluation as one picture, and the names of its rows.
 
         Args:
             step: the number of steps done.
             images: (rows, columns, 3, H, W) in [0, 1].
         """
-        if not self.is_main:
-            return
+        if self.is_main:
+            self._save_picture(self.grid(step), images)
+            index = {"classes": row_names, "num_columns": images.shape[1]}
+            write_text_aside(self.samples_index, json.dumps(index) + "\n")
+
+    def save_scales(self, step: int, images: Tensor, row_names: list[str]) -> None:
+        """Write how images came to be, and the names of the rows.
+
+        Args:
+            images: (rows, scales, 3, H, W) in [0, 1].
+        """
+        if self.is_main:
+            path = self.scales(step)
+            self._save_picture(path, images)
+            write_text_aside(path.with_suffix(".json"), json.dumps({"names": row_names}) + "\n")
+
+    def save_extremes(
+        self, step: int, images: Tensor, rewards: list[list[float]], names: list[list[str]]
+    ) -> None:
+        """Write the best, the middle and the worst images, and in JSON beside them what they scored.
+
+        Args:
+            images: (3, columns, 3, H, W) in [0, 1].
+            names: what each was asked to show.
+        """
+        if self.is_main:
+            path = self.extremes(step)
+            self._save_picture(path, images)
+            index = {"rewards": rewards, "names": names}
+            write_text_aside(path.with_suffix(".json"), json.dumps(index) + "\n")
+
+    def _save_picture(self, path: Path, images: Tensor) -> None:
         self.samples.mkdir(exist_ok=True)
         grid = rearrange(images, "rows columns c h w -> 1 c (rows h) (columns w)")
-        with replacing(self.grid(step)) as aside:
-            to_pil(grid)[0].save(aside)
-        index = {"classes": row_names, "num_columns": images.shape[1]}
-        write_text_aside(self.samples_index, json.dumps(index) + "\n")
+        with replacing(path) as aside:
+            to_pil(grid)[0].save(aside, format="PNG")
 
     def _check_is_folder(self) -> None:
         if self.path.exists() and not self.path.is_dir():
