@@ -3,6 +3,7 @@
 import io
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,6 +183,31 @@ def _draw(run: Run, chart: Chart) -> Markup:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         if not any(any(run.values(line.key)) for line in chart.lines):
             axes.set_ylim(0, 1)  # a flat zero lies on the ground
+        axes.margins(x=0.02)
+        figure.savefig(buffer := io.StringIO(), format="svg", transparent=True)
+    return _inner_svg(buffer.getvalue())
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A curve as it is drawn."""
+
+    x: np.ndarray
+    y: np.ndarray
+    colour: str
+    style: str
+
+
+def draw_curves(curves: Sequence[Curve], xlabel: str) -> Markup:
+    """Curves of several runs as the inside of an svg element."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.6, 2.1), layout="constrained")
+        axes = figure.add_subplot(xlabel=xlabel)
+        for each in curves:
+            x, y, _, _ = _thin(each.x, each.y)
+            marker = "o" if len(y) <= 12 else ""
+            axes.plot(x, y, marker=marker, markersize=3, linestyle=each.style, color=each.colour)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.margins(x=0.02)
         figure.savefig(buffer := io.StringIO(), format="svg", transparent=True)
     return _inner_svg(buffer.getvalue())

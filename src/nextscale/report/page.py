@@ -7,6 +7,8 @@ import base64
 import hashlib
 import json
 import re
+import time
+from collections.abc import Iterator
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -25,8 +27,11 @@ from nextscale.runs.reader import Run, read_run
 SCHEMA = "config/recipe.schema.json"
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, *, refresh: int | None = None) -> Path:
     """Write a run's page, which needs no other file, into its folder; returns the page's path.
+
+    Args:
+        refresh: seconds after which a browser that shows the page loads it anew; by default it does not.
 
     Raises:
         ConfigError: the folder is not a run folder, or a file in it is broken.
@@ -34,8 +39,9 @@ def write_report(folder: Path) -> Path:
     run = read_run(Path(folder))
     ends, between = pictures.ends_and_between(run)
     script = _script()
-    page = _templates().get_template("page.html").render(
+    page = templates().get_template("page.html").render(
         name=run.name,
+        refresh=refresh,
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         verdict=story.verdict(run),
@@ -54,7 +60,7 @@ def write_report(folder: Path) -> Path:
         charts=[draw_chart(run, chart) for chart in charts(run)],
         cost=_cost(run),
         shares=_shares(run),
-        environment=_flatten(run.environment),
+        environment=flatten(run.environment),
         settings=_settings(run.config),
         changed=_changed(run.config),
         command=run.environment.get("command") or "",
@@ -63,6 +69,29 @@ def write_report(folder: Path) -> Path:
     )  # fmt: skip
     write_text_aside(run.paths.report, page)
     return run.paths.report
+
+
+def watch_report(folder: Path, seconds: int) -> Iterator[Path]:
+    """Write a run's page anew whenever the run has logged something, until it has ended; yields its path each
+    time.
+
+    Args:
+        seconds: between two looks; the page in a browser follows as often.
+
+    Raises:
+        ConfigError: as `write_report` does.
+    """
+    seen = None
+    while True:
+        run = read_run(Path(folder))
+        is_over = not run.is_open
+        now = run.paths.metrics.stat().st_mtime_ns, is_over
+        if now != seen:
+            seen = now
+            yield write_report(folder, refresh=None if is_over else seconds)
+        if is_over:
+            return
+        time.sleep(seconds)
 
 
 def summarize(folder: Path) -> str:
@@ -77,7 +106,8 @@ def summarize(folder: Path) -> str:
 
 
 @cache
-def _templates() -> Environment:
+def templates() -> Environment:
+    """The templates of the pages."""
     # Names, prompts and settings come from files that anyone may have written: everything is escaped.
     templates = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     templates.loader = PackageLoader("nextscale.report")
@@ -117,14 +147,14 @@ def _settings(config: dict[str, Any]) -> dict[str, dict[str, str]]:
     """The tables of the configuration: one of what stands alone, and one for each section."""
     alone = {key: value for key, value in config.items() if not isinstance(value, dict | list)}
     sections = {"recipe": alone, **{key: value for key, value in config.items() if key not in alone}}
-    return {title: _flatten(section) for title, section in sections.items() if section}
+    return {title: flatten(section) for title, section in sections.items() if section}
 
 
 def _changed(config: dict[str, Any]) -> dict[str, str]:
     """The settings that differ from the defaults; what has none, such as the rewards, is among them."""
     content = json.loads((files("nextscale") / SCHEMA).read_text(encoding="utf-8"))["properties"]
     defaults = {key: value["default"] for key, value in content.items() if "default" in value}
-    ours, theirs = _flatten(config), _flatten(defaults)
+    ours, theirs = flatten(config), flatten(defaults)
     skipped = ("description", "run.output_dir")
     return {
         key: f"{value}  (default {theirs[key]})" if key in theirs else value
@@ -140,14 +170,14 @@ def _script() -> str:
     return "\n" + path.read_text(encoding="utf-8").strip() + "\n"
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
+def flatten(value: Any, prefix: str = "") -> dict[str, str]:
     """Nested mappings, and lists of mappings, as rows with dotted names."""
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         value = {position: item for position, item in enumerate(value, start=1)}
     if not isinstance(value, dict) or not value:
         plain = {None: "none", True: "true", False: "false"}
         return {prefix: plain[value] if value is None or isinstance(value, bool) else str(value)}
-    inner = (_flatten(item, f"{prefix}.{key}" if prefix else str(key)) for key, item in value.items())
+    inner = (flatten(item, f"{prefix}.{key}" if prefix else str(key)) for key, item in value.items())
     return {key: text for rows in inner for key, text in rows.items()}
 
 

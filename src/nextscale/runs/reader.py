@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 import yaml
+from filelock import FileLock, Timeout
 
 from nextscale.base.errors import ConfigError
 from nextscale.runs.paths import RunPaths
@@ -48,6 +49,21 @@ class Run:
     @property
     def num_steps(self) -> int:
         return self.records[-1]["step"]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the run is going on, as far as its files tell: a process holds its lock."""
+        lock = FileLock(self.paths.lock_file)
+        if not self.paths.lock_file.exists():
+            return False
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        except OSError:  # a folder that this user may only read
+            return False
+        lock.release()
+        return False
 
     @property
     def num_images(self) -> int:
