@@ -305,8 +305,8 @@ def test_overrides_are_taken_from_the_words():
         (["train", "toy-paintin"], "did you mean 'toy-painting'?"),
         (["plan"], "required: RECIPE"),
         (["plan", "toy-painting", "--gpu", "h100-80"], "unknown GPU 'h100-80'; did you mean 'h100-80gb'?"),
-        (["plan", "toy-painting", "--num-gpus", "65"], "65 processes cannot share the 64 images of a step"),
-        (["plan", "toy-painting", "--num-gpus", "0"], "0 processes cannot share the 64 images of a step"),
+        (["plan", "toy-painting", "--num-gpus", "33"], "33 processes cannot share the 32 images of a step"),
+        (["plan", "toy-painting", "--num-gpus", "0"], "0 processes cannot share the 32 images of a step"),
         (["plan", "toy-painting", "--model", "var-d17"], "no model 'var-d17'"),
         (["plan", "var-d16-aesthetics"], "did you mean 'var-d16-aesthetic'?"),
         (["plan", "toy-painting", "--grpo.betta", "1"], "did you mean 'grpo.beta'?"),
@@ -348,7 +348,7 @@ def test_a_dry_run_prints_the_plan(folder, tmp_path):
     words = ["train", folder / "recipe.yaml", "--run.output_dir", tmp_path / "run", "--dry-run"]
     done = run(*words)
     comments = [line for line in done.stdout.splitlines() if line.startswith("#")]
-    assert "# Plan:" in comments and "# 1 x h100-80gb, computed, not measured" in comments
+    assert "# Plan:" in comments and "# 1 x cpu, computed, not measured" in comments
     assert any("that of 'bright' unknown, not counted" in line for line in comments)
     assert "Not checked" not in done.stdout
     shared = run(*words, env_changes={"WORLD_SIZE": "300"})

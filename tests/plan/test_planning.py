@@ -14,7 +14,7 @@ from nextscale.models import zoo
 from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAEConfig
 from nextscale.models.zoo import TOY_ASSETS
-from nextscale.plan.gpus import GPUS, find_gpu
+from nextscale.plan.gpus import GPUS, find_gpu, known
 from nextscale.plan.phases import Phases
 from nextscale.plan.planning import USABLE_MEMORY, UTILISATION, describe, make_plan
 from nextscale.policy import SamplingConfig
@@ -222,6 +222,47 @@ def test_gpus():
     with pytest.raises(ConfigError, match=r"unknown GPU 'h100'; did you mean 'h100-80gb'\?"):
         find_gpu("h100")
     assert all(float(re.search(r"(\d+)gb", name)[1]) * 1e9 == gpu.memory for name, gpu in GPUS.items())
+    assert find_gpu("a10-24gb", 20).memory == 20e9 and find_gpu("a10-24gb", 20).bfloat16 == 125e12
+    with pytest.raises(ConfigError, match="must be more than 0 GB, got -1"):
+        find_gpu("a10-24gb", -1)
+
+
+@pytest.mark.parametrize(
+    ("name", "gibibytes", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", 79.2, "h100-80gb"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40gb"),
+        ("NVIDIA A100-SXM4-80GB", 79.1, "a100-80gb"),
+        ("NVIDIA GeForce RTX 4090", 23.5, "rtx-4090-24gb"),
+        ("NVIDIA L4", 22.0, "l4-24gb"),
+        ("NVIDIA L40S", 44.4, "l40s-48gb"),
+        ("NVIDIA RTX A6000", 47.4, "rtx-a6000-48gb"),
+        ("Tesla T4", 14.6, "t4-16gb"),
+        ("NVIDIA RTX 6000 Ada Generation", 47.5, None),
+    ],
+)
+def test_a_card_is_known_by_what_its_driver_says(name, gibibytes, expected):
+    found = known(name, gibibytes * 2**30)
+    assert (found.name if found else None) == expected
+
+
+def test_without_a_gpu_the_miniature_is_planned_for_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plan = plan_recipe(load_recipe("toy-painting"))
+    assert plan.gpu.name == "cpu" and plan.gpu.is_measured and 1e9 < plan.gpu.float32 < 1e14
+    assert "which was measured here" in describe(plan) and "h100" not in describe(plan)
+    assert plan_recipe(load_recipe("var-d16-painting")).gpu.name == "h100-80gb"
+    assert plan_recipe(load_recipe("var-d16-painting"), gigabytes=24).gpu.memory == 24e9
+
+
+def test_evaluations_are_a_part_of_the_time():
+    plan = small_plan("a100-40gb", max_steps=10, eval_steps=4, eval_num_images=64)
+    assert plan.num_evaluations == 4  # before, after 4 and 8 steps, and after the last
+    drawn = sum(plan.flops[name] for name in ("rollout", "decode", "reward"))
+    assert plan.evaluation_seconds == pytest.approx(64 * drawn / 8 / plan.rate)  # a step draws 8
+    assert plan.run_seconds == pytest.approx(10 * plan.seconds + 4 * plan.evaluation_seconds)
+    assert small_plan("a100-40gb", eval_steps=0).num_evaluations == 0
+    assert small_plan("a100-40gb", max_steps=8, eval_steps=4).num_evaluations == 3
 
 
 def test_backbones_that_are_not_known():
@@ -342,4 +383,5 @@ def test_a_plan_as_text():
     assert "8 images of 21 tokens: 168 tokens" in text
     assert "fits: 21.60 of 24.00 GB are usable" in text
     assert sum(line.startswith("  + ") for line in lines) == 1
-    assert "at 30% of the float32 peak" in lines[-1]
+    assert "at 30% of the float32 peak" in lines[-2]
+    assert lines[-1].startswith("run         100 steps and 5 evaluations of 512 images (")

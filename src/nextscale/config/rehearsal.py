@@ -12,7 +12,7 @@ from nextscale.models import hub, zoo
 from nextscale.models.var import VAR
 from nextscale.models.vqvae import VQVAE
 from nextscale.pipeline import VARPipeline
-from nextscale.plan.gpus import DEFAULT_GPU
+from nextscale.plan.gpus import find_gpu, gpu_at_hand
 from nextscale.plan.planning import Plan, make_plan
 
 
@@ -55,8 +55,14 @@ def _needs_download(name: str) -> bool:
     return hub.is_repository(name) and not Path(name).exists() and hub.find_cached(name, []) is None
 
 
-def plan_recipe(recipe: Recipe, gpu: str = DEFAULT_GPU, num_gpus: int = 1) -> Plan:
+def plan_recipe(
+    recipe: Recipe, gpu: str | None = None, num_gpus: int = 1, gigabytes: float | None = None
+) -> Plan:
     """What a recipe's run will need, computed from the sizes of its networks alone.
+
+    Args:
+        gpu: a name in `gpus.GPUS`; by default the GPU at hand (`gpus.gpu_at_hand`).
+        gigabytes: memory of a GPU, if not that of its data sheet.
 
     Raises:
         NextscaleError: an unknown GPU or model, or groups that the GPUs cannot share.
@@ -68,4 +74,11 @@ def plan_recipe(recipe: Recipe, gpu: str = DEFAULT_GPU, num_gpus: int = 1) -> Pl
     model, recipe = zoo.describe(recipe.model, recipe.vae), resolve(recipe)
     sizes = model.transformer, model.tokenizer
     options = recipe.grpo, recipe.sampling, recipe.run
-    return make_plan(*sizes, trained, *options, gpu, num_gpus, evaluated, recipe.tuning)
+    if gpu is None:
+        with torch.device("meta"):
+            num_parameters = sum(each.numel() for each in VAR(model.transformer).parameters())
+        device = gpu_at_hand(num_parameters)
+        device = device if gigabytes is None else find_gpu(device.name, gigabytes)
+    else:
+        device = find_gpu(gpu, gigabytes)
+    return make_plan(*sizes, trained, *options, device, num_gpus, evaluated, recipe.tuning)

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from transformers import CLIPModel
 
+from nextscale.base.numbers import duration
 from nextscale.base.processes import share_of
 from nextscale.grpo import GRPOConfig
 from nextscale.models.scales import ScaleSchedule
 from nextscale.models.var import VARConfig
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
 from nextscale.plan.counting import Count
-from nextscale.plan.gpus import find_gpu
+from nextscale.plan.gpus import GPU, find_gpu
 from nextscale.plan.phases import Phases, tuned_transformer
 from nextscale.policy import SamplingConfig
 from nextscale.reference import cast, reference_dtype
@@ -41,6 +42,7 @@ class Plan:
 
     Attributes:
         gpu, num_gpus: what it is to run on.
+        run: how long it is, and what it measures.
         dtype: of the matrix products.
         parameters: number of parameters, by network; and of those that are trained, where not all are.
         unknown: rewards (and other users of a network) whose network is unknown and not counted.
@@ -51,13 +53,13 @@ class Plan:
         phases: peak bytes that one process needs in addition, by phase.
         cache: the part of the rollout's bytes that holds keys and values.
         activations: the part of the update's bytes that is saved for the backward pass.
-        memory: bytes of one GPU.
         rate: assumed FLOP/s of all GPUs together.
         keeps_gradients: whether the gradients exist in all phases.
     """
 
-    gpu: str
+    gpu: GPU
     num_gpus: int
+    run: RunConfig
     dtype: str
     parameters: dict[str, int]
     unknown: tuple[str, ...]
@@ -68,7 +70,6 @@ class Plan:
     phases: dict[str, float]
     cache: float
     activations: float
-    memory: float
     rate: float
     keeps_gradients: bool = False
 
@@ -85,12 +86,29 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether a process fits on its GPU."""
-        return self.peak <= USABLE_MEMORY * self.memory
+        return self.peak <= USABLE_MEMORY * self.gpu.memory
 
     @property
     def seconds(self) -> float:
         """Estimated time per step."""
         return sum(self.flops.values()) / self.rate
+
+    @property
+    def num_evaluations(self) -> int:
+        """Evaluations of the whole run: before training, every so often, and after it."""
+        every, steps = self.run.eval_steps, self.run.max_steps
+        return 1 + steps // every + bool(steps % every) if every else 0
+
+    @property
+    def evaluation_seconds(self) -> float:
+        """Estimated time of an evaluation, which draws and scores; judges and embeddings are not counted."""
+        drawn = sum(self.flops[name] for name in WITHOUT_GRADIENTS) / self.num_images
+        return self.run.eval_num_images * drawn / self.rate
+
+    @property
+    def run_seconds(self) -> float:
+        """Estimated time of the whole run."""
+        return self.run.max_steps * self.seconds + self.num_evaluations * self.evaluation_seconds
 
 
 def make_plan(
@@ -100,7 +118,7 @@ def make_plan(
     grpo: GRPOConfig,
     sampling: SamplingConfig,
     run: RunConfig,
-    gpu: str,
+    gpu: str | GPU,
     num_gpus: int = 1,
     evaluated: Mapping[str, str | None] | None = None,
     tuning: TuningConfig | None = None,
@@ -111,7 +129,7 @@ def make_plan(
 
     Args:
         backbones: name of each reward to the name of its network; None if unknown.
-        gpu: a name in `gpus.GPUS`.
+        gpu: a name in `gpus.GPUS`, or what else a plan is for.
         num_gpus: number of GPUs, each with one process.
         evaluated: purpose to name of networks that are loaded too, but run in evaluations only.
         tuning: what of the transformer is trained; by default all of it.
@@ -121,7 +139,7 @@ def make_plan(
         ConfigError: the GPU is unknown, there are more processes than images, or `tuning` does not fit the
             model.
     """
-    device = find_gpu(gpu)
+    device = find_gpu(gpu) if isinstance(gpu, str) else gpu
     grpo.check_processes(num_gpus)
     num_images = grpo.num_images
     tuning = tuning or TuningConfig()
@@ -186,8 +204,9 @@ def make_plan(
     in_bfloat16 = run.mixed_precision == "bf16" and device.bfloat16 is not None
     peak_rate = device.bfloat16 if in_bfloat16 and device.bfloat16 else device.float32
     return Plan(
-        gpu=gpu,
+        gpu=device,
         num_gpus=num_gpus,
+        run=run,
         dtype="bfloat16" if in_bfloat16 else "float32",
         parameters={name: size.parameters for name, size in sizes.items()},
         unknown=tuple(name for name, backbone in named.items() if backbone not in clips),
@@ -198,7 +217,6 @@ def make_plan(
         phases=phases,
         cache=of.cache_bytes(),
         activations=counts["update"].saved,
-        memory=device.memory,
         rate=peak_rate * UTILISATION * num_images / share,
         keeps_gradients=num_gpus > 1 and not is_sharded,
     )
@@ -225,10 +243,15 @@ def describe(plan: Plan) -> str:
         )
         for name, number in plan.phases.items()
     ]
+    measured = ", which was measured here" if plan.gpu.is_measured else ""
+    evaluations = ""
+    if plan.num_evaluations:
+        each = duration(plan.evaluation_seconds)
+        evaluations = f" and {plan.num_evaluations} evaluations of {plan.run.eval_num_images} images ({each})"
     verdict = "fits" if plan.fits else "does not fit"
-    limit = f"{_gigabytes(USABLE_MEMORY * plan.memory)} of {_gigabytes(plan.memory)} GB"
+    limit = f"{_gigabytes(USABLE_MEMORY * plan.gpu.memory)} of {_gigabytes(plan.gpu.memory)} GB"
     lines = [
-        f"{plan.num_gpus} x {plan.gpu}, computed, not measured",
+        f"{plan.num_gpus} x {plan.gpu.name}, computed, not measured",
         f"parameters  {' · '.join(networks)}",
         f"step        {plan.num_images} images of {plan.tokens_per_image} tokens: "
         f"{plan.num_images * plan.tokens_per_image:,} tokens",
@@ -239,7 +262,8 @@ def describe(plan: Plan) -> str:
             for name, number, detail in rows
         ),
         f"  {'peak':<22}{_gigabytes(plan.peak):>8}  {verdict}: {limit} are usable",
-        f"time        {plan.seconds:.2g} s a step, at {UTILISATION:.0%} of the {plan.dtype} peak",
+        f"time        {plan.seconds:.2g} s a step, at {UTILISATION:.0%} of the {plan.dtype} peak{measured}",
+        f"run         {plan.run.max_steps:,} steps{evaluations}: about {duration(plan.run_seconds)}",
     ]
     return "\n".join(lines)
 
