@@ -25,6 +25,7 @@ FLOORS = (
         "rollout",
         "credit",
         "evaluation",
+        "measured",
     ),
     ("toy.*", "learner", "collector", "callbacks", "trainer"),
     ("plan.*",),

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from nextscale.pipeline import VARPipeline
 from test_trainer import brightness, make_trainer, metrics_of, redness
 
+BEST = ("best-1", "best-2", "best-3", "sharded-best-2")
 TESTS = Path(__file__).parent
 
 
@@ -73,11 +75,14 @@ def test_any_number_of_processes_equals_one(make_pipeline: Callable[[], VARPipel
         "sharded-lora": "lora",
         "sharded-freeze": "freeze",
         "sharded-conditional": "conditional",
+        "sharded-best": "best",
         "sharded-costly": "costly",
         "sharded-refilled": "refilled",
     }
     for case, plain in alike.items():
         assert largest_difference(two[case], two[plain]) < 1e-5, case
+    best = [load_file(tmp_path / name / "best" / "transformer.safetensors") for name in BEST]
+    assert all(largest_difference(each, best[0]) < 1e-5 for each in best[1:])
     pair = {"red": redness, "bright": brightness}
     for name in ("group-1", "sharded-2"):
         pipe, options = make_pipeline(), {"learning_rate": 1e-5, "max_steps": 4, "resume": "auto"}

@@ -73,6 +73,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "conditional": (pair, {"trained_branches": "conditional"}),
     "moving": (pair, {"sync_ref_model": True, "ref_model_sync_steps": 2, "beta": 0.5, "target_kl": 0.01}),
     "costly": (pair, {"kl_in_reward": True, "beta": 0.5, "train_scales": 3, "temperature": 1.5}),
+    "best": (redness, {"save_best": "eval_reward", "eval_steps": 1, "eval_num_images": 16}),
     "refilled": (red_of_some, {"max_resamplings": 2}),
 }
 IN_TWO: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -85,6 +86,7 @@ IN_TWO: dict[str, tuple[Any, dict[str, Any]]] = {
     "sharded-lora": (redness, {**CASES["lora"][1], "fsdp": True, "gradient_checkpointing": True}),
     "sharded-freeze": (redness, {**CASES["freeze"][1], "fsdp": True}),
     "sharded-conditional": (pair, {"fsdp": True, "trained_branches": "conditional"}),
+    "sharded-best": (redness, {"fsdp": True, **CASES["best"][1]}),
     "sharded-costly": (pair, {"fsdp": True, **CASES["costly"][1]}),
     "sharded-refilled": (red_of_some, {"max_resamplings": 2, "fsdp": True}),
 }

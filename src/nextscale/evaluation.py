@@ -16,8 +16,12 @@ from nextscale.base.errors import ConfigError
 from nextscale.base.processes import from_owners, gathered, my_share, share_of
 from nextscale.base.seeding import generator_for
 from nextscale.base.statistics import deviation, standard_error
+from nextscale.grpo import GRPOConfig
+from nextscale.models.protocol import NextScaleModel
+from nextscale.objective import Microbatch, Objective
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
+from nextscale.reference import Reference
 from nextscale.rewards.asking.processes import fail_together
 from nextscale.rewards.groups import GroupReward
 from nextscale.rewards.protocol import require_scores
@@ -61,6 +65,10 @@ class Evaluation:
         samples: (rows, columns, 3, H, W), the first images of the first conditions, for a grid.
         conditions: of the rows.
         first_tokens: (rows, L) of the first image of each row.
+        scores: the reward, and each reward by its name, of all images; NaN for one that was not scored.
+        embeddings: (N G, E) of all images, where they were embedded.
+        scores: the reward, and each reward by its name, of all images; NaN for one that was not scored.
+        embeddings: (N G, E) of all images, where they were embedded.
         extremes: the best, the middle and the worst images, where they were asked for.
     """
 
@@ -68,6 +76,8 @@ class Evaluation:
     samples: Tensor
     conditions: list[Condition]
     first_tokens: Tensor
+    scores: dict[str, Tensor]
+    embeddings: Tensor | None = None
     extremes: "Extremes | None" = None
 
 
@@ -101,6 +111,7 @@ def evaluate(
     num_compared: int | None = None,
     num_columns: int = 8,
     num_extremes: int = 0,
+    base: NextScaleModel | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Measure a model on at least `num_images` images, the same seeds at every call.
@@ -119,6 +130,8 @@ def evaluate(
         num_compared: images that a reward of groups compares, by default all of a condition: as many as in
             training, where its scores depend on how many there are.
         num_columns: images of each row of `Evaluation.samples`.
+        base: a model to measure the KL to, in nats an image, under the same policy.
+        base: a model to measure the KL to, in nats an image, under the same policy.
         num_extremes: images of each row of `Extremes`, which are drawn again by the first process.
         progress: called after every batch with the images that this process has drawn, and is to draw.
 
@@ -151,7 +164,8 @@ def evaluate(
         places = [divmod(i, per_condition) for i in images]
         return [i for i, (row, column) in enumerate(places) if row < MAX_ROWS and column < columns]
 
-    scored, judged, embeddings, samples, tokens = [], [], [], [], []
+    scored, judged, embeddings, samples, tokens, moved = [], [], [], [], [], []
+    to_base = Objective(GRPOConfig(), sampling, pipe.transformer.schedule, Reference(base)) if base else None
     seen: list[list[dict[str, Tensor]]] = [[] for _ in measures]
     # Only what is small is kept of each batch: memory does not grow with the number of images.
     mine = my_share(total)
@@ -162,6 +176,14 @@ def evaluate(
             samples.append(batch.images[shown].cpu())
             tokens.append(batch.tokens[shown].cpu())
             scored.append(rewards.scores(batch.images, batch.conditions))
+            if to_base is not None:
+                parts = batch.conditioning, batch.tokens, batch.inputs, batch.log_probs, batch.log_probs
+                kl_BL = to_base.divergence(pipe.transformer, Microbatch(*parts))[1]
+                moved.append({"kl_per_image": kl_BL.sum(1).float().cpu()})
+            if to_base is not None:
+                parts = batch.conditioning, batch.tokens, batch.inputs, batch.log_probs, batch.log_probs
+                kl_BL = to_base.divergence(pipe.transformer, Microbatch(*parts))[1]
+                moved.append({"kl_per_image": kl_BL.sum(1).float().cpu()})
             if embed is not None:
                 embeddings.append({"embedding": embed(batch.images).float().cpu()})
             if judges is not None:
@@ -189,9 +211,13 @@ def evaluate(
         **{f"rewards/{name}/sem": standard_error(each).item() for name, each in flat.items()},
         "num_images": float(total),
     }
+    embedded: Tensor | None = None
     if embeddings:
-        groups = gathered(cat_by_name(embeddings))["embedding"].split(per_condition)
+        embedded = gathered(cat_by_name(embeddings))["embedding"]
+        groups = embedded.split(per_condition)
         metrics["diversity"] = sum(map(mean_pairwise_distance, groups)) / len(groups)
+    if moved:
+        metrics["kl_per_image"] = gathered(cat_by_name(moved))["kl_per_image"].mean().item()
     if judged:
         metrics |= {name: each.float().mean().item() for name, each in gathered(cat_by_name(judged)).items()}
     for parts, each in zip(seen, measures, strict=True):
@@ -213,7 +239,15 @@ def evaluate(
             [[reward[i].item() for i in row] for row in rows],
             [[chosen[i // per_condition] for i in row] for row in rows],
         )
-    return Evaluation(metrics, grid, chosen[:MAX_ROWS], tokens_BL[::columns], extremes)
+    return Evaluation(
+        metrics,
+        grid,
+        chosen[:MAX_ROWS],
+        tokens_BL[::columns],
+        {"reward": reward} | flat,
+        embedded,
+        extremes,
+    )
 
 
 @torch.no_grad()

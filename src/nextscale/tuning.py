@@ -1,7 +1,9 @@
 """What of a model is trained: all of it, the parts that are not frozen, or a low-rank adapter (LoRA)."""
 
+import copy
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import nn
 
@@ -15,6 +17,7 @@ from nextscale.models.lora import (
     linear_layers,
     merge_adapter,
 )
+from nextscale.models.protocol import NextScaleModel
 
 FROZEN_BEFORE = "_frozen_before_tuning"
 
@@ -163,3 +166,23 @@ def _frozen(config: TuningConfig, trained: list[str]) -> set[str]:
     for pattern in patterns:
         require_match("tuning.freeze", pattern, trained, "parameter that would be trained")
     return {name for pattern in patterns for name in matching(pattern, trained)}
+
+
+@torch.no_grad()
+def interpolated(base: NextScaleModel, tuned: NextScaleModel, alpha: float) -> NextScaleModel:
+    """A model between two: the base at 0, the tuned one at 1. For an adapter that is the same as scaling it.
+
+    Raises:
+        ConfigError: alpha is not in [0, 1], or the two are not of the same shape.
+    """
+    if not 0 <= alpha <= 1:
+        raise ConfigError(f"the strength alpha must be between 0 and 1, got {alpha}")
+    ours, theirs = (dict(each.named_parameters()) for each in (tuned, base))
+    if {name: each.shape for name, each in ours.items()} != {n: each.shape for n, each in theirs.items()}:
+        raise ConfigError(
+            "the tuned model and its base differ in their shape: give the base that it was tuned from"
+        )
+    model = copy.deepcopy(tuned)
+    for name, each in model.named_parameters():
+        each.copy_(torch.lerp(theirs[name].to(each), each, alpha))
+    return model

@@ -1,6 +1,7 @@
 """The command line. What starts a process or trains is shared; mistakes are made in process."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
@@ -686,21 +688,106 @@ def test_a_run_folder_is_no_model_but_tells_where_one_is(folder, trained, fails)
 def test_evaluate_with_a_recipe(folder, tmp_path, capsys):
     words = ["evaluate", str(folder / "model"), "--num-images", "8"]
     assert main([*words, "--recipe", str(folder / "recipe.yaml")]) == 0
-    table = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    measured = {f"rewards/bright/{key}" for key in ("mean", "std", "sem")}
-    settings = {"model", "sampling", "mixed_precision", "seed"}
-    assert set(table) == {"reward", "reward_std", "reward_sem", "num_images", *measured, *settings}
+    printed = capsys.readouterr().out
+    lines = [line.split(maxsplit=1) for line in printed.splitlines()]
+    table = {line[0]: line[1] for line in lines if len(line) == 2}
+    assert {"model", "sampling", "mixed_precision", "seed", "reward", "bright"} <= set(table)
     assert table["model"] == str(folder / "model") and table["seed"] == "0"
     assert table["sampling"] == "guidance_scale 1.5, temperature 1, top_k 40, top_p 1"
+    assert "8 images of fixed seeds" in printed
     path = tmp_path / "new" / "figures.json"
     reward = ["--reward", f"python={folder}/rewards.py:bright"]
     assert main([*words, *reward, "--top-k", "40", "--json", "--output", str(path)]) == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert json.loads(path.read_text()) == printed
-    assert printed["reward"] == pytest.approx(float(table["reward"]), abs=1e-4)
-    assert printed["num_images"] == 8 and printed["seed"] == 0 and printed["mixed_precision"] == "no"
-    assert printed["model"] == str(folder / "model")
-    assert printed["sampling"] == {"guidance_scale": 1.5, "temperature": 1.0, "top_k": 40, "top_p": 1.0}
+    found = json.loads(capsys.readouterr().out)
+    assert json.loads(path.read_text()) == found
+    measured = {f"rewards/python/{key}" for key in ("mean", "std", "sem")}
+    settings = {"model", "sampling", "mixed_precision", "seed"}
+    assert set(found) == {"reward", "reward_std", "reward_sem", "num_images", *measured, *settings}
+    mean, half = map(float, table["reward"].split(" ± "))
+    assert mean == pytest.approx(found["reward"], abs=0.005)
+    assert half == pytest.approx(1.96 * found["reward_sem"], rel=0.06)
+    assert found["num_images"] == 8 and found["seed"] == 0 and found["mixed_precision"] == "no"
+    assert found["model"] == str(folder / "model")
+    assert found["sampling"] == {"guidance_scale": 1.5, "temperature": 1.0, "top_k": 40, "top_p": 1.0}
+
+
+@pytest.fixture
+def other(folder, tmp_path):
+    """A model near that of the folder."""
+    pipe = VARPipeline.from_pretrained(folder / "model")
+    with torch.no_grad():
+        for each in pipe.transformer.parameters():
+            each.add_(0.02 * torch.randn(each.shape, generator=torch.Generator().manual_seed(each.numel())))
+    return str(pipe.save_pretrained(tmp_path / "other"))
+
+
+def test_evaluate_several_models_on_the_same_seeds(folder, other, tmp_path, capsys):
+    model, reward = str(folder / "model"), ["--reward", f"mine:python={folder}/rewards.py:bright"]
+    words = ["evaluate", model, other, *reward, "--num-images", "12", "--base", model]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    first, second = found["models"]
+    assert first["name"] == model and second["name"] == other
+
+    # The difference, paired by hand.
+    out = [VARPipeline.from_pretrained(each) for each in (model, other)]
+    conditions = out[0].all_conditions()
+    seeds = [("evaluate", 0, condition.key) for condition in conditions]
+    images = [
+        torch.cat([each.images for each in pipe.draw_batches(conditions, seeds, 3, pipe.sampling, 64)])
+        for pipe in out
+    ]
+    scores = [each.mean((1, 2, 3)).double() for each in images]
+    difference = found["paired_differences"][other]["mine"]
+    assert difference["value"] == pytest.approx((scores[1] - scores[0]).mean().item(), abs=1e-6)
+    expected = 1.96 * (scores[1] - scores[0]).std().item() / math.sqrt(12)
+    assert difference["half"] == pytest.approx(expected, rel=1e-4)
+    assert first["kl_per_image"] == 0 and second["kl_per_image"] > 0.01
+    alone = ["evaluate", other, *reward, "--num-images", "12", "--json"]
+    assert main(alone) == 0
+    assert json.loads(capsys.readouterr().out)["reward"] == second["reward"]
+
+    for form, begins in (("table", "base"), ("markdown", "| "), ("latex", r"\begin{tabular}{lrr}")):
+        assert main([*words, "--format", form]) == 0
+        text = capsys.readouterr().out
+        assert text.startswith(begins) and "mine" in text and f"less {model}"[:9] in text
+
+
+def test_evaluate_strengths_between_a_base_and_a_model(folder, other, tmp_path, capsys):
+    model, reward = str(folder / "model"), ["--reward", f"python={folder}/rewards.py:bright"]
+    words = ["evaluate", other, *reward, "--num-images", "8", "--json"]
+    plot = tmp_path / "new" / "strength.png"
+    strengths = ["--base", model, "--alpha", "1,0,0.5", "--plot", str(plot)]
+    assert main([*words, *strengths]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [each["name"] for each in found["models"]] == ["alpha 0", "alpha 0.5", "alpha 1"]
+    kl = [each["kl_per_image"] for each in found["models"]]
+    assert kl[0] == 0 and 0 < kl[1] < kl[2]
+    for each, source in ((found["models"][0], model), (found["models"][2], other)):
+        assert main(["evaluate", source, *words[2:]]) == 0
+        assert json.loads(capsys.readouterr().out)["reward"] == each["reward"]
+    assert found["knee"] in ("alpha 0", "alpha 0.5", "alpha 1")
+    with Image.open(plot) as picture:
+        assert picture.width > 300
+
+
+@pytest.mark.skipif(not TOY_ASSETS.is_dir(), reason=f"no assets of the miniature world in {TOY_ASSETS}")
+def test_evaluate_against_real_images(folder, fails, tmp_path, capsys):
+    model = str(folder / "model")
+    assert (
+        main(["sample", "--model", model, "--separate", str(tmp_path / "real" / "a"), "--num-images", "3"])
+        == 0
+    )
+    words = ["evaluate", model, "--reward", f"python={folder}/rewards.py:bright", "--num-images", "12"]
+    words += ["--clip", "toy", "--real", str(tmp_path / "real")]
+    capsys.readouterr()
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    # The same images but for their seeds: near, in units in which other images are not.
+    assert 0 <= found["clip/cmmd"] < 1 and 0 < found["clip/frechet"] < 0.5
+    (tmp_path / "real" / "a" / "bad.png").write_text("none")
+    assert "bad.png' is no readable image" in fails(*words)
+    assert "has 0 images: give a folder with at least two" in fails(*words[:-1], tmp_path / "nothing")
 
 
 def test_commands_sample_a_model_as_it_was_trained(folder, make_pipeline, tmp_path, capsys):
@@ -784,10 +871,22 @@ def test_evaluate_the_classes_asked_for(folder, capsys):
     [
         ([], "no rewards given: say which with --recipe or --reward"),
         (["--reward", "python=x.py:f", "--recipe", "toy-painting"], "not allowed with argument"),
-        (["--reward", "pithon=x.py:f"], "must be of the form KIND=VALUE; did you mean 'python=VALUE'?"),
+        (
+            ["--reward", "pithon=x.py:f"],
+            "must be of the form KIND=VALUE or NAME:KIND=VALUE; did you mean 'python=VALUE'?",
+        ),
         (["--reward", "python={folder}/rewards.py:nothing"], "reward 'python' returned NaN for all"),
         (["--reward", "python={folder}/rewards.py:exits"], "reward 'python' raised SystemExit: 0 ("),
         (["--num-images", "-4"], "--num-images must be at least 2, got -4"),
+        (["--alpha", "0,1"], "--alpha goes from a base to one model: give one model, and its base with"),
+        (["--alpha", "0,x"], "--alpha must be numbers separated by commas, got '0,x'"),
+        (["--alpha", "0.5"], "--alpha needs at least two strengths between 0 and 1, got '0.5'"),
+        (["--alpha", "0,1.5"], "--alpha needs at least two strengths between 0 and 1, got '0,1.5'"),
+        (["--plot", "x.png"], "--plot draws strengths: give them with --alpha"),
+        (["--real", "x", "--reward", "python={folder}/rewards.py:bright"], "say of which CLIP with --clip"),
+        (["--reward", "a:python=x.py:f", "--reward", "a:python=y.py:f"], "has the name of another one"),
+        (["{folder}/model", "--reward", "python={folder}/rewards.py:bright"], "is given twice"),
+        (["nowhere", "--adapter", "x"], "--adapter is for one model"),
         (["--reward", "python={folder}/rewards.py:bright", "--classes", "9"], "class 9 is out of range"),
     ],
 )

@@ -1,7 +1,9 @@
-"""`nextscale evaluate`: score a model with rewards, judges and diversity."""
+"""`nextscale evaluate`: score models with rewards, judges and diversity, on the same seeds."""
 
 import json
 from argparse import Namespace
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,55 +14,76 @@ from nextscale.cli.parser import add_command, complete_with
 from nextscale.config.files import find_recipe, packaged_recipes
 
 if TYPE_CHECKING:
-    from nextscale.config.recipe import Recipe
+    from nextscale.pipeline import VARPipeline
     from nextscale.rewards.protocol import RewardConfig
 
 
 def add(commands: Any) -> None:
     examples = [
         "evaluate toy",
-        "evaluate runs/toy-painting/final --recipe toy-painting --num-images 1024",
-        'evaluate runs/mine/final --reward "clip_score=a photo of a {label}" --reward python=my.py:f',
+        "evaluate toy runs/toy-painting --recipe toy-painting --num-images 1024",
+        'evaluate runs/mine --reward "clip_score=a photo of a {label}" --reward mine:python=my.py:f',
+        "evaluate runs/toy-painting --base toy --alpha 0,0.25,0.5,0.75,1 --plot strength.png",
+        "evaluate toy runs/a runs/b --format latex",
         "evaluate toy --json > before.json",
     ]
-    summary = "score a model with rewards, judges and diversity, on images of fixed seeds"
+    summary = "score models with rewards, judges and diversity, on images of the same fixed seeds"
     parser = add_command(commands, "evaluate", run, summary, examples)
-    parser.add_argument("model", metavar="MODEL", help=arguments.MODEL)
+    text = f"{arguments.MODEL}; of several, the others are compared with the first"
+    parser.add_argument("models", metavar="MODEL", nargs="+", help=text)
     arguments.add_vae(parser)
     arguments.add_adapter(parser)
     which = parser.add_mutually_exclusive_group()
     text = "use this recipe's rewards, classes and sampling (default in the miniature world: toy-combined's "
     text += "rewards)"
     complete_with(which.add_argument("--recipe", metavar="RECIPE", help=text), packaged_recipes(), "yaml")
-    text = "use this reward, such as aesthetic=, clip_score=, pixels= or python=; can be given several times"
-    which.add_argument("--reward", action="append", metavar="KIND=VALUE", help=text)
-    parser.option("--clip", str, "CLIP model for diversity and for the rewards given by --reward")
+    text = (
+        "use this reward, such as aesthetic=, clip_score=, pixels= or python=, with a name before it if it "
+    )
+    text += "is to have one; can be given several times"
+    which.add_argument("--reward", action="append", metavar="[NAME:]KIND=VALUE", help=text)
+    text = "CLIP model for diversity, for distances to other images, and for the rewards given by --reward"
+    parser.option("--clip", str, text)
+    text = "folder of images to measure the distance to, in CLIP embeddings; of several models, by default "
+    parser.option("--real", Path, text + "the first model's images")
+    parser.option("--base", str, "model to measure the KL to, and for --alpha to go on from")
+    text = "strengths between the base (0) and the model (1), separated by commas: each is measured"
+    parser.option("--alpha", str, text)
+    parser.option("--plot", Path, "with --alpha, draw what is kept against the reward, to this file")
     parser.option("--classes", str, arguments.CLASSES, shown="those of the recipe, or all")
     parser.option("--num-images", int, "minimum number of images", 512)
     arguments.add_drawing_options(parser, "the recipe's, or the model's")
     text = "precision of all networks (default: the recipe's, or that of the run that trained the model)"
     parser.add_argument("--mixed-precision", choices=("no", "bf16"), help=text)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.option("--output", Path, "also write the JSON to this file")
+    text = "how to print the figures (default: table)"
+    parser.add_argument(
+        "--format", choices=("table", "markdown", "latex", "json"), default="table", help=text
+    )
+    parser.add_argument("--json", action="store_true", help="the same as --format json")
+    parser.option("--output", Path, "also write the figures as JSON to this file")
 
 
 def run(args: Namespace) -> int:
     if args.num_images < 2:
         raise ConfigError(f"--num-images must be at least 2, got {args.num_images}")
+    alphas = alphas_of(args)
+    if args.adapter and len(args.models) > 1:
+        raise ConfigError("--adapter is for one model: merge it with 'nextscale export' to compare it")
     if args.recipe:
         find_recipe(args.recipe)  # a wrong name is answered before the seconds that importing torch takes
-    import torch
 
-    from nextscale import evaluation
-    from nextscale.config.build import embedder, is_miniature, judges_for, make_rewards, measures_for
+    from nextscale.cli.measuring import add_distances, as_json, knee_of, measure, plot_strengths
+    from nextscale.config.build import is_miniature, load_pipeline, make_rewards
     from nextscale.config.recipe import load_recipe
-    from nextscale.runs.config import RunConfig
+    from nextscale.measured import notes, table_rows
+    from nextscale.report.tables import as_table
     from nextscale.runs.launch import join_processes
+    from nextscale.tuning import interpolated
 
     processes = join_processes(args.device)
     if processes.num_processes > 1:  # they share the images
         args.device = str(processes.device)
-    pipe = arguments.load_model(args)
+    pipe = load_one(args, args.models[0])
     if args.reward:
         clip = args.clip or ("toy" if is_miniature(pipe) else None)
         recipe, rewards = None, rewards_of_words(args.reward, clip)
@@ -69,64 +92,94 @@ def run(args: Namespace) -> int:
         clip, rewards = args.clip or recipe.run.diversity_clip, recipe.rewards
     else:
         raise ConfigError("no rewards given: say which with --recipe or --reward")
+    if args.real and not clip:
+        raise ConfigError("--real compares CLIP embeddings: say of which CLIP with --clip")
     recipe = recipe if args.recipe else None  # else it was for its rewards alone: the model says the rest
-    given = recipe.sampling.model_dump(exclude_unset=True) if recipe else {}
-    sampling = pipe.sampling.replace(**given | arguments.given_sampling(args))
-    classes = arguments.classes_of(args)
-    if classes is None and recipe:
-        classes = recipe.grpo.class_labels
-    precision = _precision(args, recipe)
-    with torch.autocast(pipe.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        result = evaluation.evaluate(
-            pipe,
-            make_rewards(rewards),
-            sampling,
-            num_images=args.num_images,
-            seed=args.seed,
-            conditions=None if classes is None else pipe.conditions(classes),
-            judges=judges_for(pipe),
-            measures=measures_for(pipe),
-            embed=embedder(clip),
-            batch_size=(recipe.run if recipe else RunConfig()).per_device_eval_batch_size,
-        )
-    settings = {
-        "model": args.model,
-        **({"adapter": args.adapter} if args.adapter else {}),
-        "sampling": sampling.model_dump(),
-        "mixed_precision": precision,
-        "seed": args.seed,
-    }
+    reward_set = make_rewards(rewards)
+    base = load_pipeline(args.base, device=str(pipe.device)) if args.base else None
+    measuring = partial(measure, args, reward_set, clip, recipe, base, processes.is_main_process)
+
+    found = []
+    if alphas:
+        assert base is not None
+        tuned = pipe.transformer
+        for alpha in alphas:
+            pipe.transformer = interpolated(base.transformer, tuned, alpha)
+            found.append(measuring(f"alpha {alpha:g}", args.models[0], pipe))
+    else:
+        for name, source in named(args.models).items():
+            pipe = pipe if source == args.models[0] else load_one(args, source)
+            found.append(measuring(name, source, pipe))
+    if clip:
+        add_distances(args, clip, found, str(pipe.device))
     is_main = processes.is_main_process
     processes.destroy_process_group()
     if not is_main:
         return 0
-    text = json.dumps(settings | result.metrics, indent=2)
+    measured = [each for each, _ in found]
+    marked = f"knee: {measured[knee_of(measured)].name}" if alphas else ""
+    text = json.dumps(as_json(measured, marked), indent=2)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(text + "\n")
-    if args.json:
+    if args.plot:
+        plot_strengths(args.plot, alphas, measured)
+    form = "json" if args.json else args.format
+    if form == "json":
         print(text)
-    else:
-        drawn = ", ".join(f"{name} {value:g}" for name, value in sampling.model_dump().items())
-        width = max(map(len, [*settings, *result.metrics]))
+        return 0
+    if form == "table":
+        settings = measured[0].settings
+        drawn = ", ".join(f"{name} {value:g}" for name, value in settings["sampling"].items())
         for name, value in (settings | {"sampling": drawn}).items():
-            print(f"{name:{width}}  {value}")
-        for name, value in result.metrics.items():
-            print(f"{name:{width}}  {value:10.4f}".rstrip("0").rstrip("."))
+            if name != "model" or len(measured) == 1:
+                print(f"{name:16}  {value}")
+        print()
+    print(as_table(["", *(each.name for each in measured)], table_rows(measured), form))
+    if form == "table":
+        print("\n" + "\n".join([*notes(measured), *([marked] if marked else [])]))
     return 0
 
 
-def _precision(args: Namespace, recipe: "Recipe | None") -> str:
-    """As asked for, or as the recipe says, or as the run did that trained the model."""
-    from nextscale.runs.reader import find_run, read_run
+def alphas_of(args: Namespace) -> list[float]:
+    """The strengths that were asked for, in order; none by default.
 
-    if args.mixed_precision:
-        return args.mixed_precision
-    if recipe and "mixed_precision" in recipe.run.model_fields_set:
-        return recipe.run.mixed_precision
-    run, _ = find_run(str(Path(args.adapter).parent) if args.adapter else args.model)
-    settings = read_run(run).config.get("run") if run else None
-    return settings.get("mixed_precision", "no") if isinstance(settings, dict) else "no"
+    Raises:
+        ConfigError: they are no numbers between 0 and 1, fewer than two, or without what they are between.
+    """
+    if args.alpha is None:
+        if args.plot:
+            raise ConfigError("--plot draws strengths: give them with --alpha")
+        return []
+    try:
+        alphas = sorted({float(word) for word in args.alpha.split(",")})
+    except ValueError:
+        raise ConfigError(f"--alpha must be numbers separated by commas, got '{args.alpha}'") from None
+    if len(alphas) < 2 or not (alphas[0] >= 0 and alphas[-1] <= 1):
+        raise ConfigError(f"--alpha needs at least two strengths between 0 and 1, got '{args.alpha}'")
+    if not args.base or len(args.models) > 1:
+        raise ConfigError("--alpha goes from a base to one model: give one model, and its base with --base")
+    return alphas
+
+
+def named(models: Sequence[str]) -> dict[str, str]:
+    """Models by what a table calls them: as they were given.
+
+    Raises:
+        ConfigError: one is given twice.
+    """
+    found = dict(zip(models, models, strict=True))
+    if len(found) < len(models):
+        twice = next(each for each in models if models.count(each) > 1)
+        raise ConfigError(f"the model '{twice}' is given twice: give each once")
+    return found
+
+
+def load_one(args: Namespace, model: str) -> "VARPipeline":
+    """A model as the arguments say; of a run's folder, its final model."""
+    from nextscale.runs.reader import find_run
+
+    return arguments.load_model(Namespace(**vars(args) | {"model": find_run(model)[1]}))
 
 
 def rewards_of_words(words: list[str], clip: str | None) -> "dict[str, RewardConfig]":
@@ -141,11 +194,14 @@ def rewards_of_words(words: list[str], clip: str | None) -> "dict[str, RewardCon
     rewards: dict[str, RewardConfig] = {}
     for word in words:
         kind, equals, value = word.partition("=")
+        given, _, kind = kind.rpartition(":")
         if kind not in REWARD_KINDS or not equals:
             hint = did_you_mean(kind, [f"{each}=VALUE" for each in REWARD_KINDS])
-            raise ConfigError(f"--reward '{word}' must be of the form KIND=VALUE{hint}")
+            raise ConfigError(f"--reward '{word}' must be of the form KIND=VALUE or NAME:KIND=VALUE{hint}")
         has_own = "clip" not in REWARD_KINDS[kind].model_fields or value in AESTHETIC_HEADS
         options = {"clip": clip} if clip and not has_own else {}
-        name = kind if kind not in rewards else f"{kind}_{len(rewards) + 1}"
+        name = given or (kind if kind not in rewards else f"{kind}_{len(rewards) + 1}")
+        if name in rewards:
+            raise ConfigError(f"--reward '{word}' has the name of another one: give each its own")
         rewards[name] = read_reward({kind: value, **options})
     return rewards

@@ -1,0 +1,162 @@
+"""What `nextscale evaluate` does with models: measures them one after the other, and puts it together."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from nextscale.base.errors import ConfigError
+from nextscale.cli import arguments
+from nextscale.config.build import embedder, judges_for, measures_for
+from nextscale.config.recipe import Recipe
+from nextscale.evaluation import evaluate
+from nextscale.measured import Measured, clip_distances, differences, knee
+from nextscale.pipeline import VARPipeline
+from nextscale.rewards.reward_set import RewardSet
+from nextscale.runs.config import RunConfig
+from nextscale.runs.reader import find_run, read_run
+
+IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def measure(
+    args: Namespace,
+    rewards: RewardSet,
+    clip: str | None,
+    recipe: Recipe | None,
+    base: VARPipeline | None,
+    is_main: bool,
+    name: str,
+    source: str,
+    pipe: VARPipeline,
+) -> tuple[Measured, Tensor | None]:
+    """What one model's images score, and their embeddings."""
+    given = recipe.sampling.model_dump(exclude_unset=True) if recipe else {}
+    sampling = pipe.sampling.replace(**given | arguments.given_sampling(args))
+    classes = arguments.classes_of(args)
+    if classes is None and recipe:
+        classes = recipe.grpo.class_labels
+    precision = _precision(args, source, recipe)
+    bar = tqdm(desc=name, unit="image", leave=False, disable=None if is_main else True)
+
+    def progress(num_done: int, num_images: int) -> None:
+        bar.total = num_images
+        bar.update(num_done - bar.n)
+
+    with bar, torch.autocast(pipe.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        result = evaluate(
+            pipe,
+            rewards,
+            sampling,
+            num_images=args.num_images,
+            seed=args.seed,
+            conditions=None if classes is None else pipe.conditions(classes),
+            judges=judges_for(pipe),
+            measures=measures_for(pipe),
+            embed=embedder(clip),
+            batch_size=(recipe.run if recipe else RunConfig()).per_device_eval_batch_size,
+            base=base.transformer if base else None,
+            progress=progress,
+        )
+    settings = {
+        "model": source,
+        **({"adapter": args.adapter} if args.adapter else {}),
+        **({"base": args.base} if args.base else {}),
+        "sampling": sampling.model_dump(),
+        "mixed_precision": precision,
+        "seed": args.seed,
+    }
+    return Measured(name, settings, result.metrics, result.scores), result.embeddings
+
+
+def add_distances(
+    args: Namespace, clip: str, found: list[tuple[Measured, Tensor | None]], device: str
+) -> None:
+    """Add to the metrics the distances in CLIP embeddings: to real images, or to those of the first model."""
+    reference = embeddings_of(args.real, clip, device) if args.real else found[0][1]
+    for measured, embeddings in found if args.real else found[1:]:
+        if embeddings is not None and reference is not None:
+            measured.metrics.update(clip_distances(reference, embeddings))
+
+
+def embeddings_of(folder: Path, clip: str, device: str) -> Tensor:
+    """CLIP embeddings of all images in a folder and those below it.
+
+    Raises:
+        ConfigError: there are fewer than two, or one cannot be read.
+    """
+    files = sorted(each for each in folder.rglob("*") if each.suffix.lower() in IMAGE_FILES)
+    if len(files) < 2:
+        raise ConfigError(f"--real '{folder}' has {len(files)} images: give a folder with at least two")
+    embed, embeddings = embedder(clip), []
+    assert embed is not None
+    for file in files:
+        try:
+            with Image.open(file) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+        except (OSError, Image.DecompressionBombError):
+            raise ConfigError(f"'{file}' is no readable image; remove it") from None
+        image = torch.from_numpy(pixels.copy()).to(device).permute(2, 0, 1)[None].float() / 255
+        with torch.no_grad():
+            embeddings.append(embed(image).float().cpu())
+    return torch.cat(embeddings)
+
+
+def as_json(measured: Sequence[Measured], marked: str) -> dict[str, Any]:
+    """The figures as JSON: of one model flat, of several with their paired differences."""
+    if len(measured) == 1:
+        return measured[0].settings | measured[0].metrics
+    models = [{"name": each.name} | each.settings | each.metrics for each in measured]
+    found = {"models": models, "paired_differences": differences(measured)}
+    return found | ({"knee": marked.removeprefix("knee: ")} if marked else {})
+
+
+def _kept(measured: Sequence[Measured]) -> list[str]:
+    """What should not fall while the reward rises: judges, diversity, and rewards of weight 0 or held out."""
+    names = ("judge/class_log_prob", "judge/class_accuracy", "diversity")
+    return [name for name in names if all(name in each.metrics for each in measured)]
+
+
+def knee_of(measured: Sequence[Measured]) -> int:
+    """The strength at which the reward is no longer worth what is lost."""
+    names = _kept(measured)
+    kept = [each.metrics[names[0]] if names else 0.0 for each in measured]
+    return knee([each.metrics["reward"] for each in measured], kept)
+
+
+def plot_strengths(path: Path, alphas: Sequence[float], measured: Sequence[Measured]) -> None:
+    """What is kept against the reward, a panel for each, the knee marked."""
+    names, best = _kept(measured) or ["reward"], knee_of(measured)
+    figure = Figure(figsize=(4 * len(names), 3.4), layout="constrained")
+    rewards = [each.metrics["reward"] for each in measured]
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        kept = [each.metrics[name] for each in measured]
+        axes.plot(rewards, kept, "-o", markersize=4)
+        axes.plot(rewards[best], kept[best], "o", markersize=11, fillstyle="none", color="C3")
+        for x, y, alpha in zip(rewards, kept, alphas, strict=True):
+            axes.annotate(f"{alpha:g}", (x, y), textcoords="offset points", xytext=(6, 6), fontsize=8)
+        axes.set(xlabel="reward", ylabel=name.rpartition("/")[2].replace("_", " "))
+        axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError:
+        raise ConfigError(f"'{path}' has no image file extension: use one such as .png") from None
+
+
+def _precision(args: Namespace, model: str, recipe: Recipe | None) -> str:
+    """As asked for, or as the recipe says, or as the run did that trained the model."""
+    if args.mixed_precision:
+        return args.mixed_precision
+    if recipe and "mixed_precision" in recipe.run.model_fields_set:
+        return recipe.run.mixed_precision
+    run, _ = find_run(str(Path(args.adapter).parent) if args.adapter else model)
+    settings = read_run(run).config.get("run") if run else None
+    return settings.get("mixed_precision", "no") if isinstance(settings, dict) else "no"

@@ -1,0 +1,138 @@
+"""Several models measured on the same seeds: their means with intervals, and paired differences.
+
+Shapes: N images
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from nextscale.base.distances import Gaussian, frechet_distance, maximum_mean_discrepancy
+from nextscale.base.numbers import number
+from nextscale.base.statistics import standard_error
+
+Z95 = 1.96
+"""Standard errors of half a 95 % interval of a mean of many."""
+FEW = 2048
+"""Images under which a Fréchet distance is labelled as one of few."""
+UNCERTAIN = ("reward_std", "reward_sem", "num_images")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model and what was measured of it.
+
+    Attributes:
+        name: as a table calls it.
+        settings: how it was drawn from.
+        metrics: from an evaluation.
+        scores: the reward and each reward of all images, (N,); NaN for one that was not scored.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    metrics: dict[str, float]
+    scores: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean with half of its 95 % interval, over the images of an evaluation."""
+
+    value: float
+    half: float
+
+    def __str__(self) -> str:
+        return f"{number(self.value)} ± {self.half:.2g}"
+
+
+def mean_of(scores_N: Tensor) -> Mean:
+    """The mean of the images that were scored."""
+    return Mean(scores_N.nanmean().item(), Z95 * standard_error(scores_N).item())
+
+
+def paired_difference(first_N: Tensor, second_N: Tensor) -> Mean:
+    """How much more the second model's images score than the first's of the same seeds, image by image. What
+    both share of an image's luck cancels, so that the interval is smaller than that of either mean."""
+    return mean_of(second_N - first_N)
+
+
+def knee(gains: Sequence[float], kept: Sequence[float]) -> int:
+    """The place on a curve where what is gained stops being worth what it costs: farthest above the line from
+    its first point to its last.
+
+    Args:
+        gains: of a reward, in order of strength.
+        kept: of what should not fall.
+
+    Source: Satopää et al. 2011, "Finding a 'Kneedle' in a Haystack": the largest difference of the normalised
+    curves.
+    """
+
+    def normalised(values: Sequence[float]) -> list[float]:
+        span = values[-1] - values[0]
+        return [(each - values[0]) / span if span else 0.0 for each in values]
+
+    gain, loss = normalised(gains), normalised(kept)
+    return max(range(len(gain)), key=lambda i: gain[i] - loss[i])
+
+
+def table_rows(models: Sequence[Measured]) -> list[list[str]]:
+    """What a table shows of each measure: a row of values, and for rewards, with several models, one of
+    paired differences to the first."""
+    rows: list[list[str]] = []
+    first = models[0]
+    for name in first.scores:
+        rows.append([name, *(str(mean_of(each.scores[name])) for each in models)])
+        if len(models) > 1:
+            others = (paired_difference(first.scores[name], each.scores[name]) for each in models[1:])
+            rows.append([f"  less {first.name}", "", *(_signed(each) for each in others)])
+    names = dict.fromkeys(name for each in models for name in each.metrics)
+    plain = [n for n in names if n not in UNCERTAIN and n != "reward" and not n.startswith("rewards/")]
+    rows.append([])
+    for name in plain:
+        values = (each.metrics.get(name) for each in models)
+        rows.append([name, *("" if each is None else number(each) for each in values)])
+    return rows
+
+
+def notes(models: Sequence[Measured]) -> list[str]:
+    """What a reader of the table has to know."""
+    images = int(models[0].metrics["num_images"])
+    told = [f"{images:,} images of fixed seeds; ± is half of the 95 % interval of the mean over images."]
+    if len(models) > 1:
+        told.append("Differences are paired: image by image, of the same seeds.")
+    measures_sets = any("frechet" in name or "cmmd" in name for name in models[0].metrics)
+    if measures_sets and images < FEW:
+        told.append(
+            f"Distances of {images:,} images, fewer than {FEW:,}, are too large: compare them with those of "
+            "equally many alone."
+        )
+    return told
+
+
+def differences(models: Sequence[Measured]) -> dict[str, dict[str, dict[str, float]]]:
+    """The paired differences to the first model, by model and reward, for JSON."""
+    first = models[0]
+    return {
+        other.name: {
+            name: vars(paired_difference(first.scores[name], other.scores[name])) for name in first.scores
+        }
+        for other in models[1:]
+    }
+
+
+def _signed(mean: Mean) -> str:
+    sign = "+" if mean.value > 0 else ""
+    return f"{sign}{mean}"
+
+
+def clip_distances(first_NE: Tensor, second_ME: Tensor) -> dict[str, float]:
+    """Fréchet distance and CMMD of two sets of CLIP embeddings of length 1."""
+    first_NE, second_ME = first_NE.float(), second_ME.float()
+    return {
+        "clip/frechet": frechet_distance(Gaussian.fit(first_NE), Gaussian.fit(second_ME)),
+        "clip/cmmd": maximum_mean_discrepancy(first_NE, second_ME),
+    }
