@@ -3,6 +3,7 @@
 import runpy
 from pathlib import Path
 
+import pytest
 import torch
 
 import nextscale as ns
@@ -43,3 +44,10 @@ def test_its_parts_are_those_of_the_package() -> None:
     weights = torch.full((7,), 1 / 7)
     loss = example["grpo_loss"](log_probs, old, log_probs, advantages, weights)  # the KL is 0
     torch.testing.assert_close(loss, -surrogate.mean())
+
+
+def test_the_space_shows_the_studio(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gradio = pytest.importorskip("gradio", reason="Gradio, of the extra ui, is not installed")
+    monkeypatch.chdir(tmp_path)
+    example = runpy.run_path(str(EXAMPLES / "app.py"))  # as another name than __main__: it does not launch
+    assert isinstance(example["demo"], gradio.Blocks) and not list(tmp_path.iterdir())

@@ -1,3 +1,4 @@
+import io
 import json
 import re
 
@@ -34,6 +35,30 @@ def test_shapes_types_and_ranges(tiny_pipeline):
     assert out.log_probs.shape == (8, 30) and out.log_probs.dtype == torch.float32
     assert (out.log_probs <= 0).all() and out.log_probs.isfinite().all()
     assert not any(tensor.requires_grad for tensor in (out.images, out.tokens, out.log_probs))
+
+
+def test_every_scale_is_told(tiny_pipeline):
+    seen = []
+    out = tiny_pipeline([0, 3], 2, seed=1, callback_on_scale_end=lambda *told: seen.append(told))
+    assert [scale for _, scale, _ in seen] == [0, 1, 2, 3] and all(
+        pipe is tiny_pipeline for pipe, _, _ in seen
+    )
+    tokenizer, done = tiny_pipeline.tokenizer, 0
+    latent = tokenizer.empty_latent(4)
+    for (_, scale, f_hat), length in zip(seen, tokenizer.schedule.lengths, strict=True):
+        latent = tokenizer.add_scale(latent, out.tokens[:, done : done + length], scale)
+        done += length
+        assert torch.equal(f_hat, latent)
+    assert torch.equal(tokenizer.latent_to_images(seen[-1][2]), out.images)
+    assert torch.equal(out.images, tiny_pipeline([0, 3], 2, seed=1).images)
+
+
+def test_a_notebook_shows_the_images_as_a_grid(tiny_pipeline):
+    out = tiny_pipeline([0, 1, 2], 3)
+    with Image.open(io.BytesIO(out._repr_png_())) as grid:
+        assert grid.size == (8 * 8, 2 * 8)
+        assert np.array_equal(np.asarray(grid)[:8, :8], np.asarray(out.pil()[0]))
+        assert (np.asarray(grid)[8:, 8:] == 255).all()  # nine images: seven places of the last row stay white
 
 
 def test_the_images_are_the_decoded_tokens(tiny_pipeline):

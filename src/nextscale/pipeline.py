@@ -3,13 +3,16 @@
 Shapes: B images · L tokens of all scales · H W pixels
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -28,7 +31,7 @@ from nextscale.models.var import VAR
 from nextscale.models.vqvae import VQVAE, check_same_grids
 from nextscale.policy import DEFAULT_SAMPLING, SamplingConfig
 from nextscale.report.model_card import write_model_card
-from nextscale.sampling import Branches, sample
+from nextscale.sampling import Branches, OnScale, sample
 
 Classes = int | str | Tensor | Iterable[int | str]
 """Classes by number or name; a single one may stand alone."""
@@ -51,6 +54,16 @@ class VAROutput:
     def pil(self) -> list[Image.Image]:
         """The images as PIL images."""
         return to_pil(self.images)
+
+    def _repr_png_(self) -> bytes:
+        """A notebook shows the images as a grid."""
+        columns = min(len(self.images), 8)
+        filled = torch.cat(
+            [self.images, self.images.new_ones(-len(self.images) % columns, *self.images.shape[1:])]
+        )
+        grid = rearrange(filled, "(rows columns) c h w -> 1 c (rows h) (columns w)", columns=columns)
+        to_pil(grid)[0].save(buffer := io.BytesIO(), "PNG")
+        return buffer.getvalue()
 
 
 @dataclass(frozen=True)
@@ -366,6 +379,7 @@ class VARPipeline:
         batch_size: int | None = None,
         share: range | None = None,
         branches: Branches | None = None,
+        on_scale: OnScale | None = None,
     ) -> Iterator[Drawn]:
         """What `draw` draws, batch by batch: all are full but the last, and run across groups.
 
@@ -373,6 +387,7 @@ class VARPipeline:
             share: the images to draw, contiguous, of all those of all groups, which it may cut; all by
                 default.
             branches: how images share their first scales; by default none do.
+            on_scale: called after every scale of a batch.
         """
         num_tokens = self.transformer.schedule.num_tokens
         share = range(len(conditions) * num_images) if share is None else share
@@ -393,7 +408,8 @@ class VARPipeline:
             uniforms_BL = uniforms_BL[part].to(self.device)
             clock = Clock(self.device)
             with clock("rollout"):
-                samples = sample(self.transformer, self.tokenizer, batch, uniforms_BL, sampling, branching)
+                drawn_by = batch, uniforms_BL, sampling, branching, on_scale
+                samples = sample(self.transformer, self.tokenizer, *drawn_by)
             with clock("decode"):
                 images = self._decode(samples.latent)
             yield Drawn(
@@ -428,6 +444,7 @@ class VARPipeline:
         temperature: float | None = None,
         seed: int = 0,
         batch_size: int = 64,
+        callback_on_scale_end: Callable[["VARPipeline", int, Tensor], None] | None = None,
     ) -> VAROutput:
         """Draw images. The images of the i-th label depend on (seed, i) alone.
 
@@ -442,6 +459,9 @@ class VARPipeline:
             temperature: divides the logits.
             seed: of the images.
             batch_size: images run at once; it bounds the memory, and changes no token.
+            callback_on_scale_end: gets the pipeline, the number of the scale, from 0, and `f_hat`, the
+                (B, D, h, w) latent of all scales up to it, of each batch; `pipe.tokenizer.latent_to_images`
+                decodes it.
 
         Raises:
             ConfigError: no classes, or a class or a setting that cannot be used.
@@ -453,5 +473,7 @@ class VARPipeline:
         sampling = self.sampling.replace(**{key: each for key, each in given.items() if each is not None})
         conditions = self.conditions(class_labels)
         seeds = [("sample", seed, i) for i in range(len(conditions))]
-        drawn = self.draw(conditions, seeds, num_images_per_label, sampling, batch_size)
+        on_scale = partial(callback_on_scale_end, self) if callback_on_scale_end else None
+        drawn_in = conditions, seeds, num_images_per_label, sampling, batch_size, None, None, on_scale
+        drawn = Drawn.cat(list(self.draw_batches(*drawn_in)))
         return VAROutput(drawn.images, drawn.tokens, drawn.log_probs)

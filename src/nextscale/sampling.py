@@ -4,6 +4,7 @@ Shapes: B images · L tokens of all scales · l tokens of one scale · V codeboo
 · h w the full latent grid
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +81,10 @@ class Branches:
         return Branching(self.num_scales, tuple(each // self.size - first for each in images))
 
 
+OnScale = Callable[[int, Tensor], None]
+"""Gets the number of a scale, from 0, and the (B, D, h, w) latent of all scales up to it."""
+
+
 @torch.no_grad()
 def sample(
     transformer: NextScaleModel,
@@ -88,6 +93,7 @@ def sample(
     uniforms_BL: Tensor,
     config: SamplingConfig,
     branching: Branching | None = None,
+    on_scale: OnScale | None = None,
 ) -> Samples:
     """Sample one image per condition, with one forward pass per scale.
 
@@ -98,6 +104,7 @@ def sample(
         uniforms_BL: one number in [0, 1) per token; they determine the images (see `group_uniforms`).
         config: the policy to sample from.
         branching: which images share their first scales; the numbers of the first of them count there.
+        on_scale: called after every scale.
 
     Raises:
         CheckpointError: the model's logits are NaN.
@@ -133,6 +140,8 @@ def sample(
         log_probs.append(token_log_probs(log_probs_BlV, tokens_Bl))
         tokens.append(tokens_Bl)
         latent_BDhw = tokenizer.add_scale(latent_BDhw, tokens_Bl, k)
+        if on_scale is not None:
+            on_scale(k, latent_BDhw)
     is_nan_S = torch.stack(is_nan)
     if is_nan_S.any():  # looked at once, in the end: it waits for the device
         scale = is_nan_S.tolist().index(True) + 1

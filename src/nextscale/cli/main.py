@@ -1,5 +1,4 @@
-"""The command line: `nextscale train | plan | sample | evaluate | report | export | study |
-toy`.
+"""The command line: `nextscale train | plan | sample | evaluate | report | export | study | ui | toy`.
 
 What takes long to import is imported when a command runs, so that help and mistakes are answered at once.
 """
@@ -13,11 +12,11 @@ import argcomplete
 from nextscale import __version__
 from nextscale.base.errors import NextscaleError
 from nextscale.base.interrupt import Interrupted
-from nextscale.cli import evaluate, export, plan, report, sample, study, toy, train
+from nextscale.cli import evaluate, export, plan, report, sample, study, toy, train, ui
 from nextscale.cli.parser import Parser, forget_stdout
 from nextscale.config.overrides import take_overrides
 
-COMMANDS = (train, plan, sample, evaluate, report, export, study, toy)
+COMMANDS = (train, plan, sample, evaluate, report, export, study, ui, toy)
 """A new command is one file with `add` (its arguments) and `run` (what it does), and a word in this table."""
 
 

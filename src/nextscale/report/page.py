@@ -22,13 +22,24 @@ from nextscale.base.files import write_text_aside
 from nextscale.base.numbers import count, duration, percent
 from nextscale.report import pictures, story
 from nextscale.report.charts import COLOURS, INK, PARTS, VARIABLES, charts, draw_chart, piece_length
+from nextscale.runs.paths import RunPaths
 from nextscale.runs.reader import Run, read_run
 
 SCHEMA = "config/recipe.schema.json"
 
 
 def write_report(folder: Path, *, refresh: int | None = None) -> Path:
-    """Write a run's page, which needs no other file, into its folder; returns the page's path.
+    """Write a run's page into its folder; returns the page's path.
+
+    Args, raises: as `render_report`.
+    """
+    path = RunPaths(Path(folder)).report
+    write_text_aside(path, render_report(folder, refresh=refresh))
+    return path
+
+
+def render_report(folder: Path, *, refresh: int | None = None) -> str:
+    """A run's page, which needs no other file, as HTML.
 
     Args:
         refresh: seconds after which a browser that shows the page loads it anew; by default it does not.
@@ -67,8 +78,7 @@ def write_report(folder: Path, *, refresh: int | None = None) -> Path:
         config=run.config_text,
         is_judged=bool(run.names("eval_judge/(.+)")),
     )  # fmt: skip
-    write_text_aside(run.paths.report, page)
-    return run.paths.report
+    return page
 
 
 def watch_report(folder: Path, seconds: int) -> Iterator[Path]:

@@ -1,0 +1,1 @@
+"""The studio: draw, score, browse runs and fine-tune in the browser."""

@@ -1,0 +1,315 @@
+"""The studio's page, by Gradio: draw, score, tune, runs."""
+
+import html
+from collections.abc import Iterator
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nextscale.base.conditions import Condition
+from nextscale.base.errors import ConfigError, NextscaleError
+from nextscale.report.page import render_report, summarize
+from nextscale.runs.reader import read_run
+from nextscale.studio.models import Frame, Models, clip_for, draw, grid_of, score
+from nextscale.studio.training import Training, start
+
+PROMPT = "a painting of a {label}"
+CURVES = ("reward", "eval_reward", "eval_diversity")
+
+
+def told(function: Any) -> Any:
+    """What cannot be done is told on the page, in the sentence that the command line would print."""
+
+    @wraps(function)
+    def wrapped(*arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except NextscaleError as error:
+            raise gr.Error(html.escape(str(error)), print_exception=False) from None
+
+    return wrapped
+
+
+def told_in_turn(function: Any) -> Any:
+    """As `told`, for a function that yields."""
+
+    @wraps(function)
+    def wrapped(*arguments: Any) -> Iterator[Any]:
+        try:
+            yield from function(*arguments)
+        except NextscaleError as error:
+            raise gr.Error(html.escape(str(error)), print_exception=False) from None
+
+    return wrapped
+
+
+def build(models: Models) -> gr.Blocks:
+    """The page.
+
+    Args:
+        models: what can be chosen.
+    """
+    with gr.Blocks(title="nextscale studio") as page:
+        gr.Markdown("# nextscale studio")
+        with gr.Tab("Draw"):
+            draw_tab(page, models)
+        with gr.Tab("Score"):
+            score_tab(models)
+        with gr.Tab("Tune"):
+            tune_tab(models)
+        with gr.Tab("Runs"):
+            runs_tab(page, models)
+    return page
+
+
+# ---- draw
+
+
+def draw_tab(page: gr.Blocks, models: Models) -> None:
+    """Two models side by side, from the same seed."""
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            base = gr.Dropdown(models.names(), value="toy", label="Model")
+            tuned = gr.Dropdown(["", *models.names()], value="", label="Beside it")
+            alpha = gr.Slider(0, 1, 1, step=0.05, label="Strength of the second", info="0 is the first model")
+            classes = gr.Textbox("star, heart, house, fish", label="Classes", info="names or numbers")
+            number = gr.Slider(1, 8, 4, step=1, label="Images of each")
+            seed = gr.Number(0, label="Seed", precision=0)
+            with gr.Accordion("Sampling", open=False):
+                own = gr.Checkbox(True, label="As each model was trained")
+                guidance = gr.Slider(0, 10, 1.5, step=0.1, label="Guidance")
+                temperature = gr.Slider(0.1, 2, 1, step=0.05, label="Temperature")
+                top_k = gr.Number(0, label="Top-k", info="0 keeps all", precision=0)
+                top_p = gr.Slider(0, 1, 1, step=0.01, label="Top-p", info="1 keeps all")
+            with gr.Accordion("Reward", open=False):
+                prompt = gr.Textbox(PROMPT, label="Prompt to score with", info="{label} is the class")
+                clip = gr.Textbox("", label="CLIP", info="empty for the miniature's")
+            button = gr.Button("Draw", variant="primary")
+        with gr.Column(scale=3):
+            with gr.Row():
+                first, second = (
+                    gr.Image(label=name, type="pil", format="png", interactive=False)
+                    for name in ("The model", "Beside it")
+                )
+            with gr.Row():
+                first_score, second_score = gr.Markdown(), gr.Markdown()
+    inputs = [
+        base,
+        tuned,
+        alpha,
+        classes,
+        number,
+        seed,
+        own,
+        guidance,
+        temperature,
+        top_k,
+        top_p,
+        prompt,
+        clip,
+    ]
+
+    def run(*values: Any) -> Iterator[tuple[Any, ...]]:
+        yield from _draw_both(models, *values)
+
+    shown = [first, second, first_score, second_score]
+    button.click(told_in_turn(run), inputs, shown, concurrency_limit=2, api_name="draw")
+
+    def names() -> tuple[Any, Any]:
+        return gr.update(choices=models.names()), gr.update(choices=["", *models.names()])
+
+    page.load(names, None, [base, tuned], api_visibility="private")
+
+
+def _draw_both(
+    models: Models,
+    base: str,
+    tuned: str,
+    alpha: float,
+    classes: str,
+    number: float,
+    seed: float | None,
+    own: bool,
+    guidance: float,
+    temperature: float,
+    top_k: float,
+    top_p: float,
+    prompt: str,
+    clip: str,
+) -> Iterator[tuple[Any, ...]]:
+    """The pictures of both models and what they score, scale by scale."""
+    words = [word.strip() for word in classes.split(",") if word.strip()]
+    if seed is None:
+        raise ConfigError("the seed must be a whole number")
+    options: dict[str, Any] = {"seed": int(seed)}
+    if not own:
+        given = {"guidance_scale": guidance, "temperature": temperature, "top_k": int(top_k), "top_p": top_p}
+        options |= given
+    pipes = [models.load(base), *([models.between(base, tuned, alpha)] if tuned else [])]
+    pictures: list[Any] = [None, None]
+    texts = ["", ""]
+    for i, pipe in enumerate(pipes):
+        conditions = [each for each in pipe.conditions(words) for _ in range(int(number))]
+        for found in draw(pipe, words, int(number), options):
+            if isinstance(found, Frame):
+                pictures[i] = found.picture
+                texts[i] = f"scale {found.scale} of {found.num_scales}"
+            else:
+                pictures[i] = grid_of(found, len(words))
+                texts[i] = _scores(pipe, prompt, clip, found, conditions)
+            yield (*pictures, *texts)
+
+
+def _scores(pipe: Any, prompt: str, clip: str, images: Tensor, conditions: list[Condition]) -> str:
+    if not prompt.strip():
+        return ""
+    scores = score(prompt, clip_for(pipe, clip), images, conditions)
+    return f"Reward: mean **{np.mean(scores):.3f}**, from {min(scores):.3f} to {max(scores):.3f}"
+
+
+# ---- score
+
+
+def score_tab(models: Models) -> None:
+    """A reward prompt, tried on images of one's own."""
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            files = gr.File(
+                label="Images", file_count="multiple", file_types=[".png", ".jpg", ".jpeg", ".webp"]
+            )
+            label = gr.Textbox("star", label="What they show", info="stands for {label}")
+            prompt = gr.Textbox(PROMPT, label="Prompt")
+            clip = gr.Textbox("toy", label="CLIP", info="toy, a folder, or a hub repository")
+            button = gr.Button("Score", variant="primary")
+        table = gr.Dataframe(headers=["image", "score"], interactive=False, scale=2)
+
+    def run(paths: list[str] | None, label: str, prompt: str, clip: str) -> list[list[Any]]:
+        if not paths:
+            raise ConfigError("choose at least one image to score")
+        rows = []
+        for path in paths:
+            try:
+                with Image.open(path) as picture:
+                    pixels = np.asarray(picture.convert("RGB"))
+            except (OSError, Image.DecompressionBombError):
+                raise ConfigError(f"'{Path(path).name}' is no readable image") from None
+            image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
+            (found,) = score(prompt, clip.strip() or "toy", image, [Condition(None, label)])
+            rows.append([Path(path).name, round(found, 4)])
+        return sorted(rows, key=lambda row: -row[1])
+
+    button.click(told(run), [files, label, prompt, clip], table, concurrency_limit=1, api_name="score")
+
+
+# ---- tune
+
+
+def tune_tab(models: Models) -> None:
+    """A short fine-tuning towards a prompt, with live curves and a button to stop it."""
+    state = gr.State(None)  # of this visitor alone
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            model = gr.Dropdown(["toy", *models.given], value="toy", label="Model")
+            prompt = gr.Textbox(PROMPT, label="Prompt", info="{label} is the class")
+            clip = gr.Textbox("toy", label="CLIP", info="toy, a folder, or a hub repository")
+            steps = gr.Number(16, label="Steps", precision=0)
+            rate = gr.Number(8e-4, label="Learning rate", info="for real models 1e-5 to 1e-4")
+            name = gr.Textbox("", label="Name of the run", info="empty for the time")
+            with gr.Row():
+                begin = gr.Button("Start", variant="primary")
+                end = gr.Button("Stop")
+        with gr.Column(scale=3):
+            status = gr.Markdown("Nothing runs yet.")
+            curve = gr.LinePlot(x="step", y="value", color="metric", label="Reward and diversity", height=320)
+            picture = gr.Image(label="Samples", type="pil", format="png", interactive=False)
+
+    def go(
+        running: Training | None, model: str, prompt: str, clip: str, steps: float, rate: float, name: str
+    ) -> tuple[Training, str]:
+        if running is not None and running.is_running:
+            raise ConfigError("your run goes on: stop it before you start another")
+        if model not in ("toy", *models.given):
+            raise ConfigError(f"there is no model '{model}' to choose here: take one from the list")
+        chosen = {"model": model, "prompt": prompt, "clip": clip.strip() or "toy"}
+        numbers = {"steps": int(steps or 0), "learning_rate": float(rate or 0)}
+        found = start(models.runs, name, **chosen, **numbers)
+        return found, found.status()
+
+    def halt(running: Training | None) -> str:
+        if running is None or not running.is_running:
+            return "Nothing runs."
+        running.stop()
+        return "Stopping after the step in hand."
+
+    def look(running: Training | None) -> tuple[Any, Any, Any]:
+        if running is None:
+            return gr.skip(), gr.skip(), gr.skip()
+        table, grid = look_at(running.paths.path)
+        return running.status(), table, grid
+
+    inputs = [state, model, prompt, clip, steps, rate, name]
+    begin.click(told(go), inputs, [state, status], api_name="tune")
+    end.click(told(halt), state, status, api_visibility="private")
+    gr.Timer(2).tick(look, state, [status, curve, picture], show_progress="hidden", api_visibility="private")
+
+
+def look_at(folder: Path) -> tuple[pd.DataFrame | None, Image.Image | None]:
+    """The curves of a run so far, and its newest grid of samples."""
+    try:
+        run = read_run(folder)
+    except NextscaleError:  # which has not logged anything yet
+        return None, None
+    parts = []
+    for key in CURVES:
+        steps, values = run.series(key)
+        parts.append(pd.DataFrame({"step": steps, "value": values, "metric": key}))
+    grids = run.paths.grids()
+    whole = [part for part in parts if len(part)]
+    newest: Image.Image | None = None
+    if grids:
+        with Image.open(grids[max(grids)]) as picture:
+            newest = picture.convert("RGB")
+    return pd.concat(whole, ignore_index=True) if whole else None, newest
+
+
+# ---- runs
+
+
+def runs_tab(page: gr.Blocks, models: Models) -> None:
+    """The runs in the folder, while they train and afterwards, each with its report."""
+    names = models.run_names()
+    with gr.Row():
+        chosen = gr.Dropdown(names, value=names[0] if names else None, label="Run", scale=3)
+        again = gr.Button("Look again", scale=1)
+    summary, report = gr.Markdown(), gr.HTML()
+
+    def show(name: str | None) -> tuple[str, str]:
+        if not name:
+            return f"There are no runs in `{html.escape(str(models.runs))}` yet.", ""
+        paths = models.run(name)
+        text = summarize(paths.path)
+        content = render_report(paths.path)
+        frame = (
+            f'<iframe title="Report of {html.escape(name)}" sandbox="allow-scripts" '
+            f'style="width:100%;height:80vh;border:0" srcdoc="{html.escape(content)}"></iframe>'
+        )
+        return "\n\n".join(html.escape(line) for line in text.splitlines()), frame
+
+    def names_now(name: str | None) -> Any:
+        found = models.run_names()
+        return gr.update(choices=found, value=name if name in found else found[0] if found else None)
+
+    chosen.change(told(show), chosen, [summary, report], api_visibility="private")
+    again.click(names_now, chosen, chosen, api_visibility="private").then(
+        told(show), chosen, [summary, report], api_visibility="private"
+    )
+    page.load(names_now, chosen, chosen, api_visibility="private").then(
+        told(show), chosen, [summary, report], api_visibility="private"
+    )

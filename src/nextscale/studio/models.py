@@ -1,0 +1,180 @@
+"""The models that the studio offers, and images drawn from two of them with the same seed."""
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from nextscale.base.conditions import Condition
+from nextscale.base.errors import ConfigError
+from nextscale.base.images import to_pil
+from nextscale.config.build import is_miniature, load_pipeline
+from nextscale.models.zoo import OFFICIAL_MODELS
+from nextscale.pipeline import VARPipeline
+from nextscale.rewards.clip_score import ClipScore
+from nextscale.runs.paths import RunPaths
+from nextscale.tuning import interpolated
+
+MAX_KEPT = 3  # pipelines in memory
+MAX_IMAGES = 64  # of one request
+
+
+class Models:
+    """The models that can be chosen: the miniature, the published ones, those given, and the final models of
+    the runs in a folder. Loads each once, and keeps the last few.
+
+    Args:
+        runs: folder of runs; nothing outside it is offered but what `given` names.
+        given: models to offer besides.
+        device: to run on.
+    """
+
+    def __init__(self, runs: Path, given: Sequence[str] = (), device: str = "cpu") -> None:
+        self.runs, self.given, self.device = runs, list(given), device
+        self._kept: dict[str, VARPipeline] = {}
+        self._lock = threading.Lock()
+
+    def names(self) -> list[str]:
+        """Of all models that can be chosen now, those at hand first."""
+        runs = [f"runs: {name}" for name in self.run_names(finished=True)]
+        return list(dict.fromkeys(["toy", *self.given, *runs, *OFFICIAL_MODELS]))
+
+    def run_names(self, *, finished: bool = False) -> list[str]:
+        """The runs in the folder, the newest first.
+
+        Args:
+            finished: only those with a final model.
+        """
+        found = [each for each in self.runs.glob("*/metrics.jsonl") if each.stat().st_size]
+        found.sort(key=lambda each: each.stat().st_mtime, reverse=True)
+        paths = [RunPaths(each.parent) for each in found]
+        is_shown = [not finished or (each.final / "config.json").is_file() for each in paths]
+        return [each.path.name for each, shown in zip(paths, is_shown, strict=True) if shown]
+
+    def run(self, name: str) -> RunPaths:
+        """The run of this name.
+
+        Raises:
+            ConfigError: there is none in the folder.
+        """
+        if name not in self.run_names():
+            raise ConfigError(f"there is no run '{name}' in '{self.runs}': choose another")
+        return RunPaths(self.runs / name)
+
+    def load(self, name: str) -> VARPipeline:
+        """The model of this name.
+
+        Raises:
+            ConfigError: it is none of those that can be chosen.
+            CheckpointError: it cannot be loaded.
+        """
+        if name not in self.names():
+            raise ConfigError(f"there is no model '{name}' to choose here: take one from the list")
+        source = str(self.run(name.removeprefix("runs: ")).final) if name.startswith("runs: ") else name
+        with self._lock:
+            if name not in self._kept:
+                self._kept[name] = load_pipeline(source, device=self.device)
+            self._kept[name] = self._kept.pop(name)  # the newest last
+            while len(self._kept) > MAX_KEPT:
+                del self._kept[next(iter(self._kept))]
+            return self._kept[name]
+
+    def between(self, base: str, tuned: str, alpha: float) -> VARPipeline:
+        """The tuned model, or one between it and the base; sampled as the tuned one is."""
+        pipe = self.load(tuned)
+        if alpha == 1:
+            return pipe
+        model = interpolated(self.load(base).transformer, pipe.transformer, alpha)
+        return VARPipeline(model, pipe.tokenizer, pipe.class_names, pipe.sampling)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What the page shows at one moment of drawing.
+
+    Attributes:
+        picture: images drawn so far, in a grid with a row for each class.
+        scale: the number of scales that they are decoded from, of `num_scales`.
+    """
+
+    picture: Image.Image
+    scale: int
+    num_scales: int
+
+
+def draw(
+    pipe: VARPipeline, classes: Sequence[int | str], num_images: int, options: dict[str, Any]
+) -> Iterator[Frame | Tensor]:
+    """Draw images, and yield what they are after every scale; last the images, (B, 3, H, W).
+
+    Args:
+        options: seed, and guidance_scale, temperature, top_k and top_p, as `VARPipeline` takes them.
+
+    Raises:
+        ConfigError: too many images, no class, or a value that cannot be used.
+    """
+    if len(classes) * num_images > MAX_IMAGES:
+        raise ConfigError(
+            f"{len(classes)} classes of {num_images} images are {len(classes) * num_images}: draw at most "
+            f"{MAX_IMAGES} at once"
+        )
+    num_scales = pipe.transformer.schedule.num_scales
+    done: queue.Queue[Any] = queue.Queue()
+
+    def on_scale(pipe: VARPipeline, scale: int, f_hat: Tensor) -> None:
+        images = pipe.tokenizer.latent_to_images(f_hat)
+        done.put(Frame(grid_of(images, len(classes)), scale + 1, num_scales))
+
+    def work() -> None:
+        try:
+            out = pipe(classes, num_images, callback_on_scale_end=on_scale, batch_size=MAX_IMAGES, **options)
+            done.put(out.images)
+        except Exception as error:  # for the page's thread to raise
+            done.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    while True:
+        found = done.get()
+        if isinstance(found, Exception):
+            raise found
+        yield found
+        if isinstance(found, Tensor):
+            return
+
+
+def grid_of(images: Tensor, num_rows: int) -> Image.Image:
+    """Images in a grid, enlarged to be seen if they are small."""
+    grid = to_pil(rearrange(images, "(rows columns) c h w -> 1 c (rows h) (columns w)", rows=num_rows))[0]
+    factor = max(1, 512 // max(grid.size))
+    return grid.resize((grid.width * factor, grid.height * factor), Image.Resampling.NEAREST)
+
+
+def clip_for(pipe: VARPipeline, clip: str) -> str:
+    """The CLIP to score with: as asked for, or the miniature's for its images.
+
+    Raises:
+        ConfigError: none is named, and the model is not of the miniature world.
+    """
+    if clip.strip():
+        return clip.strip()
+    if is_miniature(pipe):
+        return "toy"
+    raise ConfigError("say which CLIP to score with, such as openai/clip-vit-large-patch14")
+
+
+def score(prompt: str, clip: str, images: Tensor, conditions: Sequence[Condition]) -> list[float]:
+    """CLIP scores of images for a prompt, in which {label} stands for what an image is to show.
+
+    Raises:
+        ConfigError: no prompt, or a placeholder that is not known.
+    """
+    if not prompt.strip():
+        raise ConfigError("write a prompt to score with, such as: a painting of a {label}")
+    scores = ClipScore(prompt.strip(), clip=clip)(images, list(conditions))
+    return [float(each) for each in scores]

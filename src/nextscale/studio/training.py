@@ -1,0 +1,126 @@
+"""A fine-tuning that was started from the page: a process of its own, which outlives a closed tab and can be
+stopped."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nextscale.base.errors import ConfigError
+from nextscale.runs.paths import RunPaths
+
+MAX_STEPS = 1000
+
+
+@dataclass
+class Training:
+    """A run that goes on.
+
+    Attributes:
+        paths: of the run.
+        process: that trains.
+        log: where what it says is written.
+    """
+
+    paths: RunPaths
+    process: "subprocess.Popen[bytes]" = field(repr=False)
+    log: Path
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it goes on."""
+        return self.process.poll() is None
+
+    def stop(self) -> None:
+        """Let the step in hand end, write a checkpoint and end the run. A second call ends it at once."""
+        if self.is_running:
+            self.process.send_signal(signal.SIGINT)
+
+    def status(self) -> str:
+        """What to tell of it."""
+        if self.is_running:
+            return f"Running: {self.paths.path.name}"
+        code = self.process.returncode
+        if code == 0:
+            return f"Done: {self.paths.path.name}. Its model can be chosen in Draw, its report is in Runs."
+        said = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return f"Ended early: {said[-1] if said else f'exit status {code}'}"
+
+
+def recipe_of(model: str, prompt: str, clip: str, steps: int, learning_rate: float, folder: Path) -> str:
+    """The recipe of a fine-tuning towards a prompt: that of toy-painting, with what the page asks for.
+
+    Raises:
+        ConfigError: an empty prompt, or a number that is out of range.
+    """
+    if not prompt.strip():
+        raise ConfigError("write a prompt to tune towards, such as: a painting of a {label}")
+    if not 1 <= steps <= MAX_STEPS:
+        raise ConfigError(f"steps must be between 1 and {MAX_STEPS}, got {steps}")
+    if not 0 < learning_rate < 1:
+        raise ConfigError(f"the learning rate must be above 0 and below 1, got {learning_rate}")
+    content: dict[str, Any] = {
+        "description": f"Started from the studio, towards: {prompt.strip()}",
+        "model": model,
+        "rewards": {
+            "prompt": {"clip_score": prompt.strip(), "clip": clip, "weight": 1.0},
+            "diversity": {"diversity": "clip", "clip": clip, "weight": 0.3},
+        },
+        "grpo": {
+            "num_groups": 4,
+            "beta": 0.01,
+            "scale_rewards": "batch",
+            "entropy_coef": 0.02,
+            "entropy_floor": 0.5,
+            "entropy_floor_rate": 0.35,
+            "multi_objective_aggregation": "normalize_then_sum",
+        },
+        "tuning": {"ema_decay": 0.75},
+        "optimizer": {"learning_rate": learning_rate, "lr_scheduler_type": "cosine"},
+        "run": {
+            "output_dir": str(folder),
+            "max_steps": steps,
+            "eval_steps": max(1, min(10, steps // 3)),
+            "eval_num_images": 128,
+            "per_device_train_batch_size": 16,
+            "mixed_precision": "bf16",
+            "diversity_clip": clip,
+            "report_to": "none",
+        },
+    }
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def start(runs: Path, name: str, **options: Any) -> Training:
+    """Start a fine-tuning in a new folder of `runs`.
+
+    Args:
+        name: of the folder; by default the time.
+        options: of `recipe_of`.
+
+    Raises:
+        ConfigError: a name that is none or taken, or an option that cannot be used.
+    """
+    name = name.strip() or datetime.now().strftime("studio-%Y%m%d-%H%M%S")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise ConfigError(f"'{name}' is no name for a run: use letters, digits, dots and dashes")
+    folder = runs / name
+    if folder.exists():
+        raise ConfigError(f"there is a run '{name}' already: choose another name")
+    text = recipe_of(folder=folder, **options)
+    folder.mkdir(parents=True)
+    recipe, log = folder / "recipe.yaml", folder / "log.txt"
+    recipe.write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "nextscale", "train", str(recipe), "--run.disable_tqdm", "true"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=os.environ.copy()
+        )
+    return Training(RunPaths(folder), process, log)

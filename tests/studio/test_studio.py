@@ -1,0 +1,181 @@
+"""The studio without a browser: what can be chosen, what is drawn, what is started, what is told."""
+
+import json
+import time
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from nextscale.base.conditions import Condition
+from nextscale.base.errors import ConfigError
+from nextscale.config.recipe import load_recipe
+from nextscale.models.zoo import TOY_ASSETS
+from nextscale.pipeline import VARPipeline
+from nextscale.studio import training
+from nextscale.studio.models import MAX_KEPT, Frame, Models, draw, score
+from test_trainer import make_trainer
+
+gr = pytest.importorskip("gradio", reason="Gradio, of the extra ui, is not installed")
+from nextscale.studio import app  # noqa: E402
+
+needs_toy = pytest.mark.skipif(not TOY_ASSETS.is_dir(), reason=f"no miniature world in {TOY_ASSETS}")
+
+
+@pytest.fixture
+def models(make_pipeline, tmp_path):
+    """A finished run, one that goes on, and a folder that is no run."""
+    make_trainer(make_pipeline(), tmp_path / "runs" / "done", max_steps=1).train()
+    going = tmp_path / "runs" / "going"
+    going.mkdir()
+    (going / "config.yaml").write_text("run: {max_steps: 9}\n")
+    (going / "metrics.jsonl").write_text(json.dumps({"step": 1, "reward": 0.5}) + "\n")
+    (tmp_path / "runs" / "other").mkdir()
+    return Models(tmp_path / "runs")
+
+
+def test_what_can_be_chosen(models, tmp_path):
+    assert set(models.run_names()) == {"done", "going"} and models.run_names(finished=True) == ["done"]
+    assert models.names()[:2] == ["toy", "runs: done"] and "var-d16" in models.names()
+    assert models.load("runs: done") is models.load("runs: done")
+    for outside in ("runs: ../runs/done", str(tmp_path / "runs" / "done" / "final"), "runs: going", "/etc"):
+        with pytest.raises(ConfigError, match=r"there is no model .* to choose here"):
+            models.load(outside)
+    with pytest.raises(ConfigError, match=r"there is no run '\.\.'"):
+        models.run("..")
+    given = Models(tmp_path / "runs", [str(tmp_path / "runs" / "done" / "final")])
+    assert given.load(given.given[0]).num_classes == 4
+
+
+def test_only_the_last_few_models_are_kept(models, tmp_path):
+    copies = [str(models.load("runs: done").save_pretrained(tmp_path / f"copy{i}")) for i in range(5)]
+    several = Models(tmp_path / "runs", copies)
+    loaded = [several.load(each) for each in copies]
+    assert len(several._kept) == MAX_KEPT and several.load(copies[-1]) is loaded[-1]
+    assert several.load(copies[0]) is not loaded[0]
+
+
+def test_images_appear_scale_by_scale(make_pipeline):
+    pipe = make_pipeline()
+    *frames, images = draw(pipe, [0, 2], 3, {"seed": 4})
+    assert all(isinstance(each, Frame) for each in frames)
+    assert [each.scale for each in frames] == [1, 2, 3, 4] and frames[0].num_scales == 4
+    assert torch.equal(images, pipe([0, 2], 3, seed=4).images)
+    assert frames[0].picture.tobytes() != frames[-1].picture.tobytes()
+    with pytest.raises(ConfigError, match="draw at most 64 at once"):
+        list(draw(pipe, [0] * 9, 8, {"seed": 0}))
+    with pytest.raises(ConfigError, match="class 9 is out of range"):
+        list(draw(pipe, [9], 1, {"seed": 0}))
+
+
+def test_a_model_at_some_strength(models):
+    pipe, base = models.load("runs: done"), models.load("toy")
+    assert models.between("toy", "runs: done", 1.0) is pipe
+    with pytest.raises(ConfigError, match="give the base that it was tuned from"):
+        models.between("toy", "runs: done", 0.5)
+    same = models.between("toy", "toy", 0.25)
+    assert torch.allclose(same([0], seed=1).images, base([0], seed=1).images, atol=1e-4)
+
+
+@needs_toy
+def test_a_score_is_that_of_the_reward():
+    pipe = VARPipeline.from_pretrained("toy")
+    images = pipe(["star"], 2, seed=0).images
+    condition = Condition(0, "star")
+    found = score("a photo of a {label}", "toy", images, [condition] * 2)
+    assert found[0] > score("a sketch of a {label}", "toy", images, [condition] * 2)[0]
+    with pytest.raises(ConfigError, match="write a prompt"):
+        score("  ", "toy", images, [condition] * 2)
+    with pytest.raises(ConfigError, match=r"\{labl\}"):
+        score("a {labl}", "toy", images, [condition] * 2)
+
+
+OPTIONS = {
+    "model": "toy",
+    "prompt": "a painting of a {label}",
+    "clip": "toy",
+    "steps": 2,
+    "learning_rate": 1e-4,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"prompt": " "}, "write a prompt"),
+        ({"steps": 0}, "steps must be between 1 and 1000, got 0"),
+        ({"learning_rate": 0.0}, "the learning rate must be above 0"),
+        ({"name": "../out"}, "is no name for a run"),
+        ({"name": "done"}, "there is a run 'done' already"),
+    ],
+)
+def test_what_cannot_be_started(tmp_path, changes, says):
+    (tmp_path / "done").mkdir()
+    with pytest.raises(ConfigError, match=says):
+        training.start(tmp_path, **{"name": "new", **OPTIONS, **changes})
+    assert [each.name for each in tmp_path.iterdir()] == ["done"]
+
+
+def test_text_from_the_page_stays_text(tmp_path):
+    """Whatever a prompt holds, it is one value of the recipe."""
+    prompt = "a {label}: 'x'\nrun: {output_dir: /elsewhere}\n!!python/object:x"
+    text = training.recipe_of(folder=tmp_path, **{**OPTIONS, "prompt": prompt})
+    content = yaml.safe_load(text)
+    assert content["rewards"]["prompt"]["clip_score"] == prompt.strip()
+    assert content["run"]["output_dir"] == str(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(training.recipe_of(folder=tmp_path, **OPTIONS))
+    assert load_recipe(str(tmp_path / "recipe.yaml")).run.max_steps == 2
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.2)
+
+
+@needs_toy
+def test_a_run_is_started_stopped_and_can_be_gone_on_with(tmp_path):
+    found = training.start(tmp_path, "mine", **{**OPTIONS, "steps": 500})
+    try:
+        assert found.status() == "Running: mine"
+        wait_for(lambda: (tmp_path / "mine" / "metrics.jsonl").exists() or not found.is_running)
+        table, picture = app.look_at(tmp_path / "mine")
+        assert table is not None and set(table["metric"]) <= set(app.CURVES) and picture is not None
+        found.stop()
+        wait_for(lambda: not found.is_running)
+    finally:
+        found.process.kill()
+    assert "continue with --run.resume auto" in found.status()
+    assert list((tmp_path / "mine" / "checkpoints").glob("step-*"))
+
+
+def test_what_went_wrong_is_told(tmp_path):
+    found = training.start(tmp_path, "mine", **{**OPTIONS, "clip": "no/such-clip"})
+    wait_for(lambda: not found.is_running)
+    assert found.status().startswith("Ended early: nextscale: error: ") and "no/such-clip" in found.status()
+
+
+def test_mistakes_are_told_on_the_page():
+    @app.told
+    def fails(value):
+        raise ConfigError(f"<b>{value}</b>")
+
+    with pytest.raises(gr.Error) as caught:
+        fails(3)
+    assert caught.value.message == "&lt;b&gt;3&lt;/b&gt;"
+
+
+def test_the_page_shows_a_run_and_a_run_that_has_logged_nothing(models, tmp_path):
+    assert app.look_at(tmp_path / "runs" / "other") == (None, None)
+    table, picture = app.look_at(tmp_path / "runs" / "done")
+    assert table is not None and list(table["metric"]) == ["reward"] and picture is None
+    page = app.build(models)
+    assert {"draw", "score", "tune"} <= {fn.api_name for fn in page.fns.values()}
+
+
+def test_images_of_a_grid_are_enlarged_but_not_blurred():
+    grid = app.grid_of(torch.rand(4, 3, 8, 8), 2)
+    assert grid.size == (512, 512)
+    assert grid.resize((16, 16), Image.Resampling.NEAREST).size == (16, 16)
