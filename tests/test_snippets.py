@@ -104,9 +104,9 @@ def run_bash(snippet, a_run, capsys, where):
 
 
 def run_command(command, words, a_run):
-    read = re.search(r"(?<!output_dir )\bruns/[\w-]+", " ".join(words))
-    if read and not Path(read[0]).exists():
-        shutil.copytree(a_run, read[0])
+    for read in re.findall(r"(?<!output_dir )\bruns/[\w-]+", " ".join(words)):
+        if not Path(read).exists():
+            shutil.copytree(a_run, read)
     if command == "train":
         steps = 2 if "--run.resume" in words else 1
         words = [*words, *shortened(**{"run.max_steps": steps})]
@@ -117,6 +117,7 @@ def run_command(command, words, a_run):
 def test_snippets_run(path, a_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(webbrowser, "open", lambda url: True)
+    monkeypatch.setattr("gradio.Blocks.launch", lambda self, **options: None)  # it would wait for visitors
     for snippet in (each for page in PAGES for each in snippets(page.read_text())):
         if named := FILE_NAME.match(snippet.text):
             Path(named[1]).parent.mkdir(parents=True, exist_ok=True)
