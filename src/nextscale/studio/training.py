@@ -74,15 +74,12 @@ def recipe_of(model: str, prompt: str, clip: str, steps: int, learning_rate: flo
             "diversity": {"diversity": "clip", "clip": clip, "weight": 0.3},
         },
         "grpo": {
-            "num_groups": 4,
             "beta": 0.01,
-            "scale_rewards": "batch",
             "entropy_coef": 0.02,
             "entropy_floor": 0.5,
             "entropy_floor_rate": 0.35,
             "multi_objective_aggregation": "normalize_then_sum",
         },
-        "tuning": {"ema_decay": 0.75},
         "optimizer": {"learning_rate": learning_rate, "lr_scheduler_type": "cosine"},
         "run": {
             "output_dir": str(folder),
