@@ -2,7 +2,9 @@
 
 import sys
 
-from nextscale.cli.main import main
-
 if __name__ == "__main__":
+    try:
+        from nextscale.cli.main import main
+    except KeyboardInterrupt:  # Ctrl-C while that is imported
+        sys.exit(130)
     sys.exit(main())

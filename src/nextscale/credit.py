@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nextscale.base.conditions import Condition
-from nextscale.base.errors import ConfigError, RewardError
+from nextscale.base.errors import ConfigError, RewardError, in_words
 from nextscale.base.records import did_you_mean
 from nextscale.models.protocol import Tokenizer
 from nextscale.models.scales import ScaleSchedule
@@ -83,8 +83,8 @@ def by_function(reference: str) -> Credit:
         try:
             found = torch.as_tensor(function(images.clone(), list(conditions))).float().cpu()
         except Exception as error:
-            told = f"{type(error).__name__}: {error}".removesuffix(": ")
-            raise RewardError(f"grpo.credit '{reference}' raised {told}{user_line(error)}") from error
+            told = f"{in_words(error)}{user_line(error)}"
+            raise RewardError(f"grpo.credit '{reference}' raised {told}") from error
         if found.ndim != 3 or len(found) != len(images) or not bool((found >= 0).all()):
             raise RewardError(
                 f"grpo.credit '{reference}' returned shape {tuple(found.shape)} or numbers below 0, expected "

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from nextscale.advantages import kl_costs, later_kl, step_advantages
 from nextscale.base.clock import Clock
 from nextscale.base.conditions import Condition
-from nextscale.base.errors import ConfigError, RewardError, TrainingError
+from nextscale.base.errors import CheckpointError, ConfigError, RewardError, TrainingError, in_words
 from nextscale.base.files import replacing_folder
 from nextscale.base.interrupt import Interrupted, StopOnSignal
 from nextscale.base.metrics import Means
@@ -534,17 +534,33 @@ class GRPOTrainer:
             CheckpointError: a file of it is missing or broken, or was written by an earlier version.
         """
         state = self.learner.load(path)
-        self.step_done, self.seconds_done = state["step"], state["seconds"]
-        self.step_evaluated, self.learner.num_skipped = state["step_evaluated"], state["num_skipped"]
-        self.saved = self.step_done, self.step_evaluated
-        self.learner.scheduler.load_state_dict(state["scheduler"])
+        try:
+            self._take(state)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise CheckpointError(
+                f"checkpoint '{path}' cannot be read: its trainer_state.json is damaged ({in_words(error)}); "
+                "go on from another one"
+            ) from error
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `save` wrote besides the model."""
+        step, seconds, evaluated = state["step"], state["seconds"], state["step_evaluated"]
+        for count in (step, state["num_skipped"], 0 if evaluated is None else evaluated):
+            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+                raise ValueError(f"{str(count)[:40]!r} is no number of steps")
+        if not math.isfinite(seconds):
+            raise ValueError("the seconds are no number")
         for name, controller in self.controllers.items():
             controller.load_state_dict(state["controllers"][name])
         for name, callback in named(self.callbacks).items():
             if theirs := state.get("callbacks", {}).get(name):
                 callback.load_state_dict(theirs)
-        self.first_evaluation = state.get("first_evaluation", {})
-        self.last_metrics = state.get("last_metrics", {})
+        self.learner.scheduler.load_state_dict(state["scheduler"])
+        self.first_evaluation = dict(state.get("first_evaluation", {}))
+        self.last_metrics = dict(state.get("last_metrics", {}))
+        self.step_done, self.seconds_done = step, seconds
+        self.step_evaluated, self.learner.num_skipped = evaluated, state["num_skipped"]
+        self.saved = step, evaluated
 
     def _say(self, sentence: str) -> None:
         """Tell the user something, once however many processes there are."""

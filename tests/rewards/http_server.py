@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ class Answer:
     content: Any = b""
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
+    pause: float = 0.0
+    """Seconds between two bytes of the body."""
 
     @property
     def body(self) -> bytes:
@@ -55,7 +58,11 @@ def serve() -> Iterator[FakeServer]:
             for name, value in ({"Content-Length": str(len(answer.body))} | answer.headers).items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(answer.body)
+            if not answer.pause:
+                self.wfile.write(answer.body)
+            for byte in answer.body if answer.pause else b"":
+                self.wfile.write(bytes([byte]))
+                time.sleep(answer.pause)
 
         def log_message(self, *args: object) -> None:
             pass

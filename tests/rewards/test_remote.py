@@ -1,6 +1,7 @@
 """A reward behind HTTP, against a real server on this machine."""
 
 import base64
+import gzip
 import subprocess
 import sys
 import threading
@@ -124,6 +125,29 @@ def test_a_server_that_is_silent_is_given_up(fake_server: FakeServer, waits: lis
     with pytest.raises(RewardError, match="gave no scores in 2 tries; the last time: ReadTimeout"):
         Remote(fake_server.url, request_timeout=0.5, retries=1)(IMAGES, CONDITIONS)
     over.set()
+
+
+def test_an_answer_a_byte_a_moment_is_given_up(fake_server: FakeServer):
+    """Each byte comes in time, and the whole never does."""
+    fake_server.answer = lambda request: Answer(b" " * 1000, pause=0.1)
+    begin = time.monotonic()
+    with pytest.raises(
+        RewardError, match=r"in 1 tries; the last time: the answer was not whole after 0\.5 s"
+    ):
+        Remote(fake_server.url, request_timeout=0.5, retries=0)(IMAGES, CONDITIONS)
+    assert time.monotonic() - begin < 10
+
+
+def test_an_answer_is_neither_compressed_nor_huge(fake_server: FakeServer, monkeypatch: pytest.MonkeyPatch):
+    bomb = gzip.compress(bytes(1_000_000))
+    fake_server.answer = lambda request: Answer(bomb, headers={"Content-Encoding": "gzip"})
+    with pytest.raises(RewardError, match="answered in the encoding 'gzip', which was not asked for"):
+        Remote(fake_server.url)(IMAGES, CONDITIONS)
+    assert fake_server.requests[-1].headers["Accept-Encoding"] == "identity"
+    monkeypatch.setattr(client_module, "LARGEST_ANSWER", 2_000_000)
+    fake_server.answer = lambda request: Answer(bytes(4_000_000))
+    with pytest.raises(RewardError, match="answered with more than 2 MB, expected a number an image"):
+        Remote(fake_server.url)(IMAGES, CONDITIONS)
 
 
 def test_a_server_that_is_not_there_is_told(waits: list[float]):

@@ -23,6 +23,15 @@ class TrainingError(NextscaleError):
     """Training that cannot go on, such as one whose gradients are not finite."""
 
 
+def in_words(error: BaseException) -> str:
+    """An error's class and message; the class alone where it has none, or making one fails."""
+    try:
+        text = str(error)
+    except Exception:  # of a user's own class, whatever it does
+        text = ""
+    return f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
 def first_sentence(error: BaseException) -> str:
     """The first sentence of another library's error message."""
     text = str(getattr(error, "reason", error)).strip()  # a URLError wraps its own in brackets

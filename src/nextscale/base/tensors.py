@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -164,9 +164,21 @@ def write_tensors(model: nn.Module, path: Path, dtype: torch.dtype | str | None 
     for key, value in model.state_dict().items():
         value = value.detach().cpu().contiguous()
         state[key] = value.to(dtype) if dtype and value.is_floating_point() else value
-    save = save_file if path.suffix == ".safetensors" else torch.save
+    save = save_tensors if path.suffix == ".safetensors" else torch.save
     with replacing(path) as aside:  # the model may be mapped from this file
         save(state, aside)
+
+
+def save_tensors(tensors: StateDict, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: it cannot be written, as when the disk is full.
+    """
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        raise OSError(0, first_sentence(error), str(path)) from None
 
 
 def shape_of(state: StateDict, path: str | Path, kind: str, key: str, num_axes: int) -> tuple[int, ...]:

@@ -20,6 +20,10 @@ COMMANDS = (train, plan, sample, evaluate, report, export, study, ui, toy)
 """A new command is one file with `add` (its arguments) and `run` (what it does), and a word in this table."""
 
 
+LONGEST_SENTENCE = 2000
+"""Characters; what a file holds may be in it."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -43,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(sentence: str) -> int:
-    print(f"nextscale: error: {' '.join(sentence.split())}", file=sys.stderr)
+    told = " ".join(sentence.split())
+    told = told if len(told) <= LONGEST_SENTENCE else f"{told[:LONGEST_SENTENCE]}..."
+    print(f"nextscale: error: {told}", file=sys.stderr)
     return 2
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from nextscale.base.errors import ConfigError
+from nextscale.base.errors import ConfigError, in_words
 from nextscale.base.records import did_you_mean
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -19,6 +19,8 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes whatever YAML 1.1 or 1.2 would not read back as text."""
 
+
+MAX_VALUES = 20_000  # of a recipe, aliases written out; real ones have some hundred
 
 _SCALARS = (
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -89,14 +91,48 @@ def parse_yaml(text: str, what: str) -> Any:
         ConfigError: the text is not valid YAML, or asks for objects.
     """
     try:
+        _check_size(yaml.compose(text, _Loader), what)
         return yaml.load(text, _Loader)  # a SafeLoader: plain values, no objects
     except yaml.YAMLError as error:
         mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         where = f", line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{what}{where}, is not valid YAML: {problem}") from None
-    except ValueError as error:  # such as the date 2024-99-99
-        raise ConfigError(f"{what} is not valid YAML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{what} is nested too deeply: write it with fewer levels") from None
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        # Such as the date 2024-99-99, or a tag on what it cannot be a tag of.
+        raise ConfigError(f"{what} is not valid YAML: {in_words(error)[:200]}") from None
+
+
+def _check_size(root: yaml.Node | None, what: str) -> None:
+    """Check that the values, with every alias written out, are not too many: a few lines can stand for
+    billions.
+
+    Raises:
+        ConfigError: they are, or an alias stands within what it stands for.
+    """
+    sizes: dict[int, int] = {}
+    being_counted: set[int] = set()
+
+    def size_of(node: yaml.Node) -> int:
+        if id(node) in being_counted:
+            raise ConfigError(f"{what} has an alias within what it stands for: write the values out")
+        if id(node) not in sizes:
+            being_counted.add(id(node))
+            inner: list[yaml.Node] = []
+            if isinstance(node, yaml.SequenceNode):
+                inner = node.value
+            elif isinstance(node, yaml.MappingNode):
+                inner = [each for pair in node.value for each in pair]
+            sizes[id(node)] = 1 + sum(map(size_of, inner))
+            being_counted.remove(id(node))
+        return sizes[id(node)]
+
+    if root is not None and (size := size_of(root)) > MAX_VALUES:
+        raise ConfigError(
+            f"{what} stands for {size:,} values, more than the {MAX_VALUES:,} that one may have"
+        )
 
 
 def dump_yaml(mapping: dict[str, Any]) -> str:

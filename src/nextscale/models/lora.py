@@ -17,12 +17,13 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nextscale.base.errors import CheckpointError, first_sentence
 from nextscale.base.files import replacing
 from nextscale.base.seeding import derive_seed
+from nextscale.base.tensors import save_tensors
 from nextscale.policy import SamplingConfig
 
 # peft takes seconds to import: that is done where a model has, or gets, an adapter.
@@ -158,7 +159,7 @@ def write_adapter(model: nn.Module, folder: Path, base: str | None, sampling: Sa
     tensors = {f"{PREFIX}{name}": each.detach().cpu().contiguous() for name, each in state.items()}
     about = {"base": fingerprint(base_parameters(model)), "sampling": sampling.model_dump()}
     with replacing(folder / TENSORS) as aside:
-        save_file(tensors, aside, {"format": "pt", METADATA: json.dumps(about)})
+        save_tensors(tensors, aside, {"format": "pt", METADATA: json.dumps(about)})
 
 
 def read_adapter(model: nn.Module, folder: Path) -> SamplingConfig | None:

@@ -11,6 +11,7 @@ Tensors and JSON alone: whatever a checkpoint holds, loading it runs nothing.
 """
 
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -35,7 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
 from nextscale.base.average import Average
 from nextscale.base.errors import CheckpointError, first_sentence
 from nextscale.base.files import write_text_aside
-from nextscale.base.tensors import check_tensors
+from nextscale.base.tensors import check_tensors, save_tensors
 from nextscale.runs.paths import by_step, step_name
 from nextscale.runs.sharding import local_part_of
 
@@ -90,16 +91,16 @@ def save_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    save_file(_random_state(), aside / f"random-{accelerator.process_index}.safetensors")
+    save_tensors(_random_state(), aside / f"random-{accelerator.process_index}.safetensors")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        save_file(weights, aside / MODEL_FILE)
+        save_tensors(weights, aside / MODEL_FILE)
         if averaged:
-            save_file(averaged, aside / AVERAGE_FILE)
+            save_tensors(averaged, aside / AVERAGE_FILE)
         if reference is not None:
             ours = {name: each.detach() for name, each in reference.named_parameters()}
-            save_file(ours, aside / REFERENCE_FILE)
-        save_file(_flat(moments.get("state", {})), aside / OPTIMIZER_FILE)
+            save_tensors(ours, aside / REFERENCE_FILE)
+        save_tensors(_flat(moments.get("state", {})), aside / OPTIMIZER_FILE)
         content = state | {
             "format_version": FORMAT_VERSION,
             "step": step,
@@ -155,6 +156,9 @@ def load_checkpoint(
         if reference is not None:
             _load_reference(reference, path / REFERENCE_FILE)
         if groups := state["optimizer"]:
+            for group in groups:
+                if not all(math.isfinite(group[name]) for name in ("lr", "eps", "weight_decay")):
+                    raise ValueError("a setting of the optimizer is not finite")
             moments: Any = {"state": _nested(load_file(path / OPTIMIZER_FILE)), "param_groups": groups}
             set_optimizer_state_dict(model, optimizer, moments, options=WHOLE)
         random_file = path / f"random-{accelerator.process_index}.safetensors"

@@ -99,16 +99,30 @@ class RunFolder(RunPaths):
                 shutil.copyfile(source, aside)
 
     def keep_steps(self, last: int) -> None:
-        """Drop the metrics after step `last`, which a resumed run writes again, and a last line cut short."""
+        """Drop the metrics after step `last`, which a resumed run writes again, and a last line cut short.
+
+        Raises:
+            ConfigError: another line is damaged; the file stays as it was.
+        """
         if not self.is_main or not self.metrics.exists():
             return
-        kept = []
-        for line in self.metrics.read_text().splitlines():
+        kept, lines = [], self.metrics.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
             try:
-                if json.loads(line)["step"] <= last:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:
-                break  # cut short by an interruption; nothing whole follows
+                step = json.loads(line)["step"]
+                is_whole = isinstance(step, int)
+            except (ValueError, TypeError, KeyError, RecursionError):
+                is_whole, step = False, 0
+            if not is_whole and number == len(lines):  # no newline ends it: its writer was interrupted
+                break
+            if not is_whole:
+                raise ConfigError(
+                    f"{self.metrics}, line {number}, is damaged: restore or delete it, and resume again"
+                )
+            if step <= last:
+                kept.append(line.decode() + "\n")
         write_text_aside(self.metrics, "".join(kept) if last else "")
 
     def append_metrics(self, metrics: Mapping[str, float]) -> None:

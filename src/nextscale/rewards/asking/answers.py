@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nextscale.base.conditions import Condition
-from nextscale.base.errors import RewardError
+from nextscale.base.errors import RewardError, in_words
 from nextscale.rewards.asking.waiting import begin, call, is_async, wait_for
 
 # Where code lies that the user did not write: this package, Python's library, installed packages.
@@ -47,8 +47,7 @@ def ask(
     except RewardError as error:
         raise RewardError(f"reward '{name}': {error}") from error
     except (Exception, SystemExit) as error:  # a run that ends by a reward's exit(0) would look finished
-        told = f"{type(error).__name__}: {error}".removesuffix(": ")
-        raise RewardError(f"reward '{name}' raised {told}{user_line(error)}") from error
+        raise RewardError(f"reward '{name}' raised {in_words(error)}{user_line(error)}") from error
 
 
 def check_answer(name: str, scores: Any, images: Tensor) -> Tensor:
@@ -60,8 +59,10 @@ def check_answer(name: str, scores: Any, images: Tensor) -> Tensor:
     try:
         if isinstance(scores, (list, tuple)):
             scores = [math.nan if each is None else each for each in scores]
+        if isinstance(scores, Tensor) and (scores.is_complex() or scores.layout != torch.strided):
+            raise TypeError("not plain numbers")
         scores = torch.as_tensor(scores, dtype=torch.float32).detach().cpu()
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         found = type(scores).__name__
         raise RewardError(f"reward '{name}' returned {found}, expected {len(images)} numbers") from None
     if scores.shape != (len(images),):

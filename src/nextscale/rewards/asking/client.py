@@ -21,6 +21,7 @@ RETRIES = 3
 FIRST_WAIT = 0.5  # seconds before the first retry; each later wait is twice the one before
 LONGEST_WAIT = 60.0  # seconds; a server that asks for more is given up
 COMPRESS_LEVEL = 1  # of PNG: lossless as any, on photographs 3 times as fast as PIL's 6 and 9 % larger
+LARGEST_ANSWER = 16_000_000  # bytes; a number an image is far less
 LONGEST_EXCERPT = 200  # characters of an answer in an error's sentence
 
 
@@ -29,7 +30,7 @@ class ScoringClient:
 
     Args:
         url: URL of the service, http:// or https://.
-        request_timeout: seconds that a request waits for the server to respond.
+        request_timeout: seconds that a request waits for the server to respond, and at most takes as a whole.
         retries: number of retries after a lost connection, a timeout, or a status of 429 or 5xx.
         api_key_env: environment variable that holds the API key, which is sent as a bearer token and never
             logged or stored.
@@ -58,6 +59,9 @@ class ScoringClient:
         self._key = _read_key(api_key_env) if api_key_env else None
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         limits = httpx2.Limits(max_connections=None)  # as many as there are threads that ask
+        # Compressed, a small answer could fill the memory.
+        headers["Accept-Encoding"] = "identity"
+        self.request_timeout = request_timeout
         self._client = httpx2.Client(headers=headers, timeout=request_timeout, limits=limits)
 
     def post(self, content: dict[str, Any]) -> bytes:
@@ -79,18 +83,41 @@ class ScoringClient:
 
     def _post_once(self, content: dict[str, Any]) -> bytes:
         try:
-            response = self._client.post(self.url, json=content)
+            with self._client.stream("POST", self.url, json=content) as response:
+                answer = self._read(response)
         except httpx2.RequestError as error:
             raise _TryAgain(f"{type(error).__name__}: {error}") from None
         if response.is_success:
-            return response.content
-        found = f"{response.status_code} {response.reason_phrase} {self.excerpt(response.content)}"
+            return answer
+        found = f"{response.status_code} {response.reason_phrase} {self.excerpt(answer)}"
         if response.status_code != 429 and response.status_code < 500:
             raise RewardError(f"{self.name} answered {found}")
         if (wait := _retry_after(response)) > LONGEST_WAIT:
             asked = f"asks to wait {wait:.0f} s, more than {LONGEST_WAIT:.0f} s"
             raise RewardError(f"{self.name} answered {found} and {asked}")
         raise _TryAgain(found, wait)
+
+    def _read(self, response: httpx2.Response) -> bytes:
+        """The body of an answer, which neither its size nor its slowness may make endless.
+
+        Raises:
+            RewardError: it is too large, or compressed.
+            _TryAgain: it takes too long.
+        """
+        if (encoding := response.headers.get("Content-Encoding", "identity")) != "identity":
+            raise RewardError(
+                f"{self.name} answered in the encoding '{encoding[:40]}', which was not asked for"
+            )
+        parts, size, begin = [], 0, time.monotonic()
+        for part in response.iter_raw():
+            parts.append(part)
+            size += len(part)
+            if size > LARGEST_ANSWER:
+                most = f"{LARGEST_ANSWER // 10**6} MB"
+                raise RewardError(f"{self.name} answered with more than {most}, expected a number an image")
+            if time.monotonic() - begin > self.request_timeout:
+                raise _TryAgain(f"the answer was not whole after {self.request_timeout:g} s")
+        return b"".join(parts)
 
     def excerpt(self, answer: bytes | str) -> str:
         """The beginning of an answer on one line, in quotes, without the key."""
@@ -149,7 +176,7 @@ class RequestConfig(RewardConfig):
     request_timeout: float = Field(
         default=REQUEST_TIMEOUT, gt=0, allow_inf_nan=False, json_schema_extra=FREE_ON_RESUME
     )
-    """Seconds that a request waits for the server to respond."""
+    """Seconds that a request waits for the server to respond, and at most takes as a whole."""
     retries: int = Field(default=RETRIES, ge=0, json_schema_extra=FREE_ON_RESUME)
     """Retries after a lost connection, a timeout, or a status of 429 or 5xx."""
     api_key_env: str | None = Field(default=None, json_schema_extra=FREE_ON_RESUME)
