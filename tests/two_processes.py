@@ -73,7 +73,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "conditional": (pair, {"trained_branches": "conditional"}),
     "moving": (pair, {"sync_ref_model": True, "ref_model_sync_steps": 2, "beta": 0.5, "target_kl": 0.01}),
     "costly": (pair, {"kl_in_reward": True, "beta": 0.5, "train_scales": 3, "temperature": 1.5}),
-    "best": (redness, {"save_best": "eval_reward", "eval_steps": 1, "eval_num_images": 16}),
+    "best": (redness, {"save_best": "eval_reward", "eval_steps": 3, "eval_num_images": 16}),
     "refilled": (red_of_some, {"max_resamplings": 2}),
 }
 IN_TWO: dict[str, tuple[Any, dict[str, Any]]] = {
