@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from nextscale.cli.measuring import kept_measures, knee_of
 from nextscale.measured import Measured, clip_distances, knee, mean_of, notes, paired_difference, table_rows
 from nextscale.report.tables import as_table
 
@@ -32,6 +33,17 @@ def test_the_knee_is_where_the_curve_bends():
     assert knee([0.0, 0.8, 0.9, 1.0], [1.0, 0.95, 0.6, 0.0]) == 1
     assert knee([0.0, 0.1, 0.9, 1.0], [0.3, 0.29, 0.28, 0.1]) == 2
     assert knee([1.0, 1.0], [0.5, 0.5]) == 0  # nothing moved
+    assert knee([0.0, 0.6, 1.0], [0.3, 0.3, 0.4]) == 2  # nothing was lost
+    assert knee([1.0, 0.9, 0.8], [0.5, 0.4, 0.3]) == 0  # nothing was gained
+
+
+def test_a_held_out_reward_is_the_first_thing_that_should_be_kept():
+    names = ("reward", "rewards/fit/mean", "judge/class_log_prob", "diversity")
+    steps = (0.0, 0.9, -0.1, 0.3), (0.5, 0.9, -0.2, 0.3), (0.9, 0.1, -0.3, 0.3), (1.0, 0.1, -0.9, 0.3)
+    found = [Measured("", {}, dict(zip(names, step, strict=True)), {}) for step in steps]
+    assert kept_measures(found, ["fit"]) == ["rewards/fit/mean", "judge/class_log_prob", "diversity"]
+    assert knee_of(found, kept_measures(found, ["fit"])) == 1
+    assert knee_of(found, kept_measures(found, [])) == 2
 
 
 def models():

@@ -12,6 +12,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from nextscale.base.errors import ConfigError
+from nextscale.base.metrics import finite
 from nextscale.runs.config import RunConfig
 from nextscale.runs.result import TrainResult
 
@@ -136,8 +137,7 @@ class Trackers(Callback):
         trainer.accelerator.init_trackers("nextscale", init_kwargs=kwargs)
 
     def on_log(self, trainer: "GRPOTrainer", step: int, metrics: Mapping[str, float]) -> None:
-        finite = {name: each for name, each in metrics.items() if math.isfinite(each)}
-        trainer.accelerator.log(finite, step=step)
+        trainer.accelerator.log(finite(metrics), step=step)
 
     def on_evaluate(self, trainer: "GRPOTrainer", metrics: dict[str, float]) -> None:
         grid = trainer.folder.grid(trainer.step_done)

@@ -71,11 +71,12 @@ def knee(gains: Sequence[float], kept: Sequence[float]) -> int:
     curves.
     """
 
-    def normalised(values: Sequence[float]) -> list[float]:
+    def risen(values: Sequence[float]) -> list[float]:
+        """From 0 to 1; where the last is no more than the first, 0 throughout."""
         span = values[-1] - values[0]
-        return [(each - values[0]) / span if span else 0.0 for each in values]
+        return [(each - values[0]) / span if span > 0 else 0.0 for each in values]
 
-    gain, loss = normalised(gains), normalised(kept)
+    gain, loss = risen(gains), risen([-each for each in kept])
     return max(range(len(gain)), key=lambda i: gain[i] - loss[i])
 
 

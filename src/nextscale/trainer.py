@@ -24,7 +24,7 @@ from nextscale.base.conditions import Condition
 from nextscale.base.errors import CheckpointError, ConfigError, RewardError, TrainingError, in_words
 from nextscale.base.files import replacing_folder
 from nextscale.base.interrupt import Interrupted, StopOnSignal
-from nextscale.base.metrics import Means
+from nextscale.base.metrics import Means, finite
 from nextscale.base.processes import gathered, my_share
 from nextscale.callbacks import Callback, ProgressBar, Trackers, best_model, named
 from nextscale.collector import Collector
@@ -596,8 +596,3 @@ class GRPOTrainer:
             "run": self.run.model_dump(),
         }
         return json.dumps(sections, indent=2) + "\n"  # JSON is YAML
-
-
-def finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Those that JSON has a number for."""
-    return {name: each for name, each in metrics.items() if math.isfinite(each)}

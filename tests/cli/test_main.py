@@ -887,6 +887,10 @@ def test_evaluate_the_classes_asked_for(folder, capsys):
         (["--reward", "a:python=x.py:f", "--reward", "a:python=y.py:f"], "has the name of another one"),
         (["{folder}/model", "--reward", "python={folder}/rewards.py:bright"], "is given twice"),
         (["nowhere", "--adapter", "x"], "--adapter is for one model"),
+        (
+            ["toy", "--reward", "python={folder}/rewards.py:bright", "--num-images", "4"],
+            "draws other classes",
+        ),
         (["--reward", "python={folder}/rewards.py:bright", "--classes", "9"], "class 9 is out of range"),
     ],
 )

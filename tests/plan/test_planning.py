@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nextscale.base.errors import ConfigError, RewardError
+from nextscale.config import rehearsal
 from nextscale.config.files import RECIPES, packaged_recipes
 from nextscale.config.recipe import load_recipe
 from nextscale.config.rehearsal import plan_recipe, rehearse
@@ -14,7 +15,7 @@ from nextscale.models import zoo
 from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAEConfig
 from nextscale.models.zoo import TOY_ASSETS
-from nextscale.plan.gpus import GPUS, find_gpu, known
+from nextscale.plan.gpus import GPU, GPUS, find_gpu, known
 from nextscale.plan.phases import Phases
 from nextscale.plan.planning import USABLE_MEMORY, UTILISATION, describe, make_plan
 from nextscale.policy import SamplingConfig
@@ -253,6 +254,13 @@ def test_without_a_gpu_the_miniature_is_planned_for_the_cpu(monkeypatch):
     assert "which was measured here" in describe(plan) and "h100" not in describe(plan)
     assert plan_recipe(load_recipe("var-d16-painting")).gpu.name == "h100-80gb"
     assert plan_recipe(load_recipe("var-d16-painting"), gigabytes=24).gpu.memory == 24e9
+
+
+def test_a_card_that_is_not_known_is_measured_and_may_have_another_memory(monkeypatch):
+    card = GPU("NVIDIA Unheard Of", 10e9, 1e12, 1e11, is_measured=True)
+    monkeypatch.setattr(rehearsal, "gpu_at_hand", lambda num_parameters: card)
+    plan = plan_recipe(load_recipe("toy-painting"), gigabytes=7)
+    assert plan.gpu.name == card.name and plan.gpu.memory == 7e9 and plan.gpu.float32 == 1e11
 
 
 def test_evaluations_are_a_part_of_the_time():

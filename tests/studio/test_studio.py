@@ -122,7 +122,7 @@ def test_text_from_the_page_stays_text(tmp_path):
     prompt = "a {label}: 'x'\nrun: {output_dir: /elsewhere}\n!!python/object:x"
     text = training.recipe_of(folder=tmp_path, **{**OPTIONS, "prompt": prompt})
     content = yaml.safe_load(text)
-    assert content["rewards"]["prompt"]["clip_score"] == prompt.strip()
+    assert content["rewards"]["painting"]["clip_score"] == prompt.strip()
     assert content["run"]["output_dir"] == str(tmp_path)
     (tmp_path / "recipe.yaml").write_text(training.recipe_of(folder=tmp_path, **OPTIONS))
     assert load_recipe(str(tmp_path / "recipe.yaml")).run.max_steps == 2

@@ -1,5 +1,6 @@
 """Means of metrics over a step."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -46,3 +47,8 @@ class Means:
                 weighted = zip(values, counts, strict=True)
                 means[name] = sum(value * count for value, count in weighted) / sum(counts)
         return means
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Those that JSON has a number for."""
+    return {name: each for name, each in metrics.items() if math.isfinite(each)}

@@ -37,10 +37,8 @@ def add(commands: Any) -> None:
     text = "use this recipe's rewards, classes and sampling (default in the miniature world: toy-combined's "
     text += "rewards)"
     complete_with(which.add_argument("--recipe", metavar="RECIPE", help=text), packaged_recipes(), "yaml")
-    text = (
-        "use this reward, such as aesthetic=, clip_score=, pixels= or python=, with a name before it if it "
-    )
-    text += "is to have one; can be given several times"
+    text = "use this reward, such as aesthetic=, clip_score=, pixels= or python=, with a name before it if "
+    text += "it is to have one; can be given several times"
     which.add_argument("--reward", action="append", metavar="[NAME:]KIND=VALUE", help=text)
     text = "CLIP model for diversity, for distances to other images, and for the rewards given by --reward"
     parser.option("--clip", str, text)
@@ -72,7 +70,14 @@ def run(args: Namespace) -> int:
     if args.recipe:
         find_recipe(args.recipe)  # a wrong name is answered before the seconds that importing torch takes
 
-    from nextscale.cli.measuring import add_distances, as_json, knee_of, measure, plot_strengths
+    from nextscale.cli.measuring import (
+        add_distances,
+        as_json,
+        kept_measures,
+        knee_of,
+        measure,
+        plot_strengths,
+    )
     from nextscale.config.build import is_miniature, load_pipeline, make_rewards
     from nextscale.config.recipe import load_recipe
     from nextscale.measured import notes, table_rows
@@ -108,7 +113,8 @@ def run(args: Namespace) -> int:
             found.append(measuring(f"alpha {alpha:g}", args.models[0], pipe))
     else:
         for name, source in named(args.models).items():
-            pipe = pipe if source == args.models[0] else load_one(args, source)
+            if found:
+                pipe = load_like(args, source, pipe)
             found.append(measuring(name, source, pipe))
     if clip:
         add_distances(args, clip, found, str(pipe.device))
@@ -117,13 +123,14 @@ def run(args: Namespace) -> int:
     if not is_main:
         return 0
     measured = [each for each, _ in found]
-    marked = f"knee: {measured[knee_of(measured)].name}" if alphas else ""
+    kept = kept_measures(measured, reward_set.held_out)
+    marked = f"knee: {measured[knee_of(measured, kept)].name}" if alphas else ""
     text = json.dumps(as_json(measured, marked), indent=2)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(text + "\n")
     if args.plot:
-        plot_strengths(args.plot, alphas, measured)
+        plot_strengths(args.plot, alphas, measured, kept)
     form = "json" if args.json else args.format
     if form == "json":
         print(text)
@@ -180,6 +187,20 @@ def load_one(args: Namespace, model: str) -> "VARPipeline":
     from nextscale.runs.reader import find_run
 
     return arguments.load_model(Namespace(**vars(args) | {"model": find_run(model)[1]}))
+
+
+def load_like(args: Namespace, model: str, first: "VARPipeline") -> "VARPipeline":
+    """A model to compare with another.
+
+    Raises:
+        ConfigError: it draws other classes, so that their images cannot be compared one by one.
+    """
+    pipe = load_one(args, model)
+    if pipe.all_conditions() != first.all_conditions():
+        raise ConfigError(
+            f"'{model}' draws other classes than '{args.models[0]}': compare models of the same classes"
+        )
+    return pipe
 
 
 def rewards_of_words(words: list[str], clip: str | None) -> "dict[str, RewardConfig]":

@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from nextscale.base.errors import ConfigError
+from nextscale.base.images import read_image
 from nextscale.cli import arguments
 from nextscale.config.build import embedder, judges_for, measures_for
 from nextscale.config.recipe import Recipe
@@ -98,14 +97,9 @@ def embeddings_of(folder: Path, clip: str, device: str) -> Tensor:
     embed, embeddings = embedder(clip), []
     assert embed is not None
     for file in files:
-        try:
-            with Image.open(file) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
-        except (OSError, Image.DecompressionBombError):
-            raise ConfigError(f"'{file}' is no readable image; remove it") from None
-        image = torch.from_numpy(pixels.copy()).to(device).permute(2, 0, 1)[None].float() / 255
+        image = read_image(file).to(device)
         with torch.no_grad():
-            embeddings.append(embed(image).float().cpu())
+            embeddings.append(embed(image[None]).float().cpu())
     return torch.cat(embeddings)
 
 
@@ -118,22 +112,24 @@ def as_json(measured: Sequence[Measured], marked: str) -> dict[str, Any]:
     return found | ({"knee": marked.removeprefix("knee: ")} if marked else {})
 
 
-def _kept(measured: Sequence[Measured]) -> list[str]:
-    """What should not fall while the reward rises: judges, diversity, and rewards of weight 0 or held out."""
-    names = ("judge/class_log_prob", "judge/class_accuracy", "diversity")
+def kept_measures(measured: Sequence[Measured], held_out: Sequence[str]) -> list[str]:
+    """What should not fall while the reward rises: held-out rewards, what the class judge says, diversity."""
+    names = [f"rewards/{name}/mean" for name in held_out]
+    names += ["judge/class_log_prob", "judge/class_accuracy", "diversity"]
     return [name for name in names if all(name in each.metrics for each in measured)]
 
 
-def knee_of(measured: Sequence[Measured]) -> int:
-    """The strength at which the reward is no longer worth what is lost."""
-    names = _kept(measured)
-    kept = [each.metrics[names[0]] if names else 0.0 for each in measured]
-    return knee([each.metrics["reward"] for each in measured], kept)
+def knee_of(measured: Sequence[Measured], kept: Sequence[str]) -> int:
+    """The strength at which the reward is no longer worth what is lost of the first of `kept`."""
+    rewards = [each.metrics["reward"] for each in measured]
+    return knee(rewards, [each.metrics[kept[0]] if kept else 0.0 for each in measured])
 
 
-def plot_strengths(path: Path, alphas: Sequence[float], measured: Sequence[Measured]) -> None:
+def plot_strengths(
+    path: Path, alphas: Sequence[float], measured: Sequence[Measured], kept_names: Sequence[str]
+) -> None:
     """What is kept against the reward, a panel for each, the knee marked."""
-    names, best = _kept(measured) or ["reward"], knee_of(measured)
+    names, best = kept_names or ["reward"], knee_of(measured, kept_names)
     figure = Figure(figsize=(4 * len(names), 3.4), layout="constrained")
     rewards = [each.metrics["reward"] for each in measured]
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
@@ -142,7 +138,8 @@ def plot_strengths(path: Path, alphas: Sequence[float], measured: Sequence[Measu
         axes.plot(rewards[best], kept[best], "o", markersize=11, fillstyle="none", color="C3")
         for x, y, alpha in zip(rewards, kept, alphas, strict=True):
             axes.annotate(f"{alpha:g}", (x, y), textcoords="offset points", xytext=(6, 6), fontsize=8)
-        axes.set(xlabel="reward", ylabel=name.rpartition("/")[2].replace("_", " "))
+        short = name.removeprefix("judge/").removeprefix("rewards/").removesuffix("/mean")
+        axes.set(xlabel="reward", ylabel=short.replace("_", " "))
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -91,8 +91,10 @@ def parse_yaml(text: str, what: str) -> Any:
         ConfigError: the text is not valid YAML, or asks for objects.
     """
     try:
-        _check_size(yaml.compose(text, _Loader), what)
-        return yaml.load(text, _Loader)  # a SafeLoader: plain values, no objects
+        loader = _Loader(text)  # a SafeLoader: plain values, no objects
+        root = loader.get_single_node()
+        _check_size(root, what)
+        return None if root is None else loader.construct_document(root)
     except yaml.YAMLError as error:
         mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]

@@ -12,7 +12,7 @@ from nextscale.models import hub, zoo
 from nextscale.models.var import VAR
 from nextscale.models.vqvae import VQVAE
 from nextscale.pipeline import VARPipeline
-from nextscale.plan.gpus import find_gpu, gpu_at_hand
+from nextscale.plan.gpus import find_gpu, gpu_at_hand, with_memory
 from nextscale.plan.planning import Plan, make_plan
 
 
@@ -77,8 +77,7 @@ def plan_recipe(
     if gpu is None:
         with torch.device("meta"):
             num_parameters = sum(each.numel() for each in VAR(model.transformer).parameters())
-        device = gpu_at_hand(num_parameters)
-        device = device if gigabytes is None else find_gpu(device.name, gigabytes)
+        device = with_memory(gpu_at_hand(num_parameters), gigabytes)
     else:
         device = find_gpu(gpu, gigabytes)
     return make_plan(*sizes, trained, *options, device, num_gpus, evaluated, recipe.tuning)

@@ -71,10 +71,20 @@ def find_gpu(name: str, gigabytes: float | None = None) -> GPU:
     """
     if name != "cpu" and name not in GPUS:
         raise ConfigError(f"unknown GPU '{name}'{did_you_mean(name, [*GPUS, 'cpu'])}")
-    if gigabytes is not None and gigabytes <= 0:
+    return with_memory(this_cpu() if name == "cpu" else GPUS[name], gigabytes)
+
+
+def with_memory(gpu: GPU, gigabytes: float | None) -> GPU:
+    """The GPU, with so much memory where that is given.
+
+    Raises:
+        ConfigError: it is not more than nothing.
+    """
+    if gigabytes is None:
+        return gpu
+    if not gigabytes > 0:
         raise ConfigError(f"a GPU's memory must be more than 0 GB, got {gigabytes}")
-    found = this_cpu() if name == "cpu" else GPUS[name]
-    return found if gigabytes is None else replace(found, memory=gigabytes * 1e9)
+    return replace(gpu, memory=gigabytes * 1e9)
 
 
 def gpu_at_hand(num_parameters: int) -> GPU:

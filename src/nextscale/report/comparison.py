@@ -17,9 +17,9 @@ from nextscale.report import pictures
 from nextscale.report.charts import COLOURS, DASHES, VARIABLES, Curve, draw_curves
 from nextscale.report.page import flatten, templates
 from nextscale.runs.reader import Run, images_of, read_run
+from nextscale.runs.result import NOT_SHOWN
 
 MAX_RUNS = len(COLOURS)
-NO_METRIC = ("_std", "_sem", "/std", "/sem", "_time", "num_images")
 
 
 def write_comparison(folders: Sequence[Path], output: Path) -> Path:
@@ -94,7 +94,7 @@ def _metrics(runs: Mapping[str, Run]) -> list[str]:
         name
         for run in runs.values()
         for name in dict.fromkeys(f"eval_{each}" for each in run.names("eval_(.+)"))
-        if not name.endswith(NO_METRIC) and "warnings/" not in name
+        if not name.endswith(NOT_SHOWN) and "warnings/" not in name
     ]
     shared = dict.fromkeys(name for name in names if names.count(name) > 1)
     return [name for name in shared if name != "eval_reward"]

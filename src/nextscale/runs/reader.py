@@ -1,6 +1,7 @@
 """A run folder as it is read: configuration, environment, metrics step by step, grids of samples.
 
-Reads files only: no model, no torch, no lock, so that a live run can be looked at.
+Reads files only: no model, no torch, and no lock but for a moment to see whether another process holds it,
+so that a live run can be looked at.
 """
 
 import json

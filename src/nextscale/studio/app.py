@@ -9,12 +9,12 @@ from typing import Any
 import gradio as gr
 import numpy as np
 import pandas as pd
-import torch
 from PIL import Image
 from torch import Tensor
 
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError, NextscaleError
+from nextscale.base.images import read_image
 from nextscale.report.page import render_report, summarize
 from nextscale.runs.reader import read_run
 from nextscale.studio.models import Frame, Models, clip_for, draw, grid_of, score
@@ -56,7 +56,7 @@ def build(models: Models) -> gr.Blocks:
     Args:
         models: what can be chosen.
     """
-    with gr.Blocks(title="nextscale studio") as page:
+    with gr.Blocks(title="nextscale studio", analytics_enabled=False) as page:
         gr.Markdown("# nextscale studio")
         with gr.Tab("Draw"):
             draw_tab(page, models)
@@ -150,8 +150,8 @@ def _draw_both(
         raise ConfigError("the seed must be a whole number")
     options: dict[str, Any] = {"seed": int(seed)}
     if not own:
-        given = {"guidance_scale": guidance, "temperature": temperature, "top_k": int(top_k), "top_p": top_p}
-        options |= given
+        options |= {"guidance_scale": guidance, "temperature": temperature}
+        options |= {"top_k": int(top_k or 0), "top_p": top_p}
     pipes = [models.load(base), *([models.between(base, tuned, alpha)] if tuned else [])]
     pictures: list[Any] = [None, None]
     texts = ["", ""]
@@ -195,12 +195,7 @@ def score_tab(models: Models) -> None:
             raise ConfigError("choose at least one image to score")
         rows = []
         for path in paths:
-            try:
-                with Image.open(path) as picture:
-                    pixels = np.asarray(picture.convert("RGB"))
-            except (OSError, Image.DecompressionBombError):
-                raise ConfigError(f"'{Path(path).name}' is no readable image") from None
-            image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
+            image = read_image(Path(path))[None]
             (found,) = score(prompt, clip.strip() or "toy", image, [Condition(None, label)])
             rows.append([Path(path).name, round(found, 4)])
         return sorted(rows, key=lambda row: -row[1])

@@ -172,7 +172,7 @@ def score(prompt: str, clip: str, images: Tensor, conditions: Sequence[Condition
     """CLIP scores of images for a prompt, in which {label} stands for what an image is to show.
 
     Raises:
-        ConfigError: no prompt, or a placeholder that is not known.
+        ConfigError: no prompt, or one with a field other than {label}.
     """
     if not prompt.strip():
         raise ConfigError("write a prompt to score with, such as: a painting of a {label}")

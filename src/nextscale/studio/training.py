@@ -11,9 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nextscale.base.errors import ConfigError
+from nextscale.config.files import dump_yaml, read_mapping
 from nextscale.runs.paths import RunPaths
 
 MAX_STEPS = 1000
@@ -66,33 +65,21 @@ def recipe_of(model: str, prompt: str, clip: str, steps: int, learning_rate: flo
         raise ConfigError(f"steps must be between 1 and {MAX_STEPS}, got {steps}")
     if not 0 < learning_rate < 1:
         raise ConfigError(f"the learning rate must be above 0 and below 1, got {learning_rate}")
-    content: dict[str, Any] = {
-        "description": f"Started from the studio, towards: {prompt.strip()}",
-        "model": model,
-        "rewards": {
-            "prompt": {"clip_score": prompt.strip(), "clip": clip, "weight": 1.0},
-            "diversity": {"diversity": "clip", "clip": clip, "weight": 0.3},
-        },
-        "grpo": {
-            "beta": 0.01,
-            "entropy_coef": 0.02,
-            "entropy_floor": 0.5,
-            "entropy_floor_rate": 0.35,
-            "multi_objective_aggregation": "normalize_then_sum",
-        },
-        "optimizer": {"learning_rate": learning_rate, "lr_scheduler_type": "cosine"},
-        "run": {
-            "output_dir": str(folder),
-            "max_steps": steps,
-            "eval_steps": max(1, min(10, steps // 3)),
-            "eval_num_images": 128,
-            "per_device_train_batch_size": 16,
-            "mixed_precision": "bf16",
-            "diversity_clip": clip,
-            "report_to": "none",
-        },
+    content = read_mapping("toy-painting")
+    del content["sampling"]  # as the model is sampled
+    content |= {"description": f"Started from the studio, towards: {prompt.strip()}", "model": model}
+    content["rewards"]["painting"] |= {"clip_score": prompt.strip(), "clip": clip}
+    content["rewards"]["diversity"] |= {"clip": clip}
+    content["optimizer"] |= {"learning_rate": learning_rate}
+    content["run"] |= {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "eval_steps": max(1, min(10, steps // 3)),
+        "eval_num_images": 128,
+        "diversity_clip": clip,
+        "report_to": "none",
     }
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return dump_yaml(content)
 
 
 def start(runs: Path, name: str, **options: Any) -> Training:
