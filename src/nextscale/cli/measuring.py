@@ -141,6 +141,7 @@ def plot_strengths(
         short = name.removeprefix("judge/").removeprefix("rewards/").removesuffix("/mean")
         axes.set(xlabel="reward", ylabel=short.replace("_", " "))
         axes.grid(alpha=0.3)
+        axes.margins(0.12)  # or the last label leaves the panel
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         figure.savefig(path, dpi=150)
