@@ -7,6 +7,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from nextscale.base.errors import ConfigError
 from nextscale.policy import (
+    Ramp,
     SamplingConfig,
     draw_tokens,
     exact_entropy,
@@ -36,7 +37,8 @@ def kept_sets(logits, **config):
 
 def test_guidance_and_its_ramp_by_hand(schedule):
     cond, uncond = random_logits(2, 30, 5, seed=1), random_logits(2, 30, 5, seed=2)
-    guided = policy_logits(cond, uncond, schedule.guidance_ramp(), SamplingConfig(guidance_scale=3.0))
+    config = SamplingConfig(guidance_scale=3.0)
+    guided = policy_logits(cond, uncond, Ramp.of(config, schedule), config)
     for start, stop, strength in ((0, 1, 0.0), (1, 5, 1.0), (5, 14, 2.0), (14, 30, 3.0)):
         expected = cond[:, start:stop] + strength * (cond[:, start:stop] - uncond[:, start:stop])
         torch.testing.assert_close(guided[:, start:stop], expected)
@@ -46,7 +48,7 @@ def test_one_guided_number_by_hand():
     guided = policy_logits(
         torch.tensor([[[2.0]]]),
         torch.tensor([[[5.0]]]),
-        torch.tensor([0.5]),
+        Ramp(torch.tensor([0.5]), 1.0),
         SamplingConfig(guidance_scale=4.0),
     )
     assert guided.item() == (1 + 2) * 2.0 - 2 * 5.0
@@ -56,15 +58,50 @@ def test_without_guidance_the_null_class_is_not_looked_at():
     cond = random_logits(1, 3, 5)
     config = SamplingConfig(guidance_scale=0)
     assert not config.is_guided
-    assert torch.equal(policy_logits(cond, None, torch.ones(3), config), cond)
-    assert torch.equal(policy_logits(cond, torch.full_like(cond, math.nan), torch.ones(3), config), cond)
+    assert torch.equal(policy_logits(cond, None, Ramp(torch.ones(3), 1.0), config), cond)
+    assert torch.equal(
+        policy_logits(cond, torch.full_like(cond, math.nan), Ramp(torch.ones(3), 1.0), config), cond
+    )
 
 
 def test_temperature_divides_the_guided_logits():
     cond, uncond, ramp = random_logits(1, 3, 5), random_logits(1, 3, 5, seed=1), torch.tensor([0.0, 0.5, 1.0])
-    plain = policy_logits(cond, uncond, ramp, SamplingConfig(guidance_scale=1.5))
-    hot = policy_logits(cond, uncond, ramp, SamplingConfig(guidance_scale=1.5, temperature=0.7))
+    config = SamplingConfig(guidance_scale=1.5)
+    plain = policy_logits(cond, uncond, Ramp(ramp, 1.0), config)
+    hot = policy_logits(cond, uncond, Ramp(ramp, 0.7), config)
     torch.testing.assert_close(hot, plain / 0.7)
+    cooler = policy_logits(cond, uncond, Ramp(ramp, torch.tensor([0.7, 1.0, 0.1])), config)
+    torch.testing.assert_close(cooler, plain / torch.tensor([[0.7], [1.0], [0.1]]))
+
+
+def test_guidance_may_begin_late_and_stop_early_and_its_growth_counts_from_the_first_scale(schedule):
+    config = SamplingConfig(
+        guidance_scale=3.0, guidance_start=1, guidance_stop=3, unguided_temperature=0.1, temperature=2.0
+    )
+    cond, uncond = random_logits(2, 30, 5, seed=1), random_logits(2, 30, 5, seed=2)
+    found = policy_logits(cond, uncond, Ramp.of(config, schedule), config)
+    torch.testing.assert_close(found[:, :1], cond[:, :1] / 2.0)
+    torch.testing.assert_close(found[:, 1:5], (2 * cond - uncond)[:, 1:5] / 2.0)
+    torch.testing.assert_close(found[:, 5:14], (3 * cond - 2 * uncond)[:, 5:14] / 2.0)
+    torch.testing.assert_close(found[:, 14:], cond[:, 14:] / 0.2)
+    part = policy_logits(cond[:, 10:20], uncond[:, 10:20], Ramp.of(config, schedule)[10:20], config)
+    assert torch.equal(part, found[:, 10:20])
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"unguided_temperature": 0.5}, "unguided_temperature has no effect without guidance_stop"),
+        (
+            {"guidance_start": 3, "guidance_stop": 3},
+            r"guidance_start \(3\) must be below",
+        ),
+        ({"guidance_stop": 0}, "guidance_stop"),
+    ],
+)
+def test_scales_of_guidance_that_make_no_sense_are_refused(options, told):
+    with pytest.raises(ConfigError, match=told):
+        SamplingConfig(guidance_scale=1.5, **options)
 
 
 # Filters

@@ -9,7 +9,7 @@ import torch
 
 from nextscale.models.protocol import Conditioning
 from nextscale.pipeline import VARPipeline
-from nextscale.policy import SamplingConfig
+from nextscale.policy import Ramp, SamplingConfig
 from nextscale.reference import Reference
 from nextscale.rescoring import teacher_forced_logits
 
@@ -24,7 +24,7 @@ def test_its_log_probs_are_the_models(tiny_pipeline: VARPipeline) -> None:
     features = reference.features(drawn.conditioning, drawn.inputs, GUIDED)
     assert features.shape == (8, 30, 64)
     part = slice(7, 20)
-    ours = reference.log_probs(features[:, part], model.schedule.guidance_ramp()[part], GUIDED)
+    ours = reference.log_probs(features[:, part], Ramp.of(GUIDED, model.schedule)[part], GUIDED)
     with torch.no_grad():
         logits = teacher_forced_logits(model, model.schedule, drawn.conditioning, drawn.inputs, GUIDED)
     torch.testing.assert_close(ours, logits.log_softmax(-1)[:, part], rtol=0, atol=1e-5)
@@ -87,7 +87,7 @@ def test_the_trained_model_may_be_its_own_reference(make_pipeline: MakePipeline)
     drawn = pipe.draw(pipe.conditions([0, 1]), [(0,), (1,)], 2, GUIDED)
     base = Reference.copy_of(model)
     head.weight.data.mul_(2.0)
-    reference, ramp = Reference(model, switched_off), model.schedule.guidance_ramp()
+    reference, ramp = Reference(model, switched_off), Ramp.of(GUIDED, model.schedule)
 
     def log_probs(of: Reference, conditioning: Conditioning) -> torch.Tensor:
         return of.log_probs(of.features(conditioning, drawn.inputs, GUIDED), ramp, GUIDED)

@@ -4,7 +4,7 @@ import torch
 from nextscale.base.errors import CheckpointError
 from nextscale.base.seeding import group_uniforms
 from nextscale.pipeline import Drawn
-from nextscale.policy import SamplingConfig
+from nextscale.policy import Ramp, SamplingConfig
 from nextscale.rescoring import log_probs, teacher_forced_logits
 from nextscale.sampling import Branches, all_branches, guided_logits, sample
 
@@ -132,7 +132,7 @@ def test_the_null_class_is_run_only_where_guidance_is_on(tiny_pipeline):
 def test_guided_logits_are_the_same_with_and_without_a_cache(tiny_pipeline, schedule):
     inputs = tiny_pipeline.tokenizer.tokens_to_inputs(draw(tiny_pipeline, [0, 1, 2], uniforms_of(0)).tokens)
     both = all_branches(conditioned(tiny_pipeline, [0, 1, 2]), GUIDED)
-    ramp, cache = schedule.guidance_ramp(), tiny_pipeline.transformer.new_cache()
+    ramp, cache = Ramp.of(GUIDED, schedule), tiny_pipeline.transformer.new_cache()
     whole = guided_logits(tiny_pipeline.transformer, both, inputs, ramp, GUIDED, None)
     for part in schedule.slices:
         of_scale = inputs[:, max(part.start - 1, 0) : part.stop - 1]

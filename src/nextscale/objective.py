@@ -19,6 +19,7 @@ from nextscale.models.protocol import Conditioning, Reader
 from nextscale.models.scales import ScaleSchedule
 from nextscale.pipeline import Drawn
 from nextscale.policy import (
+    Ramp,
     SamplingConfig,
     exact_entropy,
     exact_kl,
@@ -209,11 +210,11 @@ class Objective:
         reference, inputs_BLD = self.reference, batch.inputs[:, : sum(self.lengths) - 1]
         assert reference is not None, "with beta there is a reference"
         features_BLC = reference.features(batch.conditioning, inputs_BLD, self.reference_sampling)
-        ramp_L = self.schedule.guidance_ramp().to(inputs_BLD.device)
+        ramp = Ramp.of(self.reference_sampling, self.schedule, inputs_BLD.device)
 
         def read(logits_BlV: Tensor, at: slice) -> dict[str, Tensor]:
             ours_BlV = logits_BlV.log_softmax(-1)
-            theirs_BlV = reference.log_probs(features_BLC[:, at], ramp_L[at], self.reference_sampling)
+            theirs_BlV = reference.log_probs(features_BLC[:, at], ramp[at], self.reference_sampling)
             parts = ours_BlV, theirs_BlV, ours_BlV.exp(), batch.tokens[:, at]
             return {"log_ratios": kl_divergence(*parts, "k1"), "kl": kl_divergence(*parts)}
 
@@ -229,7 +230,7 @@ class Objective:
         """
         sampling, reference, estimator = self.sampling, self.reference, self.config.kl_estimator
         has_kl_loss = self.config.beta > 0 and not self.config.kl_in_reward
-        ramp_L = self.schedule.guidance_ramp().to(tokens_BL.device)
+        ramp = Ramp.of(self.reference_sampling, self.schedule, tokens_BL.device)
 
         def read(logits_BlV: Tensor, at: slice) -> dict[str, Tensor]:
             drawn_Bl = tokens_BL[:, at]
@@ -245,7 +246,7 @@ class Objective:
             probs_BlV = full_BlV.exp()
             if reference is not None:
                 assert features_BLC is not None, "a reference has features"
-                theirs_BlV = reference.log_probs(features_BLC[:, at], ramp_L[at], self.reference_sampling)
+                theirs_BlV = reference.log_probs(features_BLC[:, at], ramp[at], self.reference_sampling)
                 is_exact = estimator == "reverse" or not has_kl_loss
                 with torch.set_grad_enabled(torch.is_grad_enabled() and has_kl_loss and is_exact):
                     found["kl"] = exact_kl(full_BlV, theirs_BlV, probs_BlV)  # logged whatever the loss has

@@ -4,7 +4,7 @@ Shapes: B images · L tokens of all scales · H W pixels
 """
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,8 @@ from nextscale.models.class_names import find_class
 from nextscale.models.folder import CONFIG, read_config, read_networks, write_folder
 from nextscale.models.lora import merged, read_adapter
 from nextscale.models.protocol import Conditioning, NextScaleModel
-from nextscale.models.var import VAR
+from nextscale.models.switti import Switti
+from nextscale.models.var import VARStack
 from nextscale.models.vqvae import VQVAE, check_same_grids
 from nextscale.policy import DEFAULT_SAMPLING, SamplingConfig
 from nextscale.report.model_card import write_model_card
@@ -162,24 +163,27 @@ class VARPipeline:
     @classmethod
     def from_official(
         cls,
-        var: str | Path,
+        model: str | Path,
         vae: str | Path,
         dtype: torch.dtype | str = torch.float32,
         device: torch.device | str = "cpu",
         class_names: Sequence[str] | None = None,
         *,
+        config: str | Path | Mapping[str, Any] | None = None,
         adapter: str | Path | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
     ) -> "VARPipeline":
-        """Load official VAR checkpoints; all sizes are read from the tensors.
+        """Load published files of VAR, VAR-CLIP or Switti; family and sizes are read from the tensors.
 
         Args:
-            var: file of the transformer, such as `var_d16.pth`.
-            vae: file of the tokenizer, such as `vae_ch160v4096z32.pth`.
+            model: file of the transformer, such as `var_d16.pth`, or a folder with `model.safetensors`.
+            vae: file of the tokenizer, such as `vae_ch160v4096z32.pth`, or a folder with `model.safetensors`.
             dtype: of the transformer, as torch's dtype or by name ("bfloat16"); the tokenizer stays float32.
             class_names: one for each class. The files hold none; a model with 1000 classes gets those of
                 ImageNet by default.
+            config: of a Switti: its config.json or the content, which says what the tensors do not; by
+                default the file beside the transformer's.
             adapter, token, cache_dir: as `from_pretrained` takes them.
 
         Raises:
@@ -188,11 +192,12 @@ class VARPipeline:
             ConfigError: the class names are not as many as the classes, or there is no such dtype or device.
         """
         dtype = to_dtype(dtype)
-        transformer, tokenizer = official.load_official(var, vae, torch.float32 if adapter else dtype)
+        read_as = torch.float32 if adapter else dtype
+        transformer, tokenizer = official.load_official(model, vae, read_as, config)
         if class_names is None:
             class_names = zoo.names_of(transformer.config)
-        pipe = cls(transformer, tokenizer, class_names, zoo.OFFICIAL_SAMPLING)
-        pipe.source = str(var)
+        pipe = cls(transformer, tokenizer, class_names, zoo.recommended_sampling(transformer.config))
+        pipe.source = str(model)
         if adapter:
             pipe._adapt(adapter, dtype, hub.Access(token=token, cache_dir=cache_dir))
         return pipe.to(device)
@@ -264,16 +269,19 @@ class VARPipeline:
         return Path(folder)
 
     def save_official(self, folder: str | Path, dtype: torch.dtype | str | None = None) -> tuple[Path, Path]:
-        """Write `var.pth` and `vae.pth` for VAR's official code; returns their paths.
+        """Write the two networks as the official code of the family reads them; returns the paths.
+
+        `var.pth` and `vae.pth`; of a Switti, `transformer/model.safetensors` with its `config.json`, and
+        `tokenizer/model.safetensors`.
 
         Args:
             folder: created if needed.
             dtype: of the stored floating-point tensors; by default each tensor's own.
 
         Raises:
-            ConfigError: the model is not a VAR, or there is no such dtype.
+            ConfigError: the family has no official format, or there is no such dtype.
         """
-        if not isinstance(self.transformer, VAR):
+        if not isinstance(self.transformer, VARStack | Switti):
             kind = type(self.transformer).__name__
             raise ConfigError(f"a {kind} has no official format here: write it with save_pretrained")
         return official.save_official(merged(self.transformer), self.tokenizer, folder, dtype)
@@ -442,6 +450,9 @@ class VARPipeline:
         top_k: int | None = None,
         top_p: float | None = None,
         temperature: float | None = None,
+        guidance_start: int | None = None,
+        guidance_stop: int | None = None,
+        unguided_temperature: float | None = None,
         seed: int = 0,
         batch_size: int = 64,
         callback_on_scale_end: Callable[["VARPipeline", int, Tensor], None] | None = None,
@@ -453,10 +464,13 @@ class VARPipeline:
                 may stand alone.
             num_images_per_label: images for each; those of one label stand together.
             guidance_scale: classifier-free guidance at the last scale; 0 switches it off. This and the next
-                three are by default those of `self.sampling`.
+                six are by default those of `self.sampling`.
             top_k: keep the k likeliest tokens; 0 keeps all.
             top_p: keep the likeliest tokens that hold this share; 1 keeps all.
             temperature: divides the logits.
+            guidance_start, guidance_stop: first scale, counted from 0, that is guided, and first that no
+                longer is.
+            unguided_temperature: divides the logits from `guidance_stop` on as well.
             seed: of the images.
             batch_size: images run at once; it bounds the memory, and changes no token.
             callback_on_scale_end: gets the pipeline, the number of the scale, from 0, and `f_hat`, the
@@ -470,6 +484,8 @@ class VARPipeline:
             if number < 1:
                 raise ConfigError(f"{name} must be at least 1, got {number}")
         given = dict(guidance_scale=guidance_scale, top_k=top_k, top_p=top_p, temperature=temperature)
+        given |= dict(guidance_start=guidance_start, guidance_stop=guidance_stop)
+        given |= dict(unguided_temperature=unguided_temperature)
         sampling = self.sampling.replace(**{key: each for key, each in given.items() if each is not None})
         conditions = self.conditions(class_labels)
         seeds = [("sample", seed, i) for i in range(len(conditions))]

@@ -1,7 +1,8 @@
 """The policy: the distribution that tokens are sampled from, defined once for both sampler and trainer.
 
-    logits  = (1 + t) cond - t uncond,   t = guidance_scale * k / (S - 1)      classifier-free guidance
-    logits  = logits / temperature
+    logits  = (1 + t) cond - t uncond,   t = guidance_scale * k / (S - 1)      classifier-free guidance,
+                                         t = 0 before guidance_start, and from guidance_stop on
+    logits  = logits / temperature       from guidance_stop on also / unguided_temperature
     logits  = top-k, then top-p of the logits                                  all others get probability 0
     policy  = softmax(logits)
 
@@ -10,15 +11,19 @@ docs/policy.md explains what is trained when filtering removes tokens, and why.
 Shapes: B images · l tokens (of one scale or of all) · V codebook size · n blocks of m codes
 """
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from nextscale.base.records import Record
+
+if TYPE_CHECKING:
+    from nextscale.models.scales import ScaleSchedule
 
 KLEstimator = Literal["reverse", "forward", "k1", "k2", "k3"]
 """As `kl_divergence` takes them."""
@@ -37,6 +42,22 @@ class SamplingConfig(Record):
     """Sample from the k likeliest tokens and those tied with the k-th; 0 means all."""
     top_p: float = Field(default=1.0, ge=0, le=1)
     """Sample from the fewest likeliest tokens that hold at least this probability; 0 and 1 mean all."""
+    guidance_start: int = Field(default=0, ge=0)
+    """First scale, counted from 0, that is guided. The growth of the guidance still counts from 0."""
+    guidance_stop: int | None = Field(default=None, ge=1)
+    """Scale, counted from 0, from which on nothing is guided, at half the cost; by default none is."""
+    unguided_temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Divides the logits from `guidance_stop` on, besides `temperature`."""
+
+    @model_validator(mode="after")
+    def _check_scales(self) -> Self:
+        if self.guidance_stop is None and self.unguided_temperature != 1:
+            raise ValueError("unguided_temperature has no effect without guidance_stop: set it too")
+        if self.guidance_stop is not None and self.guidance_start >= self.guidance_stop:
+            raise ValueError(
+                f"guidance_start ({self.guidance_start}) must be below guidance_stop ({self.guidance_stop})"
+            )
+        return self
 
     @property
     def is_guided(self) -> bool:
@@ -48,35 +69,71 @@ class SamplingConfig(Record):
         """Whether some tokens may get probability 0."""
         return self.top_k > 0 or 0 < self.top_p < 1
 
+    def told(self) -> dict[str, Any]:
+        """The settings to tell a reader: those that every model has, and others where they are set."""
+        changed = self.model_dump(exclude_defaults=True)
+        return {name: value for name, value in self if name in COMMON or name in changed}
+
+
+COMMON = ("guidance_scale", "temperature", "top_k", "top_p")
 
 DEFAULT_SAMPLING = SamplingConfig(guidance_scale=1.5)
 """How a model is sampled that says nothing else."""
 
 
-def all_branches_logits(logits_BlV: Tensor, ramp_l: Tensor, config: SamplingConfig) -> Tensor:
+@dataclass(frozen=True)
+class Ramp:
+    """How guidance and temperature go from scale to scale, token by token.
+
+    Attributes:
+        shares: (l,) the share of the guidance scale that applies: 0 at the first scale, 1 at the last, and 0
+            where nothing is guided.
+        temperature: what divides the logits: one number, or (l,).
+    """
+
+    shares: Tensor
+    temperature: float | Tensor
+
+    @staticmethod
+    def of(config: SamplingConfig, schedule: "ScaleSchedule", device: torch.device | str = "cpu") -> "Ramp":
+        """That of all tokens, (L,)."""
+        scale_L, temperature = schedule.scale_of_token(), config.temperature
+        stop = schedule.num_scales if config.guidance_stop is None else config.guidance_stop
+        is_guided_L = (scale_L >= config.guidance_start) & (scale_L < stop)
+        if config.unguided_temperature != 1:
+            unguided = temperature * config.unguided_temperature
+            temperature = torch.where(scale_L < stop, temperature, unguided).to(device)
+        return Ramp((schedule.guidance_ramp() * is_guided_L).to(device), temperature)
+
+    def __getitem__(self, part: slice) -> "Ramp":
+        temperature = self.temperature
+        return Ramp(self.shares[part], temperature[part] if isinstance(temperature, Tensor) else temperature)
+
+
+def all_branches_logits(logits_BlV: Tensor, ramp: Ramp, config: SamplingConfig) -> Tensor:
     """`policy_logits` of a batch as the model runs it: B conditions, then with guidance as many null ones."""
     cond_BlV, uncond_BlV = logits_BlV.chunk(2) if config.is_guided else (logits_BlV, None)
-    return policy_logits(cond_BlV, uncond_BlV, ramp_l, config)
+    return policy_logits(cond_BlV, uncond_BlV, ramp, config)
 
 
-def policy_logits(
-    cond_BlV: Tensor, uncond_BlV: Tensor | None, ramp_l: Tensor, config: SamplingConfig
-) -> Tensor:
+def policy_logits(cond_BlV: Tensor, uncond_BlV: Tensor | None, ramp: Ramp, config: SamplingConfig) -> Tensor:
     """Logits after guidance and temperature, before any filtering.
 
     Args:
         cond_BlV: logits given the conditions.
         uncond_BlV: logits given the null condition; None when guidance is off.
-        ramp_l: `ScaleSchedule.guidance_ramp()` for these tokens: 0 at the first scale, 1 at the last.
+        ramp: of these tokens.
 
-    Source: official VAR, `autoregressive_infer_cfg`.
+    Source: official VAR, `autoregressive_infer_cfg`; official Switti, `SwittiPipeline.__call__`.
     """
     logits_BlV = cond_BlV
     if config.is_guided:
         assert uncond_BlV is not None, "guidance needs the logits of the null class"
-        strength_l1 = (config.guidance_scale * ramp_l)[:, None].to(cond_BlV)
+        strength_l1 = (config.guidance_scale * ramp.shares)[:, None].to(cond_BlV)
         logits_BlV = (1 + strength_l1) * cond_BlV - strength_l1 * uncond_BlV
-    return logits_BlV if config.temperature == 1 else logits_BlV / config.temperature
+    if isinstance(ramp.temperature, Tensor):
+        return logits_BlV / ramp.temperature[:, None].to(logits_BlV)
+    return logits_BlV if ramp.temperature == 1 else logits_BlV / ramp.temperature
 
 
 @torch.no_grad()

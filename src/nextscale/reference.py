@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nextscale.grpo import GRPOConfig, ReferenceDtype
 from nextscale.models.protocol import Conditioning, NextScaleModel
-from nextscale.policy import SamplingConfig, all_branches_logits
+from nextscale.policy import Ramp, SamplingConfig, all_branches_logits
 from nextscale.rescoring import teacher_forced
 
 
@@ -76,16 +76,16 @@ class Reference:
             return self.model.features(*teacher_forced(conditioning, inputs_BlD, sampling))
 
     @torch.no_grad()
-    def log_probs(self, features_BlC: Tensor, ramp_l: Tensor, sampling: SamplingConfig) -> Tensor:
+    def log_probs(self, features_BlC: Tensor, ramp: Ramp, sampling: SamplingConfig) -> Tensor:
         """(B, l, V) log-probabilities after guidance and temperature, before filtering (see `exact_kl`).
 
         Args:
             features_BlC: from `features`, of some of the tokens.
-            ramp_l: `ScaleSchedule.guidance_ramp()` of these.
+            ramp: of these.
         """
         with self.context():
             logits_BlV = self.model.logits(features_BlC)
-        return all_branches_logits(logits_BlV, ramp_l, sampling).log_softmax(-1)
+        return all_branches_logits(logits_BlV, ramp, sampling).log_softmax(-1)
 
     @torch.no_grad()
     def move_towards(self, model: NextScaleModel, share: float) -> None:

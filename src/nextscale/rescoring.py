@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nextscale.models.protocol import Conditioning, Reader
 from nextscale.models.scales import ScaleSchedule
 from nextscale.policy import (
+    Ramp,
     SamplingConfig,
     all_branches_logits,
     policy_log_probs,
@@ -46,7 +47,7 @@ def read_policy(
         null_has_gradient: whether the gradient flows through the null branch too. Without, that branch runs
             apart, and nothing of it is kept for the backward pass but its features.
     """
-    ramp_L = schedule.guidance_ramp().to(inputs_BlD.device)
+    ramp = Ramp.of(config, schedule, inputs_BlD.device)
     if config.is_guided and not null_has_gradient:
         num_images = len(inputs_BlD)
         model: Any = getattr(transformer, "module", transformer)  # of a wrapper that synchronises gradients
@@ -57,12 +58,12 @@ def read_policy(
         def read_beside(logits_BlV: Tensor, at: slice) -> dict[str, Tensor]:
             with torch.no_grad():
                 null_BlV = model.logits(null_BlC[:, at])
-            return dict(read(policy_logits(logits_BlV, null_BlV, ramp_L[at], config), at))
+            return dict(read(policy_logits(logits_BlV, null_BlV, ramp[at], config), at))
 
         return transformer(conditioning, inputs_BlD, read=read_beside)
 
     def read_block(logits_BlV: Tensor, at: slice) -> dict[str, Tensor]:
-        return dict(read(all_branches_logits(logits_BlV, ramp_L[at], config), at))
+        return dict(read(all_branches_logits(logits_BlV, ramp[at], config), at))
 
     conditioning, inputs_BlD = teacher_forced(conditioning, inputs_BlD, config)
     return transformer(conditioning, inputs_BlD, read=read_block)
@@ -87,9 +88,9 @@ def teacher_forced_logits(
     Args:
         transformer, schedule, inputs_BlD: as in `read_policy`.
     """
-    ramp_l = schedule.guidance_ramp().to(inputs_BlD.device)[: inputs_BlD.shape[1] + 1]
+    ramp = Ramp.of(config, schedule, inputs_BlD.device)[: inputs_BlD.shape[1] + 1]
     conditioning = all_branches(conditioning, config)
-    return guided_logits(transformer, conditioning, inputs_BlD, ramp_l, config, cache=None)
+    return guided_logits(transformer, conditioning, inputs_BlD, ramp, config, cache=None)
 
 
 def log_probs(

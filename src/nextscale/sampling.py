@@ -15,6 +15,7 @@ from nextscale.base.errors import CheckpointError
 from nextscale.models.protocol import Conditioning, NextScaleModel, Tokenizer
 from nextscale.models.scales import ScaleSchedule
 from nextscale.policy import (
+    Ramp,
     SamplingConfig,
     all_branches_logits,
     draw_tokens,
@@ -114,8 +115,9 @@ def sample(
     if branching is not None:  # at first, one row for each prefix
         firsts = torch.tensor(branching.firsts(), device=uniforms_BL.device)
         conditioning, uniforms_BL = conditioning.select(firsts), uniforms_BL[firsts]
-    conditioning = all_branches(conditioning, config)
-    ramp_L = schedule.guidance_ramp().to(uniforms_BL.device)
+    of_scale = config  # how the scale at hand is run: where guidance stops, the null condition's half ends
+    conditioning = all_branches(conditioning, of_scale)
+    ramp = Ramp.of(config, schedule, uniforms_BL.device)
     latent_BDhw = tokenizer.empty_latent(len(uniforms_BL))
     tokens, log_probs, is_nan = [], [], []
     inputs = [
@@ -125,15 +127,19 @@ def sample(
         if branching is not None and k == branching.num_scales:  # what a prefix has goes on in each image
             num_prefixes = len(uniforms_BL)
             index_B = torch.tensor(branching.prefix_of, device=uniforms_BL.device)
-            conditioning, uniforms_BL = all_branches(of_images, config), uniforms_of_images_BL
-            rows = torch.cat([index_B, index_B + num_prefixes]) if config.is_guided else index_B
+            conditioning, uniforms_BL = all_branches(of_images, of_scale), uniforms_of_images_BL
+            rows = torch.cat([index_B, index_B + num_prefixes]) if of_scale.is_guided else index_B
             cache, latent_BDhw = cache.select(rows), latent_BDhw[index_B]
             tokens, log_probs, inputs = (
                 [each[index_B] for each in done] for done in (tokens, log_probs, inputs)
             )
+        if of_scale.is_guided and k == config.guidance_stop:
+            of_scale, num_images = config.replace(guidance_scale=0.0), len(uniforms_BL)
+            conditioning = conditioning.select(slice(num_images))
+            cache = cache.select(torch.arange(num_images, device=uniforms_BL.device))
         if k > 0:
             inputs.append(tokenizer.next_inputs(latent_BDhw, k))
-        logits_BlV = guided_logits(transformer, conditioning, inputs[-1], ramp_L[part], config, cache)
+        logits_BlV = guided_logits(transformer, conditioning, inputs[-1], ramp[part], of_scale, cache)
         is_nan.append(logits_BlV.isnan().any())
         log_probs_BlV = policy_log_probs(logits_BlV, config)
         tokens_Bl = draw_tokens(log_probs_BlV, uniforms_BL[:, part])
@@ -166,7 +172,7 @@ def guided_logits(
     transformer: nn.Module,
     conditioning: Conditioning,
     inputs_BlD: Tensor,
-    ramp_l: Tensor,
+    ramp: Ramp,
     config: SamplingConfig,
     cache: Any | None,
 ) -> Tensor:
@@ -175,7 +181,7 @@ def guided_logits(
     Args:
         transformer: the model, or its distributed wrapper.
         conditioning: from `all_branches`.
-        ramp_l: the share of the guidance scale that applies to each token.
+        ramp: of these tokens.
     """
     logits_BlV = transformer(conditioning, inputs_of_branches(inputs_BlD, config), cache)
-    return all_branches_logits(logits_BlV, ramp_l, config)
+    return all_branches_logits(logits_BlV, ramp, config)

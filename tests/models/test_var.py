@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from nextscale.models.attention import AttentionByScale, KVCache
 from nextscale.models.scales import ScaleSchedule
-from nextscale.models.var import AttentionByScale, KVCache
 from nextscale.policy import SamplingConfig
 
 LENGTHS = (1, 4, 9, 16)

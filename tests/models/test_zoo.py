@@ -15,6 +15,7 @@ from nextscale.base.errors import CheckpointError, ConfigError
 from nextscale.cli.main import main
 from nextscale.models import zoo
 from nextscale.models.class_names import imagenet_names
+from nextscale.models.folder import build_transformer
 from nextscale.models.var import VARConfig
 from nextscale.models.vqvae import VQVAEConfig
 from nextscale.pipeline import VARPipeline
@@ -60,7 +61,35 @@ def official(pipe, tmp_path_factory):
 # What is known
 
 
-@pytest.mark.parametrize("name", zoo.OFFICIAL_MODELS)
+VAR_MODELS = [name for name in zoo.OFFICIAL_MODELS if name.startswith("var-d")]
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "parameters", "num_bytes"),
+    [
+        ("var-clip", 222, 310_046_720, None),
+        ("switti-512", 704, 2_470_518_256, 9_902_161_344),
+        ("switti-512-ar", 704, 2_470_518_256, 9_902_161_344),
+        ("switti-1024", 704, 2_470_525_936, 10_239_464_956),
+        ("switti-1024-ar", 704, 2_470_525_936, 10_239_464_956),
+    ],
+)
+def test_text_models_have_the_sizes_of_the_published_classes(name, keys, parameters, num_bytes):
+    model, described = zoo.OFFICIAL_MODELS[name], zoo.describe(name)
+    assert described.transformer == model.transformer and described.class_names is None
+    assert described.sampling == model.sampling == zoo.sampling_of(name)
+    with torch.device("meta"):
+        transformer = build_transformer(model.transformer)
+    state = transformer.state_dict()
+    assert len(state) == keys  # of a Switti's 705, the mask is not kept
+    frozen = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")
+    counted = [each for key, each in state.items() if not key.endswith(frozen)]
+    assert sum(each.numel() for each in counted) == parameters
+    assert num_bytes in (None, model.num_bytes()[0])
+    assert model.licence is None
+
+
+@pytest.mark.parametrize("name", VAR_MODELS)
 def test_sizes_are_those_of_the_official_tensors(name, official_shapes):
     model = zoo.OFFICIAL_MODELS[name]
     shapes = [official_shapes[file.removesuffix(".pth")] for file in model.files]
@@ -84,7 +113,7 @@ def test_sizes_are_those_of_the_official_tensors(name, official_shapes):
     assert model.num_bytes() == tuple(
         sum(math.prod(shape) * width[kind] for shape, kind in each["state_dict"].values()) for each in shapes
     )
-    assert described.sampling.model_dump() == dict(guidance_scale=1.5, temperature=1.0, top_k=900, top_p=0.96)
+    assert described.sampling.told() == dict(guidance_scale=1.5, temperature=1.0, top_k=900, top_p=0.96)
 
 
 def test_the_larger_model_has_the_lower_fid():
@@ -143,7 +172,7 @@ def test_a_published_model_from_the_cache(cache, official, pipe):
     put(cache, REPOSITORY, official)
     again = VARPipeline.from_pretrained("var-d16")
     assert again.class_names == imagenet_names() and again.conditions([207])[0].text == "golden retriever"
-    recommended = again.sampling.model_dump()
+    recommended = again.sampling.told()
     assert recommended == dict(guidance_scale=1.5, temperature=1.0, top_k=900, top_p=0.96)
     assert torch.equal(again([207], 2).tokens, pipe([207], 2, **recommended).tokens)
 

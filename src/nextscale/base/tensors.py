@@ -3,7 +3,7 @@
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +34,10 @@ def to_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def read_state_dict(
-    path: str | Path, nested_key: str | None = None, dtype: torch.dtype = torch.float32
+    path: str | Path,
+    nested_key: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    keep_float32: Collection[str] = (),
 ) -> StateDict:
     """The tensors of a `.pth` or `.safetensors` file, on the CPU.
 
@@ -45,6 +48,7 @@ def read_state_dict(
     Args:
         nested_key: key that holds them in a training checkpoint ("var_wo_ddp" or "vae_local").
         dtype: of the floating-point tensors; all others keep theirs.
+        keep_float32: keys of tensors that become float32 whatever `dtype` is.
 
     Raises:
         CheckpointError: the file is missing, truncated, not a checkpoint, or holds anything but tensors.
@@ -55,7 +59,7 @@ def read_state_dict(
     content: Any
     try:
         if path.suffix == ".safetensors":
-            content = load_file(path) if dtype == torch.float32 else _read_each(path, dtype)
+            content = load_file(path) if dtype == torch.float32 else _read_each(path, dtype, keep_float32)
         else:
             is_mapped = dtype == torch.float32 and _can_be_mapped(path)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
@@ -75,7 +79,8 @@ def read_state_dict(
     for key, value in content.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"'{path}': entry '{key}' is {type(value).__name__}, expected a tensor")
-        content[key] = value.to(dtype) if value.is_floating_point() else value
+        wanted = torch.float32 if key in keep_float32 else dtype
+        content[key] = value.to(wanted) if value.is_floating_point() else value
     return content
 
 
@@ -87,7 +92,7 @@ def _can_be_mapped(path: Path) -> bool:
         return all(entry.compress_type == zipfile.ZIP_STORED for entry in file.infolist())
 
 
-def _read_each(path: Path, dtype: torch.dtype) -> StateDict:
+def _read_each(path: Path, dtype: torch.dtype, keep_float32: Collection[str]) -> StateDict:
     """The tensors of a safetensors file, converted one at a time."""
     with safe_open(path, "pt") as file:
         keys = list(file.keys())
@@ -95,7 +100,8 @@ def _read_each(path: Path, dtype: torch.dtype) -> StateDict:
     for key in keys:
         with safe_open(path, "pt") as file:  # a separate mapping, freed with the tensor
             value = file.get_tensor(key)
-        state[key] = value.to(dtype if value.is_floating_point() else value.dtype, copy=True)
+        wanted = torch.float32 if key in keep_float32 else dtype
+        state[key] = value.to(wanted if value.is_floating_point() else value.dtype, copy=True)
     return state
 
 
@@ -144,26 +150,40 @@ def check_tensors(state: StateDict, expected: StateDict, path: str | Path) -> No
             raise CheckpointError(f"'{path}' holds '{key}', which the model does not know")
 
 
-def load_strictly(make: Callable[[], Model], path: Path, dtype: torch.dtype = torch.float32) -> Model:
+def load_strictly(
+    make: Callable[[], Model],
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    keep_float32: Collection[str] = (),
+) -> Model:
     """A model with the tensors of a file: `read_state_dict`, then `build_strictly`.
 
     Raises:
         CheckpointError: the file cannot be read, or its tensors do not fit the model.
     """
-    return build_strictly(make, read_state_dict(path, dtype=dtype), path)
+    return build_strictly(make, read_state_dict(path, dtype=dtype, keep_float32=keep_float32), path)
 
 
-def write_tensors(model: nn.Module, path: Path, dtype: torch.dtype | str | None = None) -> None:
+def write_tensors(
+    model: nn.Module,
+    path: Path,
+    dtype: torch.dtype | str | None = None,
+    keep_float32: Collection[str] = (),
+    more: StateDict | None = None,
+) -> None:
     """Write a model's state dict to a `.safetensors` or `.pth` file, replacing what is there.
 
     Args:
         dtype: of the floating-point tensors; by default each tensor's own.
+        keep_float32: keys of tensors that keep theirs.
+        more: tensors to write besides.
     """
     dtype = None if dtype is None else to_dtype(dtype)
     state = {}
-    for key, value in model.state_dict().items():
+    for key, value in (model.state_dict() | (more or {})).items():
         value = value.detach().cpu().contiguous()
-        state[key] = value.to(dtype) if dtype and value.is_floating_point() else value
+        is_cast = dtype is not None and value.is_floating_point() and key not in keep_float32
+        state[key] = value.to(dtype) if is_cast else value
     save = save_tensors if path.suffix == ".safetensors" else torch.save
     with replacing(path) as aside:  # the model may be mapped from this file
         save(state, aside)

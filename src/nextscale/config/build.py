@@ -13,6 +13,7 @@ from nextscale.evaluation import Embedder, Judges, SetMeasure
 from nextscale.grpo import check_grpo
 from nextscale.losses import find_loss, loss_weights
 from nextscale.models import zoo
+from nextscale.models.official import SWITTI_TENSORS
 from nextscale.objective import check_guidance
 from nextscale.pipeline import VARPipeline
 from nextscale.rewards import Reward, RewardSet
@@ -53,7 +54,7 @@ def load_pipeline(
     """
     if vae is None:
         return VARPipeline.from_pretrained(name, dtype, device, adapter=adapter)
-    if not Path(name).is_file():
+    if not Path(name).is_file() and not (Path(name) / SWITTI_TENSORS).is_file():
         raise ConfigError(f"vae has no effect on '{name}', which is no file: give a transformer's, or no vae")
     return VARPipeline.from_official(name, vae, dtype, device, adapter=adapter)
 

@@ -9,7 +9,7 @@ from nextscale.config.recipe import Recipe
 from nextscale.config.resume import check_folder
 from nextscale.credit import find_credit
 from nextscale.models import hub, zoo
-from nextscale.models.var import VAR
+from nextscale.models.folder import build_transformer
 from nextscale.models.vqvae import VQVAE
 from nextscale.pipeline import VARPipeline
 from nextscale.plan.gpus import find_gpu, gpu_at_hand, with_memory
@@ -38,7 +38,7 @@ def rehearse(recipe: Recipe, num_processes: int) -> list[str]:
     check_folder(recipe)
     model = zoo.describe(recipe.model, recipe.vae)
     with torch.device("meta"):
-        networks = VAR(model.transformer), VQVAE(model.tokenizer)
+        networks = build_transformer(model.transformer), VQVAE(model.tokenizer)
     check_fit(recipe, VARPipeline(*networks, model.class_names))
     for name, config in recipe.rewards.items():
         if backbones[name] not in missing:
@@ -49,8 +49,8 @@ def rehearse(recipe: Recipe, num_processes: int) -> list[str]:
 def _needs_download(name: str) -> bool:
     """Whether this is a published model whose weights are not in the hub's cache."""
     if name in zoo.OFFICIAL_MODELS:
-        model = zoo.OFFICIAL_MODELS[name]
-        return hub.find_cached(model.repository, model.files) is None
+        needed = zoo.files_of(zoo.OFFICIAL_MODELS[name]).items()
+        return any(hub.find_cached(repository, files) is None for repository, files in needed)
     # Of a network under a reward, whatever is cached will do: not all repositories have a config.json.
     return hub.is_repository(name) and not Path(name).exists() and hub.find_cached(name, []) is None
 
@@ -76,7 +76,7 @@ def plan_recipe(
     options = recipe.grpo, recipe.sampling, recipe.run
     if gpu is None:
         with torch.device("meta"):
-            num_parameters = sum(each.numel() for each in VAR(model.transformer).parameters())
+            num_parameters = sum(each.numel() for each in build_transformer(model.transformer).parameters())
         device = with_memory(gpu_at_hand(num_parameters), gigabytes)
     else:
         device = find_gpu(gpu, gigabytes)

@@ -7,6 +7,7 @@ tokenizer.safetensors     the tensors of the tokenizer
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +18,9 @@ from nextscale.base.files import write_text_aside
 from nextscale.base.records import Record, did_you_mean
 from nextscale.base.tensors import load_strictly, write_tensors
 from nextscale.models.protocol import NextScaleModel
+from nextscale.models.switti import Switti, SwittiConfig
 from nextscale.models.var import VAR, VARConfig
+from nextscale.models.var_clip import VARClip, VARClipConfig
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
 from nextscale.policy import DEFAULT_SAMPLING, SamplingConfig
 
@@ -32,8 +35,22 @@ class Family(NamedTuple):
     build: Callable[[Any], NextScaleModel]
 
 
-FAMILIES = {"var": Family(VARConfig, VAR)}
+FAMILIES = {
+    "var": Family(VARConfig, VAR),
+    "var-clip": Family(VARClipConfig, VARClip),
+    "switti": Family(SwittiConfig, Switti),
+}
 """`family` in config.json to what it stands for. All families share one kind of tokenizer."""
+
+
+def family_of(sizes: Record) -> str:
+    """The name of the family whose sizes these are."""
+    return next(name for name, family in FAMILIES.items() if family.sizes is type(sizes))
+
+
+def build_transformer(sizes: Record) -> NextScaleModel:
+    """A transformer of these sizes, with random weights."""
+    return FAMILIES[family_of(sizes)].build(sizes)
 
 
 class FolderConfig(Record):
@@ -84,7 +101,8 @@ def read_networks(
         CheckpointError: a file is missing or broken, or its tensors are not those that the sizes call for.
     """
     build = FAMILIES[config.family].build
-    transformer = load_strictly(lambda: build(config.transformer), folder / TRANSFORMER, dtype)
+    make = partial(build, config.transformer)
+    transformer = load_strictly(make, folder / TRANSFORMER, dtype, _exact(build))
     return transformer, load_strictly(lambda: VQVAE(config.tokenizer), folder / TOKENIZER)
 
 
@@ -102,7 +120,7 @@ def write_folder(
         dtype: of the stored floating-point tensors; by default each tensor's own.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(transformer, folder / TRANSFORMER, dtype)
+    write_tensors(transformer, folder / TRANSFORMER, dtype, _exact(type(transformer)))
     write_tensors(tokenizer, folder / TOKENIZER, dtype)
     kind = type(transformer)
     config = FolderConfig(
@@ -113,4 +131,10 @@ def write_folder(
         class_names=class_names,
         sampling=sampling,
     )
-    write_text_aside(folder / CONFIG, json.dumps(config.model_dump(), indent=2) + "\n")
+    values = config.model_dump() | {"sampling": sampling.told()}
+    write_text_aside(folder / CONFIG, json.dumps(values, indent=2) + "\n")
+
+
+def _exact(kind: Any) -> frozenset[str]:
+    """Keys of what stays float32 in models of this class."""
+    return getattr(kind, "FLOAT32_TENSORS", frozenset())

@@ -157,7 +157,7 @@ def write_adapter(model: nn.Module, folder: Path, base: str | None, sampling: Sa
     config.save_pretrained(str(folder))
     state: Any = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
     tensors = {f"{PREFIX}{name}": each.detach().cpu().contiguous() for name, each in state.items()}
-    about = {"base": fingerprint(base_parameters(model)), "sampling": sampling.model_dump()}
+    about = {"base": fingerprint(base_parameters(model)), "sampling": sampling.told()}
     with replacing(folder / TENSORS) as aside:
         save_tensors(tensors, aside, {"format": "pt", METADATA: json.dumps(about)})
 

@@ -7,13 +7,14 @@ features · D codebook width · h w the full latent grid · H W pixels
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nextscale.base.conditions import Condition
+from nextscale.base.errors import ConfigError
 from nextscale.models.scales import ScaleSchedule
 
 MIN_BLOCKS = 16
@@ -35,7 +36,8 @@ class Conditioning:
 
     Attributes:
         tensors: name to (B, ...), such as labels or text embeddings.
-        null: the same names, (1, ...): the empty condition of classifier-free guidance.
+        null: the empty condition of classifier-free guidance: those of the names that it changes, (1, ...) or
+            (B, ...). Without any there is none.
     """
 
     tensors: Mapping[str, Tensor]
@@ -64,9 +66,19 @@ class Conditioning:
         return replace(parts[0], tensors={name: torch.cat([each[name] for each in parts]) for name in names})
 
     def with_null(self) -> "Conditioning":
-        """(2B) The conditions, followed by as many empty ones."""
+        """(2B) The conditions, followed by as many empty ones.
+
+        Raises:
+            ConfigError: there is no empty condition.
+        """
+        if not self.null:
+            raise ConfigError(
+                "guidance needs the empty condition, and these have none: give the null prompt's "
+                "embeddings too, or set guidance_scale to 0"
+            )
         both = {
-            name: torch.cat([each, self.null[name].expand_as(each)]) for name, each in self.tensors.items()
+            name: torch.cat([each, self.null.get(name, each).expand_as(each)])
+            for name, each in self.tensors.items()
         }
         return replace(self, tensors=both)
 
@@ -86,6 +98,11 @@ class NextScaleModel(nn.Module, ABC):
     config: Any
     schedule: ScaleSchedule
     head: Any
+    FLOAT32_TENSORS: ClassVar[frozenset[str]] = frozenset()
+    """Keys of the state dict that stay float32 in a model of any dtype."""
+    NOT_NEEDED: ClassVar[frozenset[str]] = frozenset()
+    """Keys of published files that the model does not need, and does not read."""
+
     num_classes: int = 0
     gradient_checkpointing: bool = False
 
@@ -103,6 +120,10 @@ class NextScaleModel(nn.Module, ABC):
     @abstractmethod
     def encode_conditions(self, conditions: Sequence[Condition]) -> Conditioning:
         """What the conditions are to this model, on its device."""
+
+    def blank_conditions(self, num_images: int) -> Conditioning:
+        """Conditions of the right shapes without a meaning, to count or time what a model does."""
+        return self.encode_conditions([Condition(0, "any")] * num_images)
 
     @abstractmethod
     def new_cache(self) -> Any:

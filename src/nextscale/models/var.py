@@ -7,8 +7,8 @@ Source: VAR (arXiv 2404.02905), section 3.2; parameter names are those of the of
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,15 +21,17 @@ from torch.utils.checkpoint import checkpoint
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError
 from nextscale.base.records import Record
+from nextscale.models.attention import AttentionByScale, KVCache
+from nextscale.models.layers import AdaLNBeforeHead, Head, as_stored, last_weight, modulate
 from nextscale.models.protocol import Conditioning, NextScaleModel
 from nextscale.models.scales import ScaleSchedule
 
 MAX_LOG_ATTENTION_SCALE = math.log(100)
-NORM_EPS = 1e-6
 
 
-class VARConfig(Record):
-    """Sizes of a VAR transformer. The defaults are those of the official VAR-d16."""
+class VARSizes(Record):
+    """What transformers of VAR's structure have, whatever they are conditioned on. The defaults are those of
+    the official VAR-d16."""
 
     depth: int = Field(default=16, gt=0)
     """Number of transformer blocks."""
@@ -39,8 +41,6 @@ class VARConfig(Record):
     """Number of attention heads, H; must divide the width."""
     mlp_ratio: float = Field(default=4.0, gt=0)
     """Hidden width of the feed-forward layers, as a multiple of the transformer's width."""
-    num_classes: int = Field(default=1000, gt=0)
-    """Number of classes. The null class is not counted; its label is `num_classes`."""
     codebook_size: int = Field(default=4096, gt=0)
     """Number of codes, V."""
     codebook_width: int = Field(default=32, gt=0)
@@ -51,126 +51,11 @@ class VARConfig(Record):
     """Whether all blocks share one AdaLN projection, as in VAR-d36 at 512 px."""
 
 
-class KVCache:
-    """What the scales that have run leave to the next ones. The caller makes one for each batch of images.
+class VARConfig(VARSizes):
+    """Sizes of a class-conditional VAR transformer."""
 
-    Args:
-        capacity: number of tokens of all scales, L.
-
-    Attributes:
-        num_tokens: number of tokens of the scales that have run.
-        modulations: of each layer; they depend on the conditions alone, so all scales have the same.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity, self.num_tokens = capacity, 0
-        self.modulations: dict[int, tuple[Tensor, ...]] = {}
-        self._layers: dict[int, Tensor] = {}
-
-    def extend(self, layer: int, k_BlHd: Tensor, v_BlHd: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the keys and values of one scale to those of a layer; returns all of that layer's."""
-        if layer not in self._layers:  # one buffer for all scales: nothing is copied to make room
-            B, _, H, d = k_BlHd.shape
-            self._layers[layer] = k_BlHd.new_empty(2, B, self.capacity, H, d)
-        held, end = self._layers[layer], self.num_tokens + k_BlHd.shape[1]
-        held[0, :, self.num_tokens : end], held[1, :, self.num_tokens : end] = k_BlHd, v_BlHd
-        return held[0, :, :end], held[1, :, :end]
-
-    def select(self, index_B: Tensor) -> "KVCache":
-        """A cache of these images, each of which may come several times, as where rollouts branch."""
-        chosen = KVCache(self.capacity)
-        chosen.num_tokens = self.num_tokens
-        chosen.modulations = {
-            layer: tuple(each[index_B] for each in modulation)
-            for layer, modulation in self.modulations.items()
-        }
-        for layer, held in self._layers.items():
-            chosen._layers[layer] = held.new_empty(2, len(index_B), *held.shape[2:])
-            chosen._layers[layer][:, :, : self.num_tokens] = held[:, index_B, : self.num_tokens]
-        return chosen
-
-
-class AttentionByScale(torch.autograd.Function):
-    """Attention of one or several consecutive scales, each to itself and to all coarser ones.
-
-    Each scale is one call without a mask, in training on exactly the shapes that it had in sampling. A mask
-    over all scales would compute 38 % hidden pairs, and have other kernels with other rounding.
-    The backward pass runs each scale's attention again, so that nothing quadratic is saved, and adds up the
-    gradients of keys and values in place: autograd would pad those of every scale to all tokens.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q_BlHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """(B, l, H, d), from queries of scales of these lengths, and the keys and values up to the last."""
-        ctx.save_for_backward(q_BlHd, k_BLHd, v_BLHd)
-        ctx.lengths = lengths
-        parts = _scales(lengths, k_BLHd.shape[1])
-        outs = [_attend(q_BlHd[:, at], k_BLHd[:, :end], v_BLHd[:, :end]) for at, end in parts]
-        return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        (d_out_BlHd,), (q_BlHd, k_BLHd, v_BLHd) = gradients, ctx.saved_tensors
-        is_bf16_on_cpu = q_BlHd.device.type == "cpu" and q_BlHd.dtype == torch.bfloat16
-        attend_backward = _attend_backward_on_cpu if is_bf16_on_cpu else _attend_backward
-        # Heads first, and each head's numbers together, as matrix products want them.
-        q, k, v, d_out = (each.transpose(1, 2).contiguous() for each in (q_BlHd, k_BLHd, v_BLHd, d_out_BlHd))
-        dq = torch.empty_like(q)
-        # Up to S terms are added to a gradient: in float32.
-        dk, dv = (torch.zeros_like(each, dtype=torch.float32) for each in (k, v))
-        for at, end in _scales(ctx.lengths, k.shape[2]):
-            seen = q[:, :, at], k[:, :, :end], v[:, :, :end], d_out[:, :, at]
-            dq[:, :, at], dk_seen, dv_seen = attend_backward(*seen)
-            dk[:, :, :end] += dk_seen
-            dv[:, :, :end] += dv_seen
-        dq_BlHd, dk_BLHd, dv_BLHd = (each.transpose(1, 2) for each in (dq, dk, dv))
-        return dq_BlHd, dk_BLHd.to(k.dtype), dv_BLHd.to(v.dtype), None
-
-
-def _scales(lengths: tuple[int, ...], num_keys: int) -> Iterator[tuple[slice, int]]:
-    """For each scale, where its queries are, and the end of what they attend to."""
-    start, hidden = 0, num_keys - sum(lengths)
-    for length in lengths:
-        yield slice(start, start + length), hidden + start + length
-        start += length
-
-
-def _attend(q_BlHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor) -> Tensor:
-    q_BHld, k_BHLd, v_BHLd = (each.transpose(1, 2) for each in (q_BlHd, k_BLHd, v_BLHd))
-    return F.scaled_dot_product_attention(q_BHld, k_BHLd, v_BHLd, scale=1.0).transpose(1, 2)
-
-
-def _attend_backward(q_BHld: Tensor, k_BHLd: Tensor, v_BHLd: Tensor, d_out_BHld: Tensor) -> Sequence[Tensor]:
-    """The gradients of queries, keys and values."""
-    with torch.enable_grad():
-        q_BHld, k_BHLd, v_BHLd = (each.detach().requires_grad_() for each in (q_BHld, k_BHLd, v_BHLd))
-        out_BHld = F.scaled_dot_product_attention(q_BHld, k_BHLd, v_BHLd, scale=1.0)
-    return torch.autograd.grad(out_BHld, (q_BHld, k_BHLd, v_BHLd), d_out_BHld)
-
-
-def _attend_backward_on_cpu(
-    q_BHld: Tensor, k_BHLd: Tensor, v_BHLd: Tensor, d_out_BHld: Tensor
-) -> Sequence[Tensor]:
-    """The same of bfloat16 in matrix products: faster there than the fused kernel's backward pass."""
-    # Attention is sharp: bfloat16 would round its logits by up to 0.25. The factors are bfloat16 numbers, so
-    # that to multiply them as such loses nothing, and sums stay float32.
-    with _products_of_bfloat16():
-        logits_BHlL = q_BHld.float() @ k_BHLd.float().mT
-    weights_BHlL = logits_BHlL.softmax(-1).to(v_BHLd.dtype)
-    d_weights_BHlL = d_out_BHld @ v_BHLd.mT
-    d_logits_BHlL = torch.ops.aten._softmax_backward_data(d_weights_BHlL, weights_BHlL, -1, v_BHLd.dtype)
-    return d_logits_BHlL @ k_BHLd, d_logits_BHlL.mT @ q_BHld, weights_BHlL.mT @ d_out_BHld
-
-
-@contextmanager
-def _products_of_bfloat16() -> Iterator[None]:
-    """On a CPU, multiply float32 matrices as bfloat16, and add the products up in float32."""
-    matmul = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
-    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+    num_classes: int = Field(default=1000, gt=0)
+    """Number of classes. The null class is not counted; its label is `num_classes`."""
 
 
 class Attention(nn.Module):
@@ -218,7 +103,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each scaled, shifted and gated by the condition (AdaLN)."""
 
-    def __init__(self, config: VARConfig) -> None:
+    def __init__(self, config: VARSizes) -> None:
         super().__init__()
         width = config.width
         if config.shared_adaln:
@@ -232,7 +117,7 @@ class Block(nn.Module):
         if shared_B16C is not None:
             six_B16C = shared_B16C + self.ada_gss
         else:
-            six_B16C = rearrange(_as_stored(self.ada_lin, condition_BC), "B (n C) -> B 1 n C", n=6)
+            six_B16C = rearrange(as_stored(self.ada_lin, condition_BC), "B (n C) -> B 1 n C", n=6)
         return six_B16C.float().unbind(2)
 
     def forward(
@@ -244,83 +129,21 @@ class Block(nn.Module):
         cache: KVCache | None,
         layer: int,
     ) -> Tensor:
-        modulation = None if cache is None else cache.modulations.get(layer)
+        modulation = None if cache is None else cache.of_conditions.get(layer)
         if modulation is None:
             modulation = self.modulation(condition_BC, shared_B16C)
         if cache is not None:
-            cache.modulations[layer] = modulation
+            cache.of_conditions[layer] = modulation
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
         # The residual stream stays float32: in bfloat16, sampling and teacher forcing would drift apart.
-        attended = self.attn(_modulate(x_BlC, scale1, shift1, self.attn.proj.weight), lengths, cache, layer)
+        attended = self.attn(modulate(x_BlC, scale1, shift1, self.attn.proj.weight), lengths, cache, layer)
         x_BlC = torch.addcmul(x_BlC, attended, gamma1)
-        fed = self.ffn(_modulate(x_BlC, scale2, shift2, self.ffn.fc1.weight))
+        fed = self.ffn(modulate(x_BlC, scale2, shift2, self.ffn.fc1.weight))
         return torch.addcmul(x_BlC, fed, gamma2)
 
 
-class Modulated(torch.autograd.Function):
-    """LayerNorm without affine parameters, then scale and shift.
-
-    The normalised input is computed again in the backward pass: autograd would save it, one more float32
-    tensor of the stream's size beside the stream itself.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_BlC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Tensor:
-        normed_BlC, mean_Bl1, rstd_Bl1 = torch.native_layer_norm(
-            x_BlC, x_BlC.shape[-1:], None, None, NORM_EPS
-        )
-        ctx.save_for_backward(x_BlC, scale_B1C, mean_Bl1, rstd_Bl1)
-        return torch.addcmul(shift_B1C, normed_BlC, scale_B1C + 1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        (d_BlC,), (x_BlC, scale_B1C, mean_Bl1, rstd_Bl1) = gradients, ctx.saved_tensors
-        normed_BlC = (x_BlC - mean_Bl1) * rstd_Bl1
-        dx_BlC = torch.ops.aten.native_layer_norm_backward(
-            d_BlC * (scale_B1C + 1),
-            x_BlC,
-            x_BlC.shape[-1:],
-            mean_Bl1,
-            rstd_Bl1,
-            None,
-            None,
-            [True, False, False],
-        )[0]
-        return dx_BlC, (d_BlC * normed_BlC).sum(1, keepdim=True), d_BlC.sum(1, keepdim=True)
-
-
-def _as_stored(layer: nn.Module, condition_BC: Tensor) -> Tensor:
-    """A modulation in the dtype of its weights, a third of the model's, whatever autocast says. It has one
-    row an image: to cast the weights and their gradients would cost more than the product."""
-    with torch.autocast(condition_BC.device.type, torch.bfloat16, enabled=False):
-        return layer(condition_BC)
-
-
-def _modulate(x_BlC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor, weight: Tensor) -> Tensor:
-    """LayerNorm, then scale and shift, in the dtype of the next layer's weight."""
-    return Modulated.apply(x_BlC, scale_B1C, shift_B1C).to(weight.dtype)
-
-
-class AdaLNBeforeHead(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-    def forward(self, x_BlC: Tensor, condition_BC: Tensor) -> Tensor:
-        two = rearrange(_as_stored(self.ada_lin, condition_BC), "B (n C) -> n B 1 C", n=2).float()
-        return Modulated.apply(x_BlC, two[0], two[1])
-
-
-class Head(nn.Linear):
-    """From features to logits, in float32 whatever its weights are stored in. A layer of its own, so that it
-    may carry an adapter."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input.float(), self.weight.float(), self.bias.float())
-
-
-class VAR(NextScaleModel):
-    """The next-scale transformer.
+class VARStack(NextScaleModel):
+    """The next-scale transformer of VAR. A subclass says what it is conditioned on.
 
     Raises:
         ValueError: the number of heads does not divide the width.
@@ -329,11 +152,11 @@ class VAR(NextScaleModel):
     lvl_1L: Tensor
     attn_bias_for_masking: Tensor
 
-    def __init__(self, config: VARConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
         if config.width % config.num_heads:
             raise ValueError(f"num_heads ({config.num_heads}) must divide width ({config.width})")
-        self.config, self.num_classes = config, config.num_classes
+        self.config = config
         self.schedule = ScaleSchedule(config.scale_sizes)
         width, num_tokens = config.width, self.schedule.num_tokens
         self.pos_start = nn.Parameter(torch.empty(1, 1, width))
@@ -342,7 +165,7 @@ class VAR(NextScaleModel):
         # Of the official files alone, which have it: attention runs scale by scale, and needs no mask.
         self.register_buffer("attn_bias_for_masking", self.schedule.attention_bias()[None, None])
         self.word_embed = nn.Linear(config.codebook_width, width)
-        self.class_emb = nn.Embedding(config.num_classes + 1, width)
+        self.add_condition_layers()
         self.lvl_embed = nn.Embedding(self.schedule.num_scales, width)
         if config.shared_adaln:
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
@@ -351,23 +174,13 @@ class VAR(NextScaleModel):
         self.head = Head(width, config.codebook_size)
         self.init_weights()
 
-    def encode_conditions(self, conditions: Sequence[Condition]) -> Conditioning:
-        """The class labels, int64; the null class is the one after the last.
+    @abstractmethod
+    def add_condition_layers(self) -> None:
+        """The layers that `condition` needs."""
 
-        Raises:
-            ConfigError: a condition without a label.
-        """
-        labels = [each.label for each in conditions]
-        if None in labels:
-            raise ConfigError(
-                f"'{conditions[labels.index(None)].text}' has no class label, which this model draws by"
-            )
-        return self.conditioning_from_labels(torch.tensor(labels, device=self.device))
-
-    def conditioning_from_labels(self, labels_B: Tensor) -> Conditioning:
-        """The conditioning of class indices in [0, num_classes); num_classes itself is the null class."""
-        null = torch.full((1,), self.num_classes, dtype=torch.long, device=labels_B.device)
-        return Conditioning({"labels": labels_B}, {"labels": null})
+    @abstractmethod
+    def condition(self, conditioning: Conditioning) -> Tensor:
+        """(B, C): the start of the first token, and what every AdaLN is computed from."""
 
     def in_float32(self) -> list[nn.Module]:
         """The head and all modulations."""
@@ -385,12 +198,12 @@ class VAR(NextScaleModel):
         self, conditioning: Conditioning, inputs_BlD: Tensor, cache: KVCache | None = None
     ) -> Tensor:
         start = 0 if cache is None else cache.num_tokens
-        condition_BC = self.class_emb(conditioning["labels"])
+        condition_BC = self.condition(conditioning)
         x_BlC = self._embed(condition_BC, inputs_BlD, start)
         lengths = self.schedule.lengths_of(start, start + x_BlC.shape[1])
         shared_B16C = None
         if self.config.shared_adaln:
-            six_BC = _as_stored(self.shared_ada_lin, condition_BC)
+            six_BC = as_stored(self.shared_ada_lin, condition_BC)
             shared_B16C = rearrange(six_BC, "B (n C) -> B 1 n C", n=6)
         recompute = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(cast("Iterable[Block]", self.blocks)):
@@ -429,12 +242,12 @@ class VAR(NextScaleModel):
                 nn.init.trunc_normal_(module.weight, std=std)
         with torch.no_grad():
             self.head.weight.mul_(0.02)
-            _last_weight(self.head_nm.ada_lin).mul_(adaln_std)
+            last_weight(self.head_nm.ada_lin).mul_(adaln_std)
             for block in cast("Iterable[Block]", self.blocks):
                 block.attn.proj.weight.div_(math.sqrt(2 * self.config.depth))
                 block.ffn.fc2.weight.div_(math.sqrt(2 * self.config.depth))
                 if not self.config.shared_adaln:
-                    weight, gamma = _last_weight(block.ada_lin), 2 * self.config.width
+                    weight, gamma = last_weight(block.ada_lin), 2 * self.config.width
                     weight[gamma:].mul_(adaln_std)
                     weight[:gamma].mul_(adaln_gamma_std)
                 else:
@@ -442,8 +255,32 @@ class VAR(NextScaleModel):
                     block.ada_gss[:, :, :2].mul_(adaln_gamma_std)
 
 
-def _last_weight(layers: nn.Sequential) -> Tensor:
-    """The weight of the linear layer at the end of a modulation."""
-    linear = layers[-1]
-    assert isinstance(linear, nn.Linear)
-    return linear.weight
+class VAR(VARStack):
+    """The class-conditional transformer."""
+
+    config: VARConfig
+
+    def add_condition_layers(self) -> None:
+        self.num_classes = self.config.num_classes
+        self.class_emb = nn.Embedding(self.num_classes + 1, self.config.width)
+
+    def condition(self, conditioning: Conditioning) -> Tensor:
+        return self.class_emb(conditioning["labels"])
+
+    def encode_conditions(self, conditions: Sequence[Condition]) -> Conditioning:
+        """The class labels, int64; the null class is the one after the last.
+
+        Raises:
+            ConfigError: a condition without a label.
+        """
+        labels = [each.label for each in conditions]
+        if None in labels:
+            raise ConfigError(
+                f"'{conditions[labels.index(None)].text}' has no class label, which this model draws by"
+            )
+        return self.conditioning_from_labels(torch.tensor(labels, device=self.device))
+
+    def conditioning_from_labels(self, labels_B: Tensor) -> Conditioning:
+        """The conditioning of class indices in [0, num_classes); num_classes itself is the null class."""
+        null = torch.full((1,), self.num_classes, dtype=torch.long, device=labels_B.device)
+        return Conditioning({"labels": labels_B}, {"labels": null})

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 
@@ -11,20 +11,22 @@ from nextscale.base.errors import CheckpointError, ConfigError
 from nextscale.base.records import did_you_mean
 from nextscale.models import hub
 from nextscale.models.class_names import imagenet_names
-from nextscale.models.folder import CONFIG, FILES, FolderConfig, read_config
+from nextscale.models.embedded import MODELS, TOY_ASSETS
+from nextscale.models.folder import (
+    CONFIG,
+    FILES,
+    FolderConfig,
+    build_transformer,
+    family_of,
+    read_config,
+)
 from nextscale.models.lora import ADAPTER_FILES
-from nextscale.models.official import load_official
-from nextscale.models.var import VAR, VARConfig
+from nextscale.models.official import SWITTI_CONFIG, SWITTI_TENSORS, load_official
+from nextscale.models.switti import SwittiConfig
+from nextscale.models.var import VARConfig
+from nextscale.models.var_clip import VARClipConfig
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
 from nextscale.policy import SamplingConfig
-
-TOY_ASSETS = Path(__file__).parent.parent / "toy" / "assets"
-
-MODELS = {"toy": TOY_ASSETS / "pipeline"}
-"""Name of an embedded model to its folder."""
-
-CLIPS = {"toy": TOY_ASSETS / "clip"}
-"""Name of an embedded CLIP to its folder; any other CLIP is named by its hub repository or folder."""
 
 
 @dataclass(frozen=True)
@@ -65,61 +67,111 @@ AESTHETIC_HEADS = {
 
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
-
+SCALES_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
 
 OFFICIAL_SAMPLING = SamplingConfig(guidance_scale=1.5, top_k=900, top_p=0.96)
 """What VAR's authors recommend for all their models."""
+VAR_CLIP_SAMPLING = SamplingConfig(guidance_scale=4.0, top_k=900, top_p=0.95)
+"""Of VAR-CLIP's published demo."""
+SWITTI_SAMPLING = SamplingConfig(guidance_scale=6.0, top_k=400, top_p=0.95)
+"""The defaults of Switti's published code, at 512 px."""
+SWITTI_1024_SAMPLING = SWITTI_SAMPLING.replace(guidance_stop=10)
+"""The same at 1024 px, where guidance is off in the last four of 14 scales."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OfficialModel:
-    """A checkpoint that VAR's authors published, trained on the 1000 classes of ImageNet.
+    """Published files of a model.
 
     Attributes:
-        files: names of the transformer's and the tokenizer's file in the repository.
-        transformer: sizes of the transformer.
+        files: names of the transformer's and the tokenizer's file in their repositories.
+        transformer: sizes of the transformer; the record of its family.
         tokenizer: sizes of the tokenizer.
-        fid: from the paper (arXiv 2404.02905v2, tables 1 and 2), of 50,000 images drawn with
-            `OFFICIAL_SAMPLING`.
-        repository: on the hub.
-        licence: of the weights, as an SPDX identifier in lower case, which is how the hub writes it.
+        sampling: as its authors recommend, or as their code does by default.
+        repository: of the transformer on the hub; None where it is not there.
+        tokenizer_repository: by default the same.
+        licence: of the weights, as an SPDX identifier in lower case, which is how the hub writes it; None
+            where none is stated.
+        page: where the files are told of, if they are not on the hub.
+        fid: from the paper, of 50,000 images drawn in that way.
     """
 
     files: tuple[str, str]
-    transformer: VARConfig
+    transformer: Any
     tokenizer: VQVAEConfig
-    fid: float
-    repository: str = "FoundationVision/var"
-    licence: str = "mit"
+    sampling: SamplingConfig
+    repository: str | None
+    tokenizer_repository: str | None = None
+    licence: str | None
+    page: str | None = None
+    fid: float | None = None
 
     def num_bytes(self) -> tuple[int, int]:
         """Bytes of the tensors in each of the two files."""
         with torch.device("meta"):
-            networks = VAR(self.transformer), VQVAE(self.tokenizer)
+            networks = build_transformer(self.transformer), VQVAE(self.tokenizer)
         var, vae = (sum(each.nbytes for each in network.state_dict().values()) for network in networks)
+        if networks[0].NOT_NEEDED:  # a mask over all pairs of tokens, which the file has besides
+            var += 4 * networks[0].schedule.num_tokens ** 2
         return var, vae
 
+    def sources(self) -> tuple[str, str]:
+        """Where each of the two files is: a page on the web."""
+        of_model = hub.url(self.repository) if self.repository else str(self.page)
+        return of_model, hub.url(self.tokenizer_repository) if self.tokenizer_repository else of_model
 
-def _official(
-    depth: int, fid: float, scales: tuple[int, ...], *, shared_adaln: bool = False
-) -> OfficialModel:
+
+def _var(depth: int, fid: float, scales: tuple[int, ...], *, shared_adaln: bool = False) -> OfficialModel:
     return OfficialModel(
-        files=(f"var_d{depth}.pth", "vae_ch160v4096z32.pth"),
+        files=(f"var_d{depth}.pth", VAE),
         transformer=VARConfig(
             depth=depth, width=64 * depth, num_heads=depth, scale_sizes=scales, shared_adaln=shared_adaln
         ),
         tokenizer=VQVAEConfig(scale_sizes=scales),
+        sampling=OFFICIAL_SAMPLING,
+        repository=VAR_REPOSITORY,
+        licence="mit",
         fid=fid,
     )
 
 
-# Source: VAR (arXiv 2404.02905), and the shapes of the tensors in the published files.
+def _switti(repository: str, scales: tuple[int, ...], *, is_causal: bool) -> OfficialModel:
+    return OfficialModel(
+        files=("model.safetensors", "model.safetensors"),
+        transformer=SwittiConfig(scale_sizes=scales, is_causal=is_causal),
+        tokenizer=VQVAEConfig(scale_sizes=scales),
+        sampling=SWITTI_SAMPLING if scales == SCALES_512 else SWITTI_1024_SAMPLING,
+        repository=f"yresearch/{repository}",
+        tokenizer_repository="yresearch/VQVAE-Switti",
+        licence=None,
+    )
+
+
+VAE = "vae_ch160v4096z32.pth"
+VAR_REPOSITORY = "FoundationVision/var"
+
+# Sources: VAR (arXiv 2404.02905v2, tables 1 and 2), VAR-CLIP (arXiv 2408.01181), Switti (arXiv 2412.01819);
+# shapes of the tensors in the published files.
 OFFICIAL_MODELS = {
-    "var-d16": _official(16, 3.30, SCALES_256),
-    "var-d20": _official(20, 2.57, SCALES_256),
-    "var-d24": _official(24, 2.09, SCALES_256),
-    "var-d30": _official(30, 1.92, SCALES_256),
-    "var-d36": _official(36, 2.63, SCALES_512, shared_adaln=True),  # "d36-s" in the paper
+    "var-d16": _var(16, 3.30, SCALES_256),
+    "var-d20": _var(20, 2.57, SCALES_256),
+    "var-d24": _var(24, 2.09, SCALES_256),
+    "var-d30": _var(30, 1.92, SCALES_256),
+    "var-d36": _var(36, 2.63, SCALES_512, shared_adaln=True),  # "d36-s" in the paper
+    "var-clip": OfficialModel(
+        files=("ar-ckpt-last.pth", VAE),
+        transformer=VARClipConfig(),
+        tokenizer=VQVAEConfig(scale_sizes=SCALES_256),
+        sampling=VAR_CLIP_SAMPLING,
+        repository=None,
+        tokenizer_repository=VAR_REPOSITORY,
+        licence=None,  # the README says MIT of the code, and there is no licence file
+        page="https://github.com/daixiangzi/VAR-CLIP",
+    ),
+    "switti-512": _switti("Switti", SCALES_512, is_causal=False),
+    "switti-512-ar": _switti("Switti-AR", SCALES_512, is_causal=True),
+    "switti-1024": _switti("Switti-1024", SCALES_1024, is_causal=False),
+    "switti-1024-ar": _switti("Switti-1024-AR", SCALES_1024, is_causal=True),
 }
 """Published models by name."""
 
@@ -128,7 +180,9 @@ def find_official(source: str | None) -> str | None:
     """The name of the published model that `source` refers to, by its name or as the path of its file."""
     if source is None or source in OFFICIAL_MODELS:
         return source
-    files = {model.files[0]: name for name, model in OFFICIAL_MODELS.items()}
+    files = {
+        model.files[0]: name for name, model in OFFICIAL_MODELS.items() if model.files[0] != SWITTI_TENSORS
+    }
     return files.get(Path(source).name)
 
 
@@ -138,13 +192,23 @@ def sampling_of(name: str, vae: str | None = None) -> SamplingConfig:
     Raises:
         CheckpointError: there is no such model.
     """
-    is_official = vae is not None or name in OFFICIAL_MODELS
-    return OFFICIAL_SAMPLING if is_official else read_config(folder_of(name, [CONFIG])).sampling
+    if name in OFFICIAL_MODELS:
+        return OFFICIAL_MODELS[name].sampling
+    return describe(name, vae).sampling
 
 
-def names_of(transformer: VARConfig) -> tuple[str, ...] | None:
+def recommended_sampling(transformer: Any) -> SamplingConfig:
+    """How published models of a family and size are sampled by default."""
+    if isinstance(transformer, SwittiConfig):
+        is_large = len(transformer.scale_sizes) > len(SCALES_512)
+        return SWITTI_1024_SAMPLING if is_large else SWITTI_SAMPLING
+    return VAR_CLIP_SAMPLING if isinstance(transformer, VARClipConfig) else OFFICIAL_SAMPLING
+
+
+def names_of(transformer: Any) -> tuple[str, ...] | None:
     """The class names of an official checkpoint, which holds none: with 1000 classes, those of ImageNet."""
-    return imagenet_names() if transformer.num_classes == len(imagenet_names()) else None
+    num_classes = getattr(transformer, "num_classes", 0)
+    return imagenet_names() if num_classes == len(imagenet_names()) else None
 
 
 def fetch_official(name: str, **access: Unpack[hub.Access]) -> tuple[Path, Path]:
@@ -157,20 +221,44 @@ def fetch_official(name: str, **access: Unpack[hub.Access]) -> tuple[Path, Path]
         CheckpointError: a file is not in the cache and cannot be downloaded.
     """
     model = OFFICIAL_MODELS[name]
-    folder = hub.find_cached(model.repository, model.files, **access)
-    if folder is None:
-        try:
-            folder = hub.download(model.repository, model.files, **access)
-        except CheckpointError as error:
-            var, vae = model.files
-            sized = zip(model.files, model.num_bytes(), strict=True)
-            told = " and ".join(f"{file} ({num_bytes / 1e9:.1f} GB)" for file, num_bytes in sized)
-            raise CheckpointError(
-                f"'{name}' is not in the cache, and {error}: get {told} from {hub.url(model.repository)} and "
-                f"load them with --model {var} --vae {vae} (in a recipe, model and vae; in Python, "
-                "VARPipeline.from_official)"
-            ) from None
-    return folder / model.files[0], folder / model.files[1]
+    try:
+        return _fetch(model, **access)
+    except CheckpointError as error:
+        (var, vae), pages = model.files, model.sources()
+        told = [
+            f"{file} ({size / 1e9:.1f} GB)" for file, size in zip(model.files, model.num_bytes(), strict=True)
+        ]
+        if pages[0] != pages[1]:
+            told = [f"{each} from {page}" for each, page in zip(told, pages, strict=True)]
+        what = " and ".join(told) + (f" from {pages[0]}" if pages[0] == pages[1] else "")
+        raise CheckpointError(
+            f"'{name}' is not in the cache, and {error}: get {what} and load them with --model {var} --vae "
+            f"{vae} (in a recipe, model and vae; in Python, VARPipeline.from_official)"
+        ) from None
+
+
+def files_of(model: OfficialModel) -> dict[str, list[str]]:
+    """What is needed of each repository on the hub."""
+    needed: dict[str, list[str]] = {}
+    if model.repository:
+        needed[model.repository] = [model.files[0]]
+        if isinstance(model.transformer, SwittiConfig):
+            needed[model.repository].append(SWITTI_CONFIG)
+    if of_vae := model.tokenizer_repository or model.repository:
+        needed.setdefault(of_vae, []).append(model.files[1])
+    return needed
+
+
+def _fetch(model: OfficialModel, **access: Unpack[hub.Access]) -> tuple[Path, Path]:
+    if model.repository is None:
+        raise CheckpointError("it is not on the hub")
+    folders = {}
+    for repository, files in files_of(model).items():
+        folders[repository] = hub.find_cached(repository, files, **access) or hub.download(
+            repository, files, **access
+        )
+    of_vae = folders[model.tokenizer_repository or model.repository]
+    return folders[model.repository] / model.files[0], of_vae / model.files[1]
 
 
 def folder_of(name: str | Path, files: Sequence[str] = FILES, **access: Unpack[hub.Access]) -> Path:
@@ -196,10 +284,9 @@ def folder_of(name: str | Path, files: Sequence[str] = FILES, **access: Unpack[h
             f"no model '{name}': it is a file; give the tokenizer's file too, with --vae (in a recipe, vae; "
             "in Python, VARPipeline.from_official)"
         )
-    if str(name) in {model.repository for model in OFFICIAL_MODELS.values()}:
-        raise CheckpointError(
-            f"'{name}' holds several models: name one of {', '.join(OFFICIAL_MODELS)} instead"
-        )
+    if published := [key for key, model in OFFICIAL_MODELS.items() if model.repository == str(name)]:
+        what = "several models: name one of" if len(published) > 1 else "published files: name"
+        raise CheckpointError(f"'{name}' holds {what} {', '.join(published)} instead")
     if not hub.is_repository(str(name)):
         hint = did_you_mean(str(name), [*MODELS, *OFFICIAL_MODELS])
         raise CheckpointError(f"no model '{name}': it is neither a folder nor a known name{hint}")
@@ -251,8 +338,9 @@ def describe(name: str, vae: str | None = None) -> FolderConfig:
         return read_config(folder_of(name, [CONFIG]))
     return FolderConfig(
         format_version=1,
+        family=family_of(transformer),
         transformer=transformer,
         tokenizer=tokenizer,
         class_names=names_of(transformer),
-        sampling=OFFICIAL_SAMPLING,
+        sampling=recommended_sampling(transformer),
     )

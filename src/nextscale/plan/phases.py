@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
-from nextscale.base.conditions import Condition
 from nextscale.base.processes import share_of
+from nextscale.base.records import Record
 from nextscale.grpo import GRPOConfig
 from nextscale.losses import trained_lengths
+from nextscale.models.folder import build_transformer
 from nextscale.models.lora import adapter_off
 from nextscale.models.protocol import Conditioning, NextScaleModel
 from nextscale.models.scales import ScaleSchedule
-from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
 from nextscale.objective import Microbatch, Objective
 from nextscale.pipeline import decoded_at_once
@@ -45,7 +45,7 @@ class Phases:
         as_on_gpu: see `without_data`.
     """
 
-    transformer: VARConfig
+    transformer: Any
     tokenizer: VQVAEConfig
     grpo: GRPOConfig
     sampling: SamplingConfig
@@ -58,7 +58,7 @@ class Phases:
         """Sampling of the tokens."""
         batch = self._drawn_at_once
 
-        def draw(transformer: VAR) -> Count:
+        def draw(transformer: Any) -> Count:
             tokenizer = VQVAE(self.tokenizer)
             conditioning, uniforms_BL = (
                 self._conditioning(transformer, batch),
@@ -98,7 +98,7 @@ class Phases:
 
         sampling = self._reference_sampling
 
-        def run(model: VAR) -> Count:
+        def run(model: Any) -> Count:
             reference = self._reference(model)
             conditioning = self._conditioning(reference.model, batch)
             inputs_BlD = self._inputs(batch)[:, : self._num_trained - 1]
@@ -110,7 +110,7 @@ class Phases:
         """The loss, including the reference, and its backward pass with gradients already allocated."""
         batch = self._trained_at_once
 
-        def run(model: VAR) -> Count:
+        def run(model: Any) -> Count:
             objective, microbatch = self._objective(model, batch)
             model.gradient_checkpointing = self.run.gradient_checkpointing
             for parameter in model.parameters():
@@ -124,7 +124,7 @@ class Phases:
         """What each token costs in KL, where that is taken from the reward."""
         batch = self._trained_at_once
 
-        def run(model: VAR) -> Count:
+        def run(model: Any) -> Count:
             objective, microbatch = self._objective(model, batch)
             return self._count(partial(objective.divergence, model, microbatch), batch)
 
@@ -176,7 +176,7 @@ class Phases:
     def _inputs(self, batch: int) -> Tensor:
         return torch.zeros(batch, self._num_tokens - 1, self.transformer.codebook_width)
 
-    def _objective(self, model: VAR, batch: int) -> tuple[Objective, Microbatch]:
+    def _objective(self, model: Any, batch: int) -> tuple[Objective, Microbatch]:
         """The loss, and images to give to it."""
         reference = self._reference(model) if self.grpo.needs_reference else None
         tokens_BL = torch.zeros(batch, self._num_tokens, dtype=torch.long)
@@ -186,26 +186,26 @@ class Phases:
         return Objective(self.grpo, self.sampling, model.schedule, reference), drawn
 
     def _conditioning(self, model: NextScaleModel, batch: int) -> Conditioning:
-        return model.encode_conditions([Condition(0, "any")] * batch)
+        return model.blank_conditions(batch)
 
     def _count(self, run: Callable[[], object], batch: int) -> Count:
         counted = count(run, bfloat16=self.run.mixed_precision == "bf16")
         return replace(counted, flops=counted.flops * self.num_images / batch)
 
-    def _reference(self, model: VAR) -> Reference:
+    def _reference(self, model: Any) -> Reference:
         """As the trainer makes it: a copy of the model, or the model with its adapter off."""
         if self.tuning.use_peft:
             return Reference(model, partial(adapter_off, model))
         dtype = reference_dtype(self.grpo, self.run.mixed_precision)
-        return Reference(cast(VAR(self.transformer.replace(depth=len(model.blocks))), dtype))
+        return Reference(cast(build_transformer(self.transformer.replace(depth=len(model.blocks))), dtype))
 
-    def _by_depth(self, run: Callable[[VAR], Count]) -> Count:
+    def _by_depth(self, run: Callable[[Any], Count]) -> Count:
         depth = self.transformer.depth
         if not _is_uniform(tuned_transformer(self.transformer, self.tuning)):
             return self._at_depth(run, depth)
         return self._at_depth(run, 1).extrapolate(self._at_depth(run, min(2, depth)), depth - 1)
 
-    def _at_depth(self, run: Callable[[VAR], Count], depth: int) -> Count:
+    def _at_depth(self, run: Callable[[Any], Count], depth: int) -> Count:
         model = tuned_transformer(self.transformer, self.tuning)
         model.blocks = model.blocks[:depth]
         with without_data(as_on_gpu=self.as_on_gpu):
@@ -213,15 +213,15 @@ class Phases:
             return run(model)
 
 
-def tuned_transformer(config: VARConfig, tuning: TuningConfig) -> VAR:
+def tuned_transformer(config: Record, tuning: TuningConfig) -> Any:
     """The model as it is trained, on the meta device."""
     with torch.device("meta"):
-        model = VAR(config)
+        model: Any = build_transformer(config)
         tune(model, tuning)
     return model
 
 
-def _is_uniform(model: VAR) -> bool:
+def _is_uniform(model: Any) -> bool:
     """Whether the same parameters are trained in all blocks."""
     parameters = [
         [(name, each.requires_grad) for name, each in block.named_parameters()] for block in model.blocks

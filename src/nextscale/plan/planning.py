@@ -6,6 +6,7 @@ model of their cost to maintain. docs/planning.md explains what is counted and w
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,6 @@ from nextscale.base.numbers import duration
 from nextscale.base.processes import share_of
 from nextscale.grpo import GRPOConfig
 from nextscale.models.scales import ScaleSchedule
-from nextscale.models.var import VARConfig
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
 from nextscale.plan.counting import Count
 from nextscale.plan.gpus import GPU, find_gpu
@@ -112,7 +112,7 @@ class Plan:
 
 
 def make_plan(
-    transformer: VARConfig,
+    transformer: Any,
     tokenizer: VQVAEConfig,
     backbones: Mapping[str, str | None],
     grpo: GRPOConfig,

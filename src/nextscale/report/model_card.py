@@ -68,7 +68,7 @@ def write_model_card(
         licence=_licence(base),
         repository=repository,
         is_official=is_official,
-        sampling=sampling.model_dump(),
+        sampling=sampling.told(),
         run=run,
         **(_told_by(run, folder) if run else {}),
     )

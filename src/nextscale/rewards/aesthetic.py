@@ -18,8 +18,8 @@ from nextscale.base.conditions import Condition
 from nextscale.base.errors import CheckpointError
 from nextscale.base.tensors import read_state_dict
 from nextscale.models import zoo
+from nextscale.models.pretrained import follow, web_file
 from nextscale.rewards.networks.clip import load_clip
-from nextscale.rewards.networks.pretrained import follow, web_file
 from nextscale.rewards.protocol import Reward, RewardConfig
 
 DEFAULT_HEAD = "laion-v2-l14"

@@ -11,8 +11,8 @@ from transformers import AutoModelForImageClassification
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError
 from nextscale.base.records import did_you_mean
+from nextscale.models.pretrained import follow, load_frozen
 from nextscale.rewards.networks.preprocessing import read_preprocessing
-from nextscale.rewards.networks.pretrained import follow, load_frozen
 from nextscale.rewards.protocol import Reward, RewardConfig
 
 Match = Literal["name", "label"]

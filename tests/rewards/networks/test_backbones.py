@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import CLIPModel
 
-from nextscale.models.zoo import CLIPS
+from nextscale.models.embedded import CLIPS
 from nextscale.plan.counting import count, without_data
 from nextscale.rewards.networks.backbones import KNOWN_CLIPS, backbone_config
 from nextscale.rewards.networks.clip import load_clip

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import CLIPConfig
 
-from nextscale.models import zoo
+from nextscale.models.embedded import CLIPS
 
 _VIT_B = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 _VIT_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -36,7 +36,7 @@ def backbone_config(name: str) -> CLIPConfig | None:
     if name in KNOWN_CLIPS:
         vision, text, width = KNOWN_CLIPS[name]
         return CLIPConfig(vision_config=vision, text_config=text, projection_dim=width)
-    path = zoo.CLIPS.get(name, Path(name)) / "config.json"
+    path = CLIPS.get(name, Path(name)) / "config.json"
     if not path.is_file() or json.loads(path.read_text()).get("model_type") != "clip":
         return None
     return CLIPConfig.from_pretrained(path.parent)

@@ -13,7 +13,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from nextscale.base.errors import CheckpointError
 from nextscale.base.tensors import count_layers, shape_of
-from nextscale.rewards.networks.pretrained import build_frozen
+from nextscale.models.pretrained import build_frozen
 
 HEAD_WIDTH = 64  # of both networks, in BLIP's base and large size; the tensors do not show it
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPModel
 
 from nextscale.base.conditions import Condition
-from nextscale.models import zoo
+from nextscale.models.embedded import CLIPS
+from nextscale.models.pretrained import follow, load_frozen, loading
 from nextscale.rewards.networks.preprocessing import Preprocessing, clip_preprocessing
-from nextscale.rewards.networks.pretrained import follow, load_frozen, loading
 from nextscale.rewards.networks.prompts import fill
 
 
@@ -48,7 +48,7 @@ class Clip:
         Raises:
             CheckpointError: either cannot be loaded, or some of the weights are missing.
         """
-        source = zoo.CLIPS.get(str(name), name)
+        source = CLIPS.get(str(name), name)
         model = load_frozen(CLIPModel, "CLIP", source)
         return cls(model, load_tokenizer(source if tokenizer is None else tokenizer))
 

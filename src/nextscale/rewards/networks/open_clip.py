@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from nextscale.base.errors import CheckpointError
 from nextscale.base.tensors import count_layers, read_state_dict, shape_of
-from nextscale.rewards.networks.pretrained import build_frozen
+from nextscale.models.pretrained import build_frozen
 
 VISION_HEAD_WIDTH = 80  # of ViT-H-14; the tensors do not show it
 TEXT_HEAD_WIDTH = 64

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor
 
 from nextscale.base.errors import CheckpointError
-from nextscale.rewards.networks.pretrained import loading
+from nextscale.models.pretrained import loading
 
 # OpenAI's CLIP, and most of its kin.
 MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -12,8 +12,8 @@ from nextscale.base.errors import CheckpointError
 from nextscale.base.tensors import count_layers
 from nextscale.cli.evaluate import rewards_of_words
 from nextscale.cli.main import main
+from nextscale.models.pretrained import build_frozen
 from nextscale.rewards import Aesthetic, ClassProbability, ClipScore, HPSv2, ImageReward, PickScore
-from nextscale.rewards.networks.pretrained import build_frozen
 
 HUB = "https://huggingface.co/"
 

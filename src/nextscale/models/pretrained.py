@@ -47,17 +47,19 @@ def loading(what: str, name: str | Path) -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
-def load_frozen(model_class: Any, what: str, name: str | Path) -> Any:
+def load_frozen(model_class: Any, what: str, name: str | Path, **options: Any) -> Any:
     """A network of transformers in float32, from a folder or a hub repository.
 
     Args:
         model_class: class of the model, or one of the Auto classes.
+        options: further arguments of `from_pretrained`.
 
     Raises:
         CheckpointError: it cannot be loaded, or some of its weights are missing.
     """
     with loading(what, name):
-        model, info = model_class.from_pretrained(str(name), dtype=torch.float32, output_loading_info=True)
+        options |= {"dtype": torch.float32, "output_loading_info": True}
+        model, info = model_class.from_pretrained(str(name), **options)
     if missing := sorted(info["missing_keys"]):  # transformers fills them with random numbers
         raise CheckpointError(f"{what} '{name}' cannot be loaded: it has no '{missing[0]}'")
     return model.eval().requires_grad_(False)
