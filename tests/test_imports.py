@@ -13,7 +13,7 @@ FLOORS = (
     ("base.*",),
     ("policy", "grpo", "models.*"),
     ("runs.*", "report.*"),
-    ("sampling", "rescoring", "rewards.*", "pipeline"),
+    ("prompts", "sampling", "rescoring", "rewards.*", "pipeline"),
     (
         "reference",
         "losses",

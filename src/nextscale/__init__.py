@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nextscale.optimizer import OptimizerConfig
     from nextscale.pipeline import VAROutput, VARPipeline
     from nextscale.policy import SamplingConfig
+    from nextscale.prompts import read_prompts
     from nextscale.rescoring import log_probs
     from nextscale.runs.config import RunConfig
     from nextscale.trainer import GRPOTrainer
@@ -39,6 +40,7 @@ __all__ = [
     "VAROutput",
     "VARPipeline",
     "log_probs",
+    "read_prompts",
     "rewards",
 ]
 
@@ -49,6 +51,7 @@ _HOMES = {
     "log_probs": "rescoring",
     **dict.fromkeys(("VAROutput", "VARPipeline"), "pipeline"),
     "SamplingConfig": "policy",
+    "read_prompts": "prompts",
     "Condition": "base.conditions",
     "GRPOConfig": "grpo",
     "OptimizerConfig": "optimizer",

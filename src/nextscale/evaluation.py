@@ -67,8 +67,6 @@ class Evaluation:
         first_tokens: (rows, L) of the first image of each row.
         scores: the reward, and each reward by its name, of all images; NaN for one that was not scored.
         embeddings: (N G, E) of all images, where they were embedded.
-        scores: the reward, and each reward by its name, of all images; NaN for one that was not scored.
-        embeddings: (N G, E) of all images, where they were embedded.
         extremes: the best, the middle and the worst images, where they were asked for.
     """
 
@@ -121,8 +119,8 @@ def evaluate(
 
     Args:
         num_images: rounded up to equally many for each condition.
-        conditions: what to draw, by default all classes; a fixed choice of them where `num_images` does not
-            suffice for one image of each, or for two where images are compared.
+        conditions: what to draw, classes or prompts, by default all classes; a fixed choice of them where
+            `num_images` does not suffice for one image of each, or for two where images are compared.
         judges: independent classifiers that no training sees.
         embed: measures diversity, the mean distance between two images of one condition.
         measures: of all images together.
@@ -130,7 +128,6 @@ def evaluate(
         num_compared: images that a reward of groups compares, by default all of a condition: as many as in
             training, where its scores depend on how many there are.
         num_columns: images of each row of `Evaluation.samples`.
-        base: a model to measure the KL to, in nats an image, under the same policy.
         base: a model to measure the KL to, in nats an image, under the same policy.
         num_extremes: images of each row of `Extremes`, which are drawn again by the first process.
         progress: called after every batch with the images that this process has drawn, and is to draw.
@@ -176,10 +173,6 @@ def evaluate(
             samples.append(batch.images[shown].cpu())
             tokens.append(batch.tokens[shown].cpu())
             scored.append(rewards.scores(batch.images, batch.conditions))
-            if to_base is not None:
-                parts = batch.conditioning, batch.tokens, batch.inputs, batch.log_probs, batch.log_probs
-                kl_BL = to_base.divergence(pipe.transformer, Microbatch(*parts))[1]
-                moved.append({"kl_per_image": kl_BL.sum(1).float().cpu()})
             if to_base is not None:
                 parts = batch.conditioning, batch.tokens, batch.inputs, batch.log_probs, batch.log_probs
                 kl_BL = to_base.divergence(pipe.transformer, Microbatch(*parts))[1]

@@ -329,7 +329,7 @@ class VARPipeline:
             ConfigError: the model draws no classes, none are given, or one is not a class of the model.
         """
         if not self.num_classes:
-            raise ConfigError("the model has no classes: say what to draw with `conditions`")
+            raise ConfigError("the model draws by prompts, not by classes: say what to draw with prompts")
         is_several = isinstance(classes, Iterable) and not isinstance(classes, str)
         several: Any = classes if is_several and getattr(classes, "ndim", 1) else [classes]
         labels = [self._label(each) for each in several]
@@ -337,6 +337,26 @@ class VARPipeline:
             raise ConfigError(f"no class labels given: give at least one of 0 to {self.num_classes - 1}")
         names = self.class_names
         return [Condition(label, names[label] if names else f"class {label}") for label in labels]
+
+    def prompted(self, prompts: str | Sequence[str | Condition]) -> list[Condition]:
+        """The conditions of these prompts.
+
+        Args:
+            prompts: texts, or what `read_prompts` read; a single text may stand alone.
+
+        Raises:
+            ConfigError: the model draws by classes, or no prompts are given, or an empty one.
+        """
+        if self.num_classes:
+            raise ConfigError("the model draws by classes, not by prompts: say what with class labels")
+        several = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not several:
+            raise ConfigError("no prompts given: give at least one")
+        for each in several:
+            text = each.text if isinstance(each, Condition) else each
+            if not isinstance(text, str) or not text.strip():
+                raise ConfigError(f"prompt {each!r} cannot be used: give a text")
+        return [Condition(None, each) if isinstance(each, str) else each for each in several]
 
     def _label(self, given: Any) -> int:
         value = given if getattr(given, "ndim", 1) else given.item()  # of a tensor or an array
@@ -443,9 +463,11 @@ class VARPipeline:
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Classes,
+        class_labels: Classes | None = None,
         num_images_per_label: int = 1,
         *,
+        prompts: str | Sequence[str] | None = None,
+        num_images_per_prompt: int | None = None,
         guidance_scale: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -457,12 +479,14 @@ class VARPipeline:
         batch_size: int = 64,
         callback_on_scale_end: Callable[["VARPipeline", int, Tensor], None] | None = None,
     ) -> VAROutput:
-        """Draw images. The images of the i-th label depend on (seed, i) alone.
+        """Draw images. The images of the i-th label or prompt depend on (seed, i) alone.
 
         Args:
             class_labels: classes to draw, by number or name; one may come more than once, and a single one
                 may stand alone.
             num_images_per_label: images for each; those of one label stand together.
+            prompts: in place of classes, what a text-conditional model is to draw.
+            num_images_per_prompt: another name of `num_images_per_label`.
             guidance_scale: classifier-free guidance at the last scale; 0 switches it off. This and the next
                 six are by default those of `self.sampling`.
             top_k: keep the k likeliest tokens; 0 keeps all.
@@ -478,8 +502,13 @@ class VARPipeline:
                 decodes it.
 
         Raises:
-            ConfigError: no classes, or a class or a setting that cannot be used.
+            ConfigError: no classes and no prompts, or both, or a class, prompt or setting that cannot be
+                used.
         """
+        if (class_labels is None) == (prompts is None):
+            raise ConfigError("say what to draw: class_labels, or for a text-conditional model prompts")
+        if num_images_per_prompt is not None:
+            num_images_per_label = num_images_per_prompt
         for name, number in (("num_images_per_label", num_images_per_label), ("batch_size", batch_size)):
             if number < 1:
                 raise ConfigError(f"{name} must be at least 1, got {number}")
@@ -487,7 +516,7 @@ class VARPipeline:
         given |= dict(guidance_start=guidance_start, guidance_stop=guidance_stop)
         given |= dict(unguided_temperature=unguided_temperature)
         sampling = self.sampling.replace(**{key: each for key, each in given.items() if each is not None})
-        conditions = self.conditions(class_labels)
+        conditions = self.prompted(prompts or []) if class_labels is None else self.conditions(class_labels)
         seeds = [("sample", seed, i) for i in range(len(conditions))]
         on_scale = partial(callback_on_scale_end, self) if callback_on_scale_end else None
         drawn_in = conditions, seeds, num_images_per_label, sampling, batch_size, None, None, on_scale

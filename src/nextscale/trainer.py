@@ -78,7 +78,9 @@ class GRPOTrainer:
         pipe: the model; its transformer is trained, its tokenizer stays frozen.
         rewards: one reward, several by name, or a `RewardSet`, with weights, constraints and held-out ones.
         grpo: the algorithm.
-        conditions: what to train on; by default `grpo.class_labels`, or else all classes of the model.
+        conditions: what to train on, such as `read_prompts` gives; by default `grpo.class_labels`, or else
+            all classes of the model.
+        eval_conditions: what evaluations draw; by default what is trained on.
         sampling: how the model is sampled, in training (but for `grpo.temperature`) as afterwards; by default
             the pipeline's. The trained pipeline keeps it as its own.
         tuning: what of the transformer is trained: by default all of it.
@@ -106,6 +108,7 @@ class GRPOTrainer:
         grpo: GRPOConfig | None = None,
         *,
         conditions: Sequence[Condition] | None = None,
+        eval_conditions: Sequence[Condition] | None = None,
         sampling: SamplingConfig | None = None,
         tuning: TuningConfig | None = None,
         optimizer: OptimizerConfig | None = None,
@@ -130,7 +133,7 @@ class GRPOTrainer:
         if conditions is None:
             labels = self.grpo.class_labels
             conditions = pipe.conditions(labels) if labels else pipe.all_conditions()
-        self.conditions = list(conditions)
+        self.conditions, self.eval_conditions = list(conditions), list(eval_conditions or conditions)
         self.grpo.check_processes(self.accelerator.num_processes)
         check_evaluated(self.run, self.rewards)
         check_reference(self.grpo, self.run)
@@ -458,7 +461,7 @@ class GRPOTrainer:
                 self.sampling,
                 num_images=self.run.eval_num_images,
                 seed=self.run.eval_seed,
-                conditions=self.conditions,
+                conditions=self.eval_conditions,
                 judges=self.judges,
                 measures=self.measures,
                 embed=self.embed,

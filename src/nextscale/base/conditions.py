@@ -1,6 +1,8 @@
 """Conditions: what an image is asked to show."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -10,10 +12,12 @@ class Condition:
     Attributes:
         label: class index, or None for a text-conditional model.
         text: the class name, such as "golden retriever", or the prompt.
+        data: what else its prompt came with, column by column, for rewards.
     """
 
     label: int | None
     text: str
+    data: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def key(self) -> int | str:

@@ -11,6 +11,7 @@ from nextscale.config.overrides import apply_overrides
 from nextscale.config.schema import Schema, recipe_sections, type_name, words_of
 
 if TYPE_CHECKING:
+    from nextscale.base.conditions import Condition
     from nextscale.config.recipe import Recipe
     from nextscale.pipeline import VARPipeline
 
@@ -83,6 +84,32 @@ def load_model(args: argparse.Namespace) -> "VARPipeline":
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return load_pipeline(args.model, args.vae, device=device, adapter=args.adapter)
+
+
+def add_prompts(parser: Parser) -> None:
+    which = parser.add_mutually_exclusive_group()
+    text = "of a text-conditional model, what to draw; can be given several times"
+    which.add_argument("--prompt", action="append", metavar="TEXT", help=text)
+    text = "file of prompts: .txt, .jsonl or .csv, or hf://datasets/OWNER/NAME/FILE"
+    which.add_argument("--prompts", metavar="FILE", help=text)
+
+
+def conditions_of(args: argparse.Namespace, pipe: "VARPipeline") -> "list[Condition] | None":
+    """The classes or prompts that were asked for; None where none were, and the model draws by classes.
+
+    Raises:
+        ConfigError: both were asked for, or what the model does not draw by, or no prompts.
+    """
+    from nextscale.prompts import read_prompts
+
+    classes = classes_of(args)
+    if classes is not None and (args.prompt or args.prompts):
+        raise ConfigError("--classes has no effect beside prompts: give one of them")
+    if args.prompt or args.prompts:
+        return pipe.prompted(args.prompt or read_prompts(args.prompts))
+    if classes is None and not pipe.num_classes:
+        raise ConfigError("the model draws by prompts: say what to draw with --prompt or --prompts")
+    return None if classes is None else pipe.conditions(classes)
 
 
 def classes_of(args: argparse.Namespace) -> list[str] | None:

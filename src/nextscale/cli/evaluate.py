@@ -26,6 +26,7 @@ def add(commands: Any) -> None:
         "evaluate runs/toy-painting --base toy --alpha 0,0.25,0.5,0.75,1 --plot strength.png",
         "evaluate toy runs/a runs/b --format latex",
         "evaluate toy --json > before.json",
+        "evaluate toy-text runs/toy-text-attributes --recipe toy-text-attributes",
     ]
     summary = "score models with rewards, judges and diversity, on images of the same fixed seeds"
     parser = add_command(commands, "evaluate", run, summary, examples)
@@ -49,6 +50,7 @@ def add(commands: Any) -> None:
     parser.option("--alpha", str, text)
     parser.option("--plot", Path, "with --alpha, draw what is kept against the reward, to this file")
     parser.option("--classes", str, arguments.CLASSES, shown="those of the recipe, or all")
+    arguments.add_prompts(parser)
     parser.option("--num-images", int, "minimum number of images", 512)
     arguments.add_drawing_options(parser, "the recipe's, or the model's")
     text = "precision of all networks (default: the recipe's, or that of the run that trained the model)"
@@ -193,10 +195,12 @@ def load_like(args: Namespace, model: str, first: "VARPipeline") -> "VARPipeline
     """A model to compare with another.
 
     Raises:
-        ConfigError: it draws other classes, so that their images cannot be compared one by one.
+        ConfigError: it draws other classes, or by prompts where the other draws by classes, so that their
+            images cannot be compared one by one.
     """
     pipe = load_one(args, model)
-    if pipe.all_conditions() != first.all_conditions():
+    drawn = [each.all_conditions() if each.num_classes else None for each in (first, pipe)]
+    if drawn[0] != drawn[1]:
         raise ConfigError(
             f"'{model}' draws other classes than '{args.models[0]}': compare models of the same classes"
         )

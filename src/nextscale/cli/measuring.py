@@ -10,10 +10,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError
 from nextscale.base.images import read_image
 from nextscale.cli import arguments
-from nextscale.config.build import embedder, judges_for, measures_for
+from nextscale.config.build import embedder, judges_for, measures_for, read_conditions
 from nextscale.config.recipe import Recipe
 from nextscale.evaluation import evaluate
 from nextscale.measured import Measured, clip_distances, differences, knee
@@ -39,9 +40,7 @@ def measure(
     """What one model's images score, and their embeddings."""
     given = recipe.sampling.model_dump(exclude_unset=True) if recipe else {}
     sampling = pipe.sampling.replace(**given | arguments.given_sampling(args))
-    classes = arguments.classes_of(args)
-    if classes is None and recipe:
-        classes = recipe.grpo.class_labels
+    conditions = _conditions(args, recipe, pipe)
     precision = _precision(args, source, recipe)
     bar = tqdm(desc=name, unit="image", leave=False, disable=None if is_main else True)
 
@@ -56,7 +55,7 @@ def measure(
             sampling,
             num_images=args.num_images,
             seed=args.seed,
-            conditions=None if classes is None else pipe.conditions(classes),
+            conditions=conditions,
             judges=judges_for(pipe),
             measures=measures_for(pipe),
             embed=embedder(clip),
@@ -147,6 +146,16 @@ def plot_strengths(
         figure.savefig(path, dpi=150)
     except ValueError:
         raise ConfigError(f"'{path}' has no image file extension: use one such as .png") from None
+
+
+def _conditions(args: Namespace, recipe: Recipe | None, pipe: VARPipeline) -> list[Condition] | None:
+    """What to draw: as asked for, or as the recipe measures; None for all classes."""
+    is_asked = args.classes is not None or args.prompt or args.prompts
+    if recipe is None or is_asked:
+        return arguments.conditions_of(args, pipe)
+    trained, measured = read_conditions(recipe, pipe)
+    labels = recipe.grpo.class_labels
+    return measured or trained or (pipe.conditions(labels) if labels else None)
 
 
 def _precision(args: Namespace, model: str, recipe: Recipe | None) -> str:

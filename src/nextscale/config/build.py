@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError, NextscaleError
 from nextscale.config.recipe import Recipe, to_yaml
 from nextscale.config.resume import check_folder
@@ -16,12 +17,13 @@ from nextscale.models import zoo
 from nextscale.models.official import SWITTI_TENSORS
 from nextscale.objective import check_guidance
 from nextscale.pipeline import VARPipeline
+from nextscale.prompts import check_apart, read_prompts
 from nextscale.rewards import Reward, RewardSet
 from nextscale.rewards.networks.clip import load_clip
 from nextscale.rewards.protocol import RewardConfig
 from nextscale.rewards.python import PythonConfig
 from nextscale.rollout import branches_of
-from nextscale.toy.judges import judge_images
+from nextscale.toy.judges import judge_images, judge_prompted
 from nextscale.toy.realism import Realism
 from nextscale.toy.world import CLASSES, IMAGE_SIZE
 from nextscale.trainer import GRPOTrainer
@@ -34,6 +36,8 @@ class Parts:
 
     pipe: VARPipeline
     rewards: RewardSet
+    conditions: list[Condition] | None
+    eval_conditions: list[Condition] | None
     judges: Judges | None
     measures: tuple[SetMeasure, ...]
     embed: Embedder | None
@@ -88,14 +92,48 @@ def make_reward(name: str, config: RewardConfig) -> Reward:
         raise type(error)(f"reward '{name}': {error}") from error
 
 
+def read_conditions(
+    recipe: Recipe, pipe: VARPipeline
+) -> tuple[list[Condition] | None, list[Condition] | None]:
+    """The prompts to train on and those to measure, of a text-conditional model; None where classes are
+    drawn, or where both are the same.
+
+    Raises:
+        ConfigError: a file of prompts cannot be used or is missing, or the two files share a prompt.
+    """
+    if not recipe.prompts:
+        if recipe.eval_prompts:
+            raise ConfigError("eval_prompts has no effect without prompts: set prompts too")
+        if not pipe.num_classes:
+            raise ConfigError(f"'{recipe.model}' draws by prompts: set prompts to a file of them")
+        return None, None
+    trained = pipe.prompted(read_prompts(recipe.prompts))
+    if recipe.grpo.class_labels:
+        raise ConfigError("grpo.class_labels has no effect beside prompts: remove it")
+    if not recipe.eval_prompts:
+        return trained, None
+    measured = pipe.prompted(read_prompts(recipe.eval_prompts))
+    check_apart(trained, measured)
+    return trained, measured
+
+
 def is_miniature(pipe: VARPipeline) -> bool:
     """Whether a model draws the miniature world, and that world's judges and CLIP are at hand."""
     draws_it = pipe.class_names == CLASSES and pipe.tokenizer.config.image_size == IMAGE_SIZE
     return draws_it and zoo.TOY_ASSETS.is_dir()
 
 
+def is_prompted_miniature(pipe: VARPipeline) -> bool:
+    """Whether a model draws the miniature world by prompts, and that world's judges and CLIP are at hand."""
+    encoders = getattr(pipe.transformer.config, "text_encoders", None)
+    draws_it = encoders == ("toy",) and pipe.tokenizer.config.image_size == IMAGE_SIZE
+    return draws_it and zoo.TOY_ASSETS.is_dir()
+
+
 def judges_for(pipe: VARPipeline) -> Judges | None:
     """The miniature world's judges, for models of that world."""
+    if is_prompted_miniature(pipe):
+        return judge_prompted
     return judge_images if is_miniature(pipe) else None
 
 
@@ -121,9 +159,10 @@ def build_parts(recipe: Recipe) -> Parts:
     check_folder(recipe)
     pipe = load_pipeline(recipe.model, recipe.vae)
     check_fit(recipe, pipe)
+    conditions = read_conditions(recipe, pipe)
     rewards = make_rewards(recipe.rewards)
     embed = embedder(recipe.run.diversity_clip)
-    return Parts(pipe, rewards, judges_for(pipe), measures_for(pipe), embed)
+    return Parts(pipe, rewards, *conditions, judges_for(pipe), measures_for(pipe), embed)
 
 
 def check_fit(recipe: Recipe, pipe: VARPipeline) -> None:
@@ -155,6 +194,8 @@ def build_trainer(recipe: Recipe, command: Sequence[str] = ()) -> GRPOTrainer:
         parts.pipe,
         parts.rewards,
         recipe.grpo,
+        conditions=parts.conditions,
+        eval_conditions=parts.eval_conditions,
         sampling=recipe.sampling,
         tuning=recipe.tuning,
         optimizer=recipe.optimizer,

@@ -32,6 +32,12 @@ class Recipe(Record):
     wrote, or, with `vae`, the file of a transformer such as var_d16.pth."""
     vae: str | None = None
     """File of the tokenizer, if the model is a file."""
+    prompts: str | None = None
+    """Of a text-conditional model, the file of the prompts to train on: .txt, .jsonl or .csv, or
+    hf://datasets/OWNER/NAME/FILE. Rewards see its other columns."""
+    eval_prompts: str | None = None
+    """File of the prompts that evaluations draw, none of which may be trained on; by default those of
+    prompts."""
     sampling: SamplingConfig = SamplingConfig()
     """Keys that are not given are the model's: see `config.build.resolve`."""
     rewards: dict[str, AnyReward] = Field(min_length=1)
@@ -67,9 +73,12 @@ def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) ->
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """The mapping in the file of a recipe, its rewards written in full, not yet validated.
 
-    A reward of kind `python` names the file beside the recipe, if there is one.
+    A reward of kind `python` names the file beside the recipe, if there is one, and so do prompts.
     """
     mapping, folder = read_mapping(path), find_recipe(path).parent
+    for key in ("prompts", "eval_prompts"):
+        if isinstance(file := mapping.get(key), str) and (folder / file).is_file():
+            mapping[key] = str(folder / file)
     rewards = mapping.get("rewards")
     if not isinstance(rewards, dict):
         return mapping

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from nextscale.config.build import build_parts, check_fit, make_reward, resolve
+from nextscale.config.build import build_parts, check_fit, make_reward, read_conditions, resolve
 from nextscale.config.recipe import Recipe
 from nextscale.config.resume import check_folder
 from nextscale.credit import find_credit
@@ -39,7 +39,9 @@ def rehearse(recipe: Recipe, num_processes: int) -> list[str]:
     model = zoo.describe(recipe.model, recipe.vae)
     with torch.device("meta"):
         networks = build_transformer(model.transformer), VQVAE(model.tokenizer)
-    check_fit(recipe, VARPipeline(*networks, model.class_names))
+    pipe = VARPipeline(*networks, model.class_names)
+    check_fit(recipe, pipe)
+    read_conditions(recipe, pipe)
     for name, config in recipe.rewards.items():
         if backbones[name] not in missing:
             make_reward(name, config)

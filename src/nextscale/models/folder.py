@@ -17,6 +17,7 @@ from nextscale.base.errors import CheckpointError, ConfigError, NextscaleError
 from nextscale.base.files import write_text_aside
 from nextscale.base.records import Record, did_you_mean
 from nextscale.base.tensors import load_strictly, write_tensors
+from nextscale.models.embedded import tokenizer_folder
 from nextscale.models.protocol import NextScaleModel
 from nextscale.models.switti import Switti, SwittiConfig
 from nextscale.models.var import VAR, VARConfig
@@ -103,7 +104,8 @@ def read_networks(
     build = FAMILIES[config.family].build
     make = partial(build, config.transformer)
     transformer = load_strictly(make, folder / TRANSFORMER, dtype, _exact(build))
-    return transformer, load_strictly(lambda: VQVAE(config.tokenizer), folder / TOKENIZER)
+    file = tokenizer_folder(folder) / TOKENIZER
+    return transformer, load_strictly(lambda: VQVAE(config.tokenizer), file)
 
 
 def write_folder(

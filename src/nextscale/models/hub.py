@@ -67,6 +67,22 @@ def download(repository: str, names: Sequence[str], **access: Unpack[Access]) ->
     return folder
 
 
+def dataset_file(repository: str, name: str) -> Path:
+    """One file of a dataset's repository: from the cache if the hub cannot be reached.
+
+    Raises:
+        CheckpointError: the file can neither be downloaded nor found in the cache.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, name, repo_type="dataset", etag_timeout=TIMEOUT))
+    except Exception as error:  # the transport below huggingface_hub raises errors of its own
+        raise CheckpointError(
+            f"'{name}' of {url('datasets/' + repository)} cannot be read ({first_sentence(error)})"
+        ) from None
+
+
 def upload(
     repository: str,
     folder: Path,

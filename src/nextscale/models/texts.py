@@ -220,7 +220,7 @@ def _tokens(text: str, network: Any, tokenizer: Any, *, is_padded: bool) -> Any:
     most = network.config.max_position_embeddings
     padding = "max_length" if is_padded else False
     tokens = tokenizer(text, truncation=True, max_length=most, padding=padding, return_tensors="pt")
-    whole = tokenizer(text)["input_ids"]
+    whole = tokenizer(text, verbose=False)["input_ids"]
     if len(whole) > most:
         left_out = tokenizer.decode(whole[most - 1 : -1])
         logger.warning(

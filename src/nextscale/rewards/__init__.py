@@ -4,10 +4,12 @@ from nextscale.rewards.aesthetic import Aesthetic
 from nextscale.rewards.class_probability import ClassProbability
 from nextscale.rewards.clip_score import ClipScore
 from nextscale.rewards.diversity import Diversity
+from nextscale.rewards.geneval import GenEval
 from nextscale.rewards.groups import GroupReward
 from nextscale.rewards.hps import HPSv2
 from nextscale.rewards.image_reward import ImageReward
 from nextscale.rewards.jpeg import JpegCompressibility, JpegIncompressibility
+from nextscale.rewards.ocr import TextInImage
 from nextscale.rewards.pick_score import PickScore
 from nextscale.rewards.pixels import brightness, colourfulness, sharpness
 from nextscale.rewards.protocol import Reward, score
@@ -24,6 +26,7 @@ __all__ = [
     "ClassProbability",
     "ClipScore",
     "Diversity",
+    "GenEval",
     "GroupReward",
     "HPSv2",
     "ImageReward",
@@ -33,6 +36,7 @@ __all__ = [
     "Remote",
     "Reward",
     "RewardSet",
+    "TextInImage",
     "VlmJudge",
     "brightness",
     "colourfulness",

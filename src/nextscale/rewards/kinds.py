@@ -12,9 +12,11 @@ from nextscale.rewards.aesthetic import AestheticConfig
 from nextscale.rewards.class_probability import ClassProbabilityConfig
 from nextscale.rewards.clip_score import ClipScoreConfig
 from nextscale.rewards.diversity import DiversityConfig
+from nextscale.rewards.geneval import GenEvalConfig
 from nextscale.rewards.hps import HPSv2Config
 from nextscale.rewards.image_reward import ImageRewardConfig
 from nextscale.rewards.jpeg import JpegConfig
+from nextscale.rewards.ocr import OcrConfig
 from nextscale.rewards.pick_score import PickScoreConfig
 from nextscale.rewards.pixels import PixelsConfig
 from nextscale.rewards.protocol import RewardConfig
@@ -30,6 +32,8 @@ RECORDS: tuple[type[RewardConfig], ...] = (
     HPSv2Config,
     ImageRewardConfig,
     ClassProbabilityConfig,
+    GenEvalConfig,
+    OcrConfig,
     DiversityConfig,
     PythonConfig,
     JpegConfig,

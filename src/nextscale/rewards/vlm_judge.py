@@ -18,6 +18,7 @@ from nextscale.base.images import to_pil
 from nextscale.base.records import FREE_ON_RESUME
 from nextscale.rewards.asking.client import RequestConfig, ScoringClient, png_base64
 from nextscale.rewards.asking.waiting import start_thread
+from nextscale.rewards.networks.prompts import FIELDS
 from nextscale.rewards.protocol import Reward
 
 QUESTION = "How good is this picture of a {label}?"
@@ -47,7 +48,7 @@ class VlmJudge:
     Args:
         url: base URL of the API, such as http://localhost:8000/v1; "/chat/completions" is appended.
         vlm_model: name under which the server knows the model.
-        question: what the model is asked; the condition's text replaces "{label}".
+        question: what the model is asked; the condition's text replaces "{label}" or "{text}".
         score_range: lowest and highest score; the model is told, and its answers are checked.
         concurrency: number of simultaneous requests.
         request: further options of `ScoringClient`; its `retries` are those of malformed answers, too.
@@ -74,9 +75,9 @@ class VlmJudge:
         if not low < high:
             raise ConfigError(f"score_range is {low:g} to {high:g}, expected the lower number first")
         for field in re.findall(r"\{(\w*)\}", question):
-            if field != "label":
+            if field not in FIELDS:
                 raise ConfigError(
-                    f"question '{question}' has the field {{{field}}}, expected {{label}} alone"
+                    f"question '{question}' has the field {{{field}}}, expected {{label}} or {{text}} alone"
                 )
         self.client = ScoringClient(f"{url.rstrip('/')}/chat/completions", **request)
         self.vlm_model, self.question, self.concurrency = vlm_model, question, concurrency
@@ -115,7 +116,7 @@ class VlmJudge:
         return torch.tensor(scores)
 
     def _body(self, png: str, label: str) -> dict[str, Any]:
-        text = f"{self.question.replace('{label}', label)}\n{self.instruction}"
+        text = f"{self.question.replace('{label}', label).replace('{text}', label)}\n{self.instruction}"
         content = [
             {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png}"}},
             {"type": "text", "text": text},

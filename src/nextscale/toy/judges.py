@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from nextscale.base.conditions import Condition
 from nextscale.base.tensors import build_strictly, read_state_dict
 from nextscale.models.zoo import TOY_ASSETS
+from nextscale.toy.prompts import ATTRIBUTES, targets_of
 from nextscale.toy.world import CLASSES, STYLES
 
 KINDS = {"class": CLASSES, "style": STYLES}
+OF_PROMPTS = {name: values for name, values in ATTRIBUTES.items() if name != "object"}
+"""What further judges tell of a picture: with the class judge, all that a prompt names."""
 HEAD = -3  # the layers after the last maps: Flatten, Dropout, Linear
 
 
@@ -57,13 +60,15 @@ class Judge(nn.Sequential):
 
 
 def load_judge(kind: str, folder: Path = TOY_ASSETS / "judges") -> Judge:
-    """The shipped judge of "class" or "style".
+    """The shipped judge of "class" or "style", or of "colour", "ground" or "place".
 
     Raises:
         CheckpointError: its file is missing or broken.
     """
     path = folder / f"{kind}.safetensors"
-    return build_strictly(lambda: Judge(len(KINDS[kind])), read_state_dict(path), path).requires_grad_(False)
+    return build_strictly(
+        lambda: Judge(len((KINDS | OF_PROMPTS)[kind])), read_state_dict(path), path
+    ).requires_grad_(False)
 
 
 @cache
@@ -95,3 +100,23 @@ def judge_images(images: Tensor, conditions: Sequence[Condition]) -> dict[str, T
         "judge/class_log_prob": of_class.log_softmax(-1).gather(-1, asked[:, None]).squeeze(-1),
         **{f"judge/style/{style}": (styles == index).float() for index, style in enumerate(STYLES)},
     }
+
+
+def judge_prompted(images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
+    """What the shipped judges say of images that were asked for by prompts.
+
+    Returns:
+        (B,) values: `judge/{attribute}_right` for object, colour, ground and place, 1 where a judge sees what
+        the prompt names, or where it names nothing; `judge/all_right`, 1 where all are; and
+        `judge/style/{style}`, 1 where the style judge calls the image so.
+    """
+    texts, found = [condition.text for condition in conditions], {}
+    all_right = torch.ones(len(images))
+    for name in ATTRIBUTES:
+        seen = look(images, "class" if name == "object" else name)[0].cpu().argmax(-1)
+        asked = targets_of(texts, name)
+        found[f"judge/{name}_right"] = ((seen == asked) | (asked < 0)).float()
+        all_right *= found[f"judge/{name}_right"]
+    styles = look(images, "style")[0].cpu().argmax(-1)
+    found["judge/all_right"] = all_right
+    return found | {f"judge/style/{style}": (styles == i).float() for i, style in enumerate(STYLES)}

@@ -44,7 +44,7 @@ def train_judge(
     return model.eval()
 
 
-def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
+def disturb(images: Tensor, generator: torch.Generator, *, is_shifted: bool = True) -> Tensor:
     """Random gain, offset and noise per image, and a shift, so that no judge relies on exact pixels."""
     num = len(images)
     gain, offset, noise = (
@@ -52,5 +52,7 @@ def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
         for low, width in ((0.85, 0.3), (-0.06, 0.12), (0.0, 0.04))
     )
     images = images * gain + offset + noise * torch.randn(images.shape, generator=generator)
+    if not is_shifted:
+        return images.clamp(0, 1)
     shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
     return images.roll(shift, (2, 3)).clamp(0, 1)

@@ -1,0 +1,127 @@
+"""Prompts of text-conditional models: read from a file, with all that the file says besides.
+
+A text file has a prompt a line. A JSONL or CSV file has a column `prompt` (or `text`, or `caption`) and any
+others, which rewards find in `Condition.data`. A file in a dataset on the hub is written as
+hf://datasets/OWNER/NAME/FILE.
+"""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nextscale.base.conditions import Condition
+from nextscale.base.errors import CheckpointError, ConfigError, first_sentence
+from nextscale.models import hub
+
+HUB = "hf://datasets/"
+COLUMNS = ("prompt", "text", "caption")
+"""Names of the column of prompts; the first that there is."""
+KINDS = (".txt", ".jsonl", ".csv")
+
+
+def read_prompts(source: str | Path) -> list[Condition]:
+    """The prompts of a file, in its order.
+
+    Args:
+        source: path of a .txt, .jsonl or .csv file, or hf://datasets/OWNER/NAME/FILE.
+
+    Raises:
+        ConfigError: there is no such file, it cannot be read, or a prompt is missing, empty or comes twice.
+    """
+    path = _fetched(str(source)) if str(source).startswith(HUB) else Path(source)
+    if path.suffix not in KINDS:
+        raise ConfigError(f"'{source}' is no file of prompts: expected one of {', '.join(KINDS)}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"no file '{source}': give the path of a file of prompts") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"'{source}' cannot be read: {first_sentence(error)}") from None
+    read = {".txt": _from_text, ".jsonl": _from_jsonl, ".csv": _from_csv}[path.suffix]
+    found, lines = [], {}
+    for line, prompt, data in read(text, str(source)):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ConfigError(f"'{source}', line {line}: expected a prompt, got {prompt!r}")
+        prompt = " ".join(prompt.split())
+        if prompt in lines:
+            raise ConfigError(
+                f"'{source}', line {line}: the prompt '{prompt}' stands in line {lines[prompt]} already; "
+                "remove one of them"
+            )
+        lines[prompt] = line
+        found.append(Condition(None, prompt, data))
+    if not found:
+        raise ConfigError(f"'{source}' has no prompts: give at least one")
+    return found
+
+
+def check_apart(trained: Sequence[Condition], held_out: Sequence[Condition]) -> None:
+    """Check that no prompt is both trained on and measured as held out.
+
+    Raises:
+        ConfigError: one is.
+    """
+    if both := {each.text for each in trained} & {each.text for each in held_out}:
+        raise ConfigError(
+            f"{len(both)} held-out prompts are trained on as well, such as '{min(both)}': take them out of "
+            "one of the files"
+        )
+
+
+Rows = list[tuple[int, Any, dict[str, Any]]]
+"""Number of the line, prompt and further columns."""
+
+
+def _from_text(text: str, source: str) -> Rows:
+    return [(i, line, {}) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def _from_jsonl(text: str, source: str) -> Rows:
+    rows: Rows = []
+    for i, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise ConfigError(f"'{source}', line {i}: not JSON; expected one object a line") from None
+        if not isinstance(row, dict):
+            raise ConfigError(f"'{source}', line {i}: expected an object, got {type(row).__name__}")
+        rows.append((i, *_split(row, source, i)))
+    return rows
+
+
+def _from_csv(text: str, source: str) -> Rows:
+    reader = csv.DictReader(text.splitlines(keepends=True))
+    try:
+        return [(reader.line_num, *_split(dict(row), source, reader.line_num)) for row in reader]
+    except csv.Error as error:
+        raise ConfigError(f"'{source}', line {reader.line_num}: {error}") from None
+
+
+def _split(row: dict[Any, Any], source: str, line: int) -> tuple[Any, dict[str, Any]]:
+    """The prompt, and the other columns."""
+    if None in row:
+        raise ConfigError(
+            f"'{source}', line {line}: more values than columns; put a text with commas in quotes"
+        )
+    column = next((each for each in COLUMNS if each in row), None)
+    if column is None:
+        raise ConfigError(
+            f"'{source}', line {line}: no column of prompts; expected one called {' or '.join(COLUMNS)}, got "
+            f"{', '.join(map(str, row)) or 'none'}"
+        )
+    return row.pop(column), row
+
+
+def _fetched(source: str) -> Path:
+    owner, _, rest = source.removeprefix(HUB).partition("/")
+    name, _, file = rest.partition("/")
+    if not (owner and name and file):
+        raise ConfigError(f"'{source}' is no file of a dataset: expected {HUB}OWNER/NAME/FILE")
+    try:
+        return hub.dataset_file(f"{owner}/{name}", file)
+    except CheckpointError as error:
+        raise ConfigError(f"{error}: give the path of a copy") from None

@@ -1,0 +1,123 @@
+"""Prompts of the miniature world: what they name, which are held out, and true pictures of them.
+
+A prompt names an object, its colour, the ground and the place, such as "a photo of a red star on clay in the
+middle": 768 combinations. One in eight is held out: no model is trained on a prompt or a picture of it.
+
+Shapes: N pictures or prompts
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from nextscale.toy.scenes import CLASSES, MAX_OFFSET, PALETTE, STYLES, Scenes, sample_scenes
+from nextscale.toy.world import GROUND_NAMES, PLACES, with_article
+
+ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "object": CLASSES,
+    "colour": tuple(PALETTE),
+    "ground": GROUND_NAMES,
+    "place": PLACES,
+}
+"""Name of an attribute to what it may be."""
+
+MIDDLE = 0.4
+OFF_CENTRE = 0.8
+"""Up to, and from, which share of `MAX_OFFSET` an object's place has a name. Pictures of prompts have no
+other."""
+
+Combination = tuple[int, ...]
+"""For each attribute the index of what it is."""
+
+
+def combinations() -> list[Combination]:
+    """All of them."""
+    return list(product(*(range(len(values)) for values in ATTRIBUTES.values())))
+
+
+def is_held_out(combination: Combination) -> bool:
+    """Whether no training prompt or picture has this combination. Each value is held out with each of most
+    others, and never with all."""
+    label, colour, ground, place = combination
+    return (label + 3 * colour + 5 * ground + 4 * place) % 8 == 0
+
+
+def prompt_of(combination: Combination, style: str = "photo") -> str:
+    """Such as "a photo of a red star on clay in the middle"."""
+    label, colour, ground, place = (
+        values[index] for values, index in zip(ATTRIBUTES.values(), combination, strict=True)
+    )
+    return f"a {style} of {with_article(f'{colour} {label}')} on {ground} {place}"
+
+
+def read_prompt(text: str) -> dict[str, int]:
+    """The attributes that a prompt names, each as the index of its value."""
+    words = text.lower().split()
+    found = {}
+    for name, values in ATTRIBUTES.items():
+        named = [i for i, value in enumerate(values) if all(word in words for word in value.split())]
+        if named:
+            found[name] = named[0]
+    return found
+
+
+def prompts(*, held_out: bool, style: str = "photo") -> list[str]:
+    """The prompts of one side of the split."""
+    return [prompt_of(each, style) for each in combinations() if is_held_out(each) == held_out]
+
+
+def pictured(
+    num: int, generator: torch.Generator, *, held_out: bool | None = False, style: str = "photo"
+) -> Scenes:
+    """Scenes whose objects are clearly in the middle or off centre, equally often.
+
+    Args:
+        held_out: whether they are of held-out combinations, or of all others; None for any.
+    """
+    styles = torch.full((16 * num + 64,), STYLES.index(style))
+    scenes = sample_scenes(len(styles), generator, styles=styles)
+    radius = (scenes.x**2 + scenes.y**2).sqrt() / MAX_OFFSET
+    # Of a uniform disc, a sixth is in the middle: the others are moved there, in half of the scenes.
+    is_middle = torch.rand(len(scenes), generator=generator) < 0.5
+    wanted = torch.where(is_middle, MIDDLE * radius, OFF_CENTRE + (1 - OFF_CENTRE) * radius)
+    factor = wanted / radius.clamp_min(1e-6)
+    scenes = replace(scenes, x=scenes.x * factor, y=scenes.y * factor)
+    if held_out is not None:
+        sides = torch.tensor([is_held_out(each) for each in combinations_of(scenes)])
+        scenes = scenes[sides == held_out]
+    assert len(scenes) >= num, "an eighth of all is held out"
+    return scenes[:num]
+
+
+def places_of(scenes: Scenes) -> Tensor:
+    """(N,) index into PLACES, of scenes as `pictured` makes them."""
+    return ((scenes.x**2 + scenes.y**2).sqrt() > (MIDDLE + OFF_CENTRE) / 2 * MAX_OFFSET).long()
+
+
+def combinations_of(scenes: Scenes) -> list[Combination]:
+    """What the scenes show."""
+    values = scenes.label, scenes.colour, scenes.ground, places_of(scenes)
+    return list(zip(*(each.tolist() for each in values), strict=True))
+
+
+def captions_of(scenes: Scenes, generator: torch.Generator, named: float = 0.85) -> list[str]:
+    """A caption a scene: the object, and each of the other attributes with this probability."""
+    texts = []
+    is_named_N3 = torch.rand(len(scenes), 3, generator=generator) < named
+    for style, combination, (colour, ground, place) in zip(
+        scenes.style.tolist(), combinations_of(scenes), is_named_N3.tolist(), strict=True
+    ):
+        values = [each[i] for each, i in zip(ATTRIBUTES.values(), combination, strict=True)]
+        thing = with_article(f"{values[1]} {values[0]}" if colour else values[0])
+        on = f" on {values[2]}" if ground else ""
+        at = f" {values[3]}" if place else ""
+        texts.append(f"a {STYLES[style]} of {thing}{on}{at}")
+    return texts
+
+
+def targets_of(texts: Sequence[str], attribute: str) -> Tensor:
+    """(N,) index of what each prompt says of an attribute; -1 where it says nothing."""
+    return torch.tensor([read_prompt(text).get(attribute, -1) for text in texts])
