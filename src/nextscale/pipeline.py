@@ -319,7 +319,7 @@ class VARPipeline:
                 repo_id, folder, private, token=token, revision=revision, commit_message=commit_message
             )
 
-    def conditions(self, classes: Classes) -> list[Condition]:
+    def conditions(self, classes: Classes | None) -> list[Condition]:
         """The conditions of these classes.
 
         Args:
@@ -505,8 +505,8 @@ class VARPipeline:
             ConfigError: no classes and no prompts, or both, or a class, prompt or setting that cannot be
                 used.
         """
-        if (class_labels is None) == (prompts is None):
-            raise ConfigError("say what to draw: class_labels, or for a text-conditional model prompts")
+        if class_labels is not None and prompts is not None:
+            raise ConfigError("class_labels has no effect beside prompts: give one of them")
         if num_images_per_prompt is not None:
             num_images_per_label = num_images_per_prompt
         for name, number in (("num_images_per_label", num_images_per_label), ("batch_size", batch_size)):
@@ -516,7 +516,8 @@ class VARPipeline:
         given |= dict(guidance_start=guidance_start, guidance_stop=guidance_stop)
         given |= dict(unguided_temperature=unguided_temperature)
         sampling = self.sampling.replace(**{key: each for key, each in given.items() if each is not None})
-        conditions = self.prompted(prompts or []) if class_labels is None else self.conditions(class_labels)
+        is_prompted = prompts is not None or (class_labels is None and not self.num_classes)
+        conditions = self.prompted(prompts or []) if is_prompted else self.conditions(class_labels)
         seeds = [("sample", seed, i) for i in range(len(conditions))]
         on_scale = partial(callback_on_scale_end, self) if callback_on_scale_end else None
         drawn_in = conditions, seeds, num_images_per_label, sampling, batch_size, None, None, on_scale

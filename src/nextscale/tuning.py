@@ -33,8 +33,9 @@ class TuningConfig(Record):
     """The adapter's output is scaled by lora_alpha / lora_r."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Always 0: with dropout, the policy that is trained would not be the one that draws (docs/lora.md)."""
-    lora_target_modules: str | tuple[str, ...] = ("mat_qkv", "proj", "fc1", "fc2")
-    """Linear layers that get an adapter, by words of their names: "proj", "blocks.0", "ada_lin", "*"."""
+    lora_target_modules: str | tuple[str, ...] | None = None
+    """Linear layers that get an adapter, by words of their names: "proj", "blocks.0", "ada_lin", "*". By
+    default those of attention and feed-forward."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(lora_r) instead, for large ranks."""
     use_dora: bool = False
@@ -45,11 +46,6 @@ class TuningConfig(Record):
     """Keep an exponential moving average of what is trained: the share of it that each update keeps."""
     ema_use: Literal["both", "evaluation", "export"] = "both"
     """Where the average stands in for the trained weights: evaluations, final/, or both."""
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """The patterns of `lora_target_modules`."""
-        return _several(self.lora_target_modules)
 
     @property
     def evaluates_average(self) -> bool:
@@ -73,9 +69,11 @@ def target_layers(config: TuningConfig, model: nn.Module) -> list[str]:
     if not config.use_peft:
         return []
     layers, key = linear_layers(model), "tuning.lora_target_modules"
-    if not config.targets:
+    given = config.lora_target_modules
+    targets = getattr(model, "LORA_TARGETS", ("*",)) if given is None else _several(given)
+    if not targets:
         raise ConfigError(f"{key} is empty, so that nothing would be trained: name linear layers")
-    wanted = {name for each in config.targets for name in require_match(key, each, layers, "linear layer")}
+    wanted = {name for each in targets for name in require_match(key, each, layers, "linear layer")}
     return [name for name in layers if name in wanted]
 
 

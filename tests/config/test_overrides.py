@@ -97,7 +97,7 @@ def test_hyphens_in_the_name_of_a_reward():
     [
         ("grpo.betta", "1", "unknown key 'grpo.betta'; did you mean 'grpo.beta'?"),
         ("gpro.beta", "1", "unknown key 'gpro.beta'; did you mean 'grpo.beta'?"),
-        ("xyz", "x", "unknown key 'xyz'; valid are description, model, vae, sampling"),
+        ("xyz", "x", "unknown key 'xyz'; valid are description, model, vae, prompts"),
         ("modle", "x", "unknown key 'modle'; did you mean 'model'?"),
         ("model.name", "x", "'model' has no keys of its own"),
         ("grpo", "1", "expected a key such as 'grpo.num_generations'"),

@@ -15,7 +15,7 @@ def test_the_schema_is_that_of_the_records():
 
 def test_sections_and_their_keys():
     sections = recipe_sections()
-    assert list(sections["recipe"][1]) == ["description", "model", "vae"]
+    assert list(sections["recipe"][1]) == ["description", "model", "vae", "prompts", "eval_prompts"]
     for name in ("sampling", "grpo", "optimizer", "run"):
         text, keys = sections[name]
         record = Recipe.model_fields[name].annotation

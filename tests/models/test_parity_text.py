@@ -153,7 +153,7 @@ def test_switti_crops_and_rope() -> None:
     assert torch.equal(crops_of(of["crop.table_sizes"]), of["crop.table_ints"])
     close(model.crop_embed(of["crop.ints"]), of["crop.embedding"], 1e-5)
     close(model.crop_embed(crops_of([[512, 512]])), of["crop.embedding_512"], 1e-5)
-    cosines, sines = rope_table(model.lvl_1L[0], model.schedule, 64, 1e4, 128)
+    cosines, sines = rope_table(model.lvl_1L[0], 0, model.schedule, 64, 1e4, 128)
     close(cosines, of["debug.rope_cos"], 1e-5)
     close(sines, of["debug.rope_sin"], 1e-5)
 

@@ -195,7 +195,7 @@ def test_a_refusal_of_the_server_is_told_without_the_key(
     [
         ({"vlm_model": ""}, "needs vlm_model"),
         ({"score_range": (5, 5)}, "score_range is 5 to 5, expected the lower number first"),
-        ({"question": "a {lable}?"}, r"has the field \{lable\}, expected \{label\} alone"),
+        ({"question": "a {lable}?"}, r"has the field \{lable\}, expected \{label\} or \{text\} alone"),
         ({"api_key_env": "NO_SUCH_KEY"}, "variable NO_SUCH_KEY is not set"),
     ],
 )

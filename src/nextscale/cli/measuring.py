@@ -67,7 +67,7 @@ def measure(
         "model": source,
         **({"adapter": args.adapter} if args.adapter else {}),
         **({"base": args.base} if args.base else {}),
-        "sampling": sampling.model_dump(),
+        "sampling": sampling.told(),
         "mixed_precision": precision,
         "seed": args.seed,
     }

@@ -14,7 +14,6 @@ from nextscale.evaluation import Embedder, Judges, SetMeasure
 from nextscale.grpo import check_grpo
 from nextscale.losses import find_loss, loss_weights
 from nextscale.models import zoo
-from nextscale.models.official import SWITTI_TENSORS
 from nextscale.objective import check_guidance
 from nextscale.pipeline import VARPipeline
 from nextscale.prompts import check_apart, read_prompts
@@ -58,8 +57,7 @@ def load_pipeline(
     """
     if vae is None:
         return VARPipeline.from_pretrained(name, dtype, device, adapter=adapter)
-    if not Path(name).is_file() and not (Path(name) / SWITTI_TENSORS).is_file():
-        raise ConfigError(f"vae has no effect on '{name}', which is no file: give a transformer's, or no vae")
+    zoo.check_file(name)
     return VARPipeline.from_official(name, vae, dtype, device, adapter=adapter)
 
 
@@ -102,14 +100,12 @@ def read_conditions(
         ConfigError: a file of prompts cannot be used or is missing, or the two files share a prompt.
     """
     if not recipe.prompts:
-        if recipe.eval_prompts:
-            raise ConfigError("eval_prompts has no effect without prompts: set prompts too")
         if not pipe.num_classes:
             raise ConfigError(f"'{recipe.model}' draws by prompts: set prompts to a file of them")
+        if recipe.eval_prompts:
+            raise ConfigError("eval_prompts has no effect without prompts: set prompts too")
         return None, None
     trained = pipe.prompted(read_prompts(recipe.prompts))
-    if recipe.grpo.class_labels:
-        raise ConfigError("grpo.class_labels has no effect beside prompts: remove it")
     if not recipe.eval_prompts:
         return trained, None
     measured = pipe.prompted(read_prompts(recipe.eval_prompts))
@@ -172,6 +168,8 @@ def check_fit(recipe: Recipe, pipe: VARPipeline) -> None:
     constraints = [name for name, each in recipe.rewards.items() if each.constraint]
     check_grpo(recipe.grpo, weights, constraints, has_adapter=recipe.tuning.use_peft)
     find_loss(recipe.grpo.loss_type)
+    if recipe.grpo.class_labels and recipe.prompts:
+        raise ConfigError("grpo.class_labels has no effect beside prompts: remove it")
     if recipe.grpo.class_labels:
         pipe.conditions(recipe.grpo.class_labels)
     check_tuning(recipe.tuning, pipe.transformer)

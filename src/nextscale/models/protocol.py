@@ -102,6 +102,8 @@ class NextScaleModel(nn.Module, ABC):
     """Keys of the state dict that stay float32 in a model of any dtype."""
     NOT_NEEDED: ClassVar[frozenset[str]] = frozenset()
     """Keys of published files that the model does not need, and does not read."""
+    LORA_TARGETS: ClassVar[tuple[str, ...]] = ("*",)
+    """Words of the names of the linear layers that get an adapter by default."""
 
     num_classes: int = 0
     gradient_checkpointing: bool = False
@@ -110,6 +112,11 @@ class NextScaleModel(nn.Module, ABC):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(self.parameters()).device
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens whose keys and values every block keeps when the last scale is sampled; for plans."""
+        return self.schedule.num_tokens
 
     def parts(self) -> list[list[nn.Module]]:
         """What can be sharded apart where the parameters are spread over processes (FSDP), in the order it

@@ -31,6 +31,10 @@ CROP_SIZE = 512
 """Side of the square that training images were cropped to, in pixels; of the models at 1024 px as well."""
 
 
+NUM_TEXT_TOKENS = 77
+"""Of a text, in the published models: padded, or cut."""
+
+
 class SwittiConfig(Record):
     """Sizes of a Switti transformer. The defaults are those of the published model at 512 px."""
 
@@ -91,20 +95,21 @@ def normed_heads(x_BlC: Tensor, num_heads: int) -> Tensor:
 
 
 def rope_table(
-    scale_l: Tensor, schedule: ScaleSchedule, head_width: int, theta: float, size: float
+    scale_l: Tensor, start: int, schedule: ScaleSchedule, head_width: int, theta: float, size: float
 ) -> Tensor:
     """(2, l, d / 2) cosines and sines: by what each pair of a head's numbers is turned, token by token.
 
     The first half of the pairs turns with the column, the other with the row; every scale spans 0 to `size`.
 
     Args:
-        scale_l: index of each token's scale; whole scales.
+        scale_l: index of each token's scale.
+        start: position of the first of them among all tokens.
     """
     device = scale_l.device
     sides = torch.tensor(schedule.sizes, device=device)
     starts = torch.tensor([part.start for part in schedule.slices], device=device)
     side_l = sides[scale_l]
-    place_l = starts[scale_l[0]] + torch.arange(len(scale_l), device=device) - starts[scale_l]
+    place_l = start + torch.arange(len(scale_l), device=device) - starts[scale_l]
     # A side of 1 has the one place 0, whatever it is divided by.
     step_l = size / (side_l - 1).clamp_min(1).float()
     column_l, row_l = (place_l % side_l) * step_l, (place_l // side_l) * step_l
@@ -288,6 +293,8 @@ class Switti(NextScaleModel):
     FLOAT32_TENSORS = frozenset({"crop_embed.weight"})
     NOT_NEEDED = frozenset({"attn_bias_for_masking"})  # built from `is_causal`: the files' cannot be trusted
 
+    LORA_TARGETS = ("to_qkv", "to_q", "to_kv", "proj", "up_proj", "gate_proj", "down_proj")
+
     config: SwittiConfig
     lvl_1L: Tensor
 
@@ -368,7 +375,7 @@ class Switti(NextScaleModel):
         )
 
     def blank_conditions(self, num_images: int) -> Conditioning:
-        config, num_tokens = self.config, 77
+        config, num_tokens = self.config, NUM_TEXT_TOKENS
         context = torch.zeros(num_images, num_tokens, config.context_width)
         pooled, bias = torch.zeros(num_images, config.pooled_width), torch.zeros(num_images, num_tokens)
         null = {"null_context": context[:1], "null_pooled": pooled[:1], "null_bias": bias[:1]}
@@ -378,6 +385,11 @@ class Switti(NextScaleModel):
         """The head, and all that has one row an image."""
         modulations = [each for name, each in self.named_modules() if name.endswith("ada_lin")]
         return [self.head, self.text_pooler, self.crop_proj, *modulations]
+
+    @property
+    def num_cached(self) -> int:
+        """The text's tokens, and in causal models those of all scales."""
+        return NUM_TEXT_TOKENS + (self.schedule.num_tokens if self.config.is_causal else 0)
 
     def parts(self) -> list[list[nn.Module]]:
         """The blocks."""
@@ -397,7 +409,7 @@ class Switti(NextScaleModel):
         lengths = self.schedule.lengths_of(start, start + x_BlC.shape[1])
         head_width = self.config.width // self.config.num_heads
         theta, size = self.config.rope_theta, self.config.rope_size
-        rope_2lp = rope_table(scale_l, self.schedule, head_width, theta, size)
+        rope_2lp = rope_table(scale_l, start, self.schedule, head_width, theta, size)
         of_text = conditioning["context"], conditioning["bias"]
         recompute = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(cast("Iterable[SwittiBlock]", self.blocks)):

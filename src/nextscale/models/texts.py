@@ -185,10 +185,12 @@ class Projected(TextEncoder):
         self.activation = activation
 
     def load(self, source: str) -> Any:
-        from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+        from transformers import AutoConfig, CLIPTextModelWithProjection
 
         with loading("text encoder", source):
-            config = CLIPTextConfig.from_pretrained(source)
+            whole: Any = AutoConfig.from_pretrained(source)
+        config = getattr(whole, "text_config", whole)  # of a full CLIP, whose files say the width once
+        config.projection_dim = whole.projection_dim
         config.hidden_act = self.activation or config.hidden_act
         return load_frozen(CLIPTextModelWithProjection, "text encoder", source, config=config)
 

@@ -149,6 +149,8 @@ class VARStack(NextScaleModel):
         ValueError: the number of heads does not divide the width.
     """
 
+    LORA_TARGETS = ("mat_qkv", "proj", "fc1", "fc2")
+
     lvl_1L: Tensor
     attn_bias_for_masking: Tensor
 

@@ -192,9 +192,19 @@ def sampling_of(name: str, vae: str | None = None) -> SamplingConfig:
     Raises:
         CheckpointError: there is no such model.
     """
-    if name in OFFICIAL_MODELS:
+    if name in OFFICIAL_MODELS and vae is None:
         return OFFICIAL_MODELS[name].sampling
     return describe(name, vae).sampling
+
+
+def check_file(name: str) -> None:
+    """Check that a model to which a tokenizer's file is given is a file of a transformer, or its folder.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not Path(name).is_file() and not (Path(name) / SWITTI_TENSORS).is_file():
+        raise ConfigError(f"vae has no effect on '{name}', which is no file: give a transformer's, or no vae")
 
 
 def recommended_sampling(transformer: Any) -> SamplingConfig:
@@ -328,8 +338,10 @@ def describe(name: str, vae: str | None = None) -> FolderConfig:
 
     Raises:
         CheckpointError: there is no such model, or its sizes cannot be read.
+        ConfigError: a tokenizer's file is given, but the model is no file.
     """
     if vae is not None:
+        check_file(name)
         networks = load_official(name, vae)  # the tensors stay on the disk, mapped
         transformer, tokenizer = networks[0].config, networks[1].config
     elif name in OFFICIAL_MODELS:

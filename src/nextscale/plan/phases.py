@@ -146,10 +146,12 @@ class Phases:
         return float32 * self.num_images * self._num_trained * (1.0 + sequences * self.transformer.width)
 
     def cache_bytes(self) -> float:
-        """Bytes of the keys and values of all blocks and tokens when the last scale is sampled."""
+        """Bytes of the keys and values that all blocks keep when the last scale is sampled."""
+        with torch.device("meta"):
+            num_cached = build_transformer(self.transformer.replace(depth=1)).num_cached
         sequences = self._drawn_at_once * (2 if self.sampling.is_guided else 1)
         width = 2 if self.run.mixed_precision == "bf16" else 4
-        return 2.0 * sequences * self._num_tokens * self.transformer.depth * self.transformer.width * width
+        return 2.0 * sequences * num_cached * self.transformer.depth * self.transformer.width * width
 
     @property
     def _reference_sampling(self) -> SamplingConfig:

@@ -1,0 +1,212 @@
+"""Text-conditional models in the pipeline, the trainer and on the command line."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nextscale.base.errors import ConfigError
+from nextscale.cli.main import main
+from nextscale.config.build import build_trainer
+from nextscale.config.recipe import load_recipe
+from nextscale.models.embedded import CLIPS
+from nextscale.models.folder import build_transformer
+from nextscale.models.switti import SwittiConfig
+from nextscale.models.var_clip import VARClipConfig
+from nextscale.pipeline import VARPipeline
+from nextscale.policy import SamplingConfig
+from nextscale.rescoring import log_probs
+
+pytestmark = pytest.mark.skipif(
+    not CLIPS["toy"].is_dir(), reason=f"no CLIP of the miniature world in {CLIPS['toy']}"
+)
+
+PROMPTS = ("a photo of a red star on sand", "a blue moon", "a painting of a fish")
+STOPPED = SamplingConfig(
+    guidance_scale=3.0, guidance_start=2, guidance_stop=3, unguided_temperature=0.7, top_k=20, top_p=0.95
+)
+KINDS = ("switti", "switti-ar", "var-clip")
+RECIPE = """
+model: {model}
+prompts: train.jsonl
+eval_prompts: held-out.txt
+sampling: {{guidance_scale: 3.0, guidance_stop: 3}}
+rewards:
+  says: {{python: "reward.py:score"}}
+grpo: {{num_groups: 2, num_generations: 4}}
+run: {{max_steps: 4, eval_steps: 2, eval_num_images: 4, save_steps: 2, report_to: none, disable_tqdm: true,
+       per_device_train_batch_size: 3, output_dir: {output}}}
+"""
+REWARD = """
+def score(images, conditions):
+    assert all(each.label is None for each in conditions)
+    return [float(image[0].mean()) * each.data.get("factor", 1) for image, each in zip(images, conditions)]
+"""
+
+
+def make(kind: str, make_pipeline: Callable[..., VARPipeline], seed: int = 0) -> VARPipeline:
+    tokenizer = make_pipeline().tokenizer
+    common = {"depth": 2, "width": 32, "num_heads": 2}
+    common |= {
+        name: getattr(tokenizer.config, name) for name in ("codebook_size", "codebook_width", "scale_sizes")
+    }
+    config: Any = (
+        VARClipConfig(**common, text_width=64, text_encoder="toy", text_activation=None)
+        if kind == "var-clip"
+        else SwittiConfig(
+            **common, ffn_width=48, context_width=64, pooled_width=64, text_encoders=("toy",),
+            is_causal=kind == "switti-ar",
+        )
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_transformer(config)
+        for each in model.parameters():
+            each.data += 0.05 * torch.randn_like(each)  # no gate is shut
+    return VARPipeline(model, tokenizer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompts_images_are_its_own_and_rescored_exactly(kind: str, make_pipeline: Any) -> None:
+    pipe = make(kind, make_pipeline)
+    pipe.sampling = STOPPED
+    out = pipe(prompts=PROMPTS, num_images_per_prompt=3, seed=5)
+    assert out.images.shape[0] == 9 and not torch.equal(out.tokens[:3], out.tokens[3:6])
+    again = pipe(prompts=PROMPTS, num_images_per_prompt=3, seed=5, batch_size=2)
+    assert torch.equal(again.tokens, out.tokens)
+    conditions = [each for each in pipe.prompted(PROMPTS) for _ in range(3)]
+    conditioning = pipe.transformer.encode_conditions(conditions)
+    found = log_probs(pipe, conditioning, out.tokens, STOPPED).detach()
+    torch.testing.assert_close(found, out.log_probs, rtol=0, atol=1e-4)
+    for change in ({"guidance_stop": 4}, {"guidance_start": 1}, {"unguided_temperature": 1.0}):
+        other = log_probs(pipe, conditioning, out.tokens, STOPPED.replace(**change)).detach()
+        assert (other - out.log_probs).abs().max() > 1e-3, change
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prefixes_may_be_shared_before_and_after_guidance_stops(kind: str, make_pipeline: Any) -> None:
+    from nextscale.sampling import Branches
+
+    pipe = make(kind, make_pipeline)
+    conditions, seeds = pipe.prompted(PROMPTS[:2]), [("a",), ("b",)]
+    for num_scales in (2, 3):  # guidance stops at the third
+        config = STOPPED.replace(guidance_start=0, guidance_stop=2) if num_scales == 3 else STOPPED
+        branches = Branches(num_scales, 2)
+        given = conditions, seeds, 4, config
+        drawn = next(iter(pipe.draw_batches(*given, branches=branches)))
+        length = sum(pipe.transformer.schedule.lengths[:num_scales])
+        assert torch.equal(drawn.tokens[::2, :length], drawn.tokens[1::2, :length])
+        rescored = log_probs(pipe, drawn.conditioning, drawn.tokens, config).detach()
+        torch.testing.assert_close(rescored, drawn.log_probs, rtol=0, atol=1e-4)
+
+
+def test_bfloat16_autocast_changes_log_probs_little(make_pipeline: Any) -> None:
+    pipe = make("switti", make_pipeline)
+    with torch.autocast("cpu", torch.bfloat16):
+        drawn = pipe.draw(pipe.prompted(PROMPTS), [("a", i) for i in range(3)], 4, STOPPED)
+        rescored = log_probs(pipe, drawn.conditioning, drawn.tokens, STOPPED).detach()
+    assert (rescored - drawn.log_probs).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folders_hold_the_whole_model(kind: str, make_pipeline: Any, tmp_path: Path) -> None:
+    pipe = make(kind, make_pipeline)
+    pipe.sampling = STOPPED
+    again = VARPipeline.from_pretrained(pipe.save_pretrained(tmp_path))
+    assert again.sampling == STOPPED and again.transformer.config == pipe.transformer.config
+    assert torch.equal(again(prompts="a red star").tokens, pipe(prompts="a red star").tokens)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, make_pipeline: Any) -> Path:
+    make("switti", make_pipeline).save_pretrained(tmp_path / "model")
+    rows = [{"prompt": text, "factor": i + 1} for i, text in enumerate(PROMPTS)]
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "held-out.txt").write_text("a green tree\na pink heart\n")
+    (tmp_path / "reward.py").write_text(REWARD)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(model=tmp_path / "model", output=tmp_path / "run"))
+    return path
+
+
+def test_a_recipe_trains_on_prompts_and_measures_others(recipe: Path, tmp_path: Path) -> None:
+    assert main(["train", str(recipe)]) == 0
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [each["step"] for each in records] == [0, 1, 2, 3, 4]
+    assert records[1]["sampling/sampling_logp_difference/max"] < 1e-4
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert "a green tree" in text
+    pipe = VARPipeline.from_pretrained(tmp_path / "run" / "final")
+    before = VARPipeline.from_pretrained(tmp_path / "model").transformer.state_dict()
+    changed = [
+        name for name, each in pipe.transformer.state_dict().items() if not torch.equal(each, before[name])
+    ]
+    assert "crop_embed.weight" not in changed and "text_pooler.weight" in changed
+    assert pipe.sampling == SamplingConfig(guidance_scale=3.0, guidance_stop=3)
+
+
+def test_lora_and_resume(recipe: Path, tmp_path: Path) -> None:
+    words = ["train", str(recipe), "--tuning.use_peft", "--optimizer.learning_rate", "1e-3"]
+    assert main([*words, "--run.output_dir", str(tmp_path / "whole")]) == 0
+    assert main([*words, "--run.max_steps", "2"]) == 0
+    assert main([*words, "--run.resume", "auto"]) == 0
+    whole, resumed = (
+        VARPipeline.from_pretrained(tmp_path / name / "final").transformer.state_dict()
+        for name in ("whole", "run")
+    )
+    assert all(torch.equal(each, resumed[name]) for name, each in whole.items())
+
+
+def test_prompts_on_the_command_line(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, png = str(tmp_path / "model"), str(tmp_path / "a.png")
+    assert (
+        main(["sample", "--model", model, "--prompt", "a red star", "--prompt", "a moon", "--output", png])
+        == 0
+    )
+    assert "rows a red star; a moon" in capsys.readouterr().out
+    assert main(["evaluate", model, "--recipe", str(recipe), "--num-images", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["num_images"] == 4  # two prompts, two images each
+    assert main(["evaluate", model, "--reward", f"python={tmp_path}/reward.py:score", "--num-images", "3",
+                 "--prompts", str(tmp_path / "train.jsonl"), "--json"]) == 0  # fmt: skip
+    assert json.loads(capsys.readouterr().out)["num_images"] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["--prompts", ""], "draws by prompts: set prompts to a file of them"),
+        (["--prompts", "none.txt"], "no file 'none.txt'"),
+        (["--grpo.class_labels", "[0]"], "class_labels has no effect beside prompts"),
+        (["--model", "toy"], "draws by classes, not by prompts"),
+    ],
+)
+def test_recipes_that_do_not_fit(
+    recipe: Path, changes: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(recipe), *changes]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_held_out_prompts_are_not_trained_on(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "held-out.txt").write_text("a green tree\na blue moon\n")
+    with pytest.raises(ConfigError, match="1 held-out prompts are trained on as well, such as 'a blue moon'"):
+        build_trainer(load_recipe(recipe))
+
+
+def test_what_a_model_does_not_draw_by(make_pipeline: Any, tiny_pipeline: VARPipeline) -> None:
+    pipe = make("switti", make_pipeline)
+    for call, told in (
+        (lambda: pipe([0]), "draws by prompts"),
+        (lambda: pipe(), "no prompts given"),
+        (lambda: pipe(prompts=["a", " "]), "prompt ' ' cannot be used"),
+        (lambda: tiny_pipeline(prompts="a star"), "draws by classes"),
+        (lambda: tiny_pipeline([0], prompts="a star"), "class_labels has no effect beside prompts"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            call()
