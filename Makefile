@@ -9,10 +9,11 @@ PYTHON_NEEDED := 3.11
 
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lint format schema toy clean
+.PHONY: help demo demo-text test lint format schema toy clean
 
 help:
 	@echo "make demo    fine-tune the miniature model and write a report"
+	@echo "make demo-text  the same with prompts: all that they name"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and pyright"
 	@echo "make format  let ruff format and sort"
@@ -24,6 +25,11 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/nextscale train src/nextscale/recipes/toy-painting.yaml \
 	  --run.output_dir runs/demo --run.overwrite
 	$(VENV)/bin/nextscale report runs/demo
+
+demo-text: $(VENV)/.installed
+	$(VENV)/bin/nextscale train src/nextscale/recipes/toy-text-attributes.yaml \
+	  --run.output_dir runs/demo-text --run.overwrite
+	$(VENV)/bin/nextscale report runs/demo-text
 
 # Two workers with one thread each: two threads each would only fight over a small machine's cores.
 test: $(VENV)/.installed-dev

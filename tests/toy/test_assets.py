@@ -11,14 +11,14 @@ from nextscale.models.zoo import TOY_ASSETS
 from nextscale.pipeline import VARPipeline
 from nextscale.rewards import Aesthetic, ClipScore
 from nextscale.toy import judges
-from nextscale.toy.judges import KINDS, judge_images, load_judge
+from nextscale.toy.judges import KINDS, OF_PROMPTS, judge_images, load_judge
 from nextscale.toy.world import CLASSES, STYLES, Scenes, beauty, render, sample_scenes
 
 pytestmark = pytest.mark.skipif(
     not (TOY_ASSETS / "hashes.json").is_file(),
     reason=f"no models of the miniature world in {TOY_ASSETS}: 'nextscale toy train' makes them",
 )
-MAX_BYTES = 12_000_000
+MAX_BYTES = 20_000_000
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,8 @@ def test_every_weight_file_has_its_hash():
     paths = {path.relative_to(TOY_ASSETS).as_posix(): path for path in TOY_ASSETS.rglob("*.safetensors")}
     assert {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items()} == hashes
     expected = {"aesthetic_head", "clip/model", "pipeline/transformer", "pipeline/tokenizer"}
-    expected |= {f"judges/{name}" for name in (*KINDS, "references")}
+    expected |= {"clip_text/model", "pipeline_text/transformer"}
+    expected |= {f"judges/{name}" for name in (*KINDS, *OF_PROMPTS, "references")}
     assert {name.removesuffix(".safetensors") for name in paths} == expected
 
 

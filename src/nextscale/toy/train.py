@@ -9,17 +9,31 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from nextscale.models.folder import TOKENIZER as TOKENIZER_FILE
+from nextscale.models.texts import TokensAndPooled
 from nextscale.pipeline import VARPipeline
-from nextscale.toy.judges import KINDS
+from nextscale.toy.judges import KINDS, OF_PROMPTS
 from nextscale.toy.realism import NUM_TRUE
 from nextscale.toy.references import write_references
+from nextscale.toy.train_attributes import train_attribute_judge
 from nextscale.toy.train_clip import train_aesthetic_head, train_clip
 from nextscale.toy.train_judges import train_judge
+from nextscale.toy.train_prompt_clip import train_prompt_clip
+from nextscale.toy.train_text import train_text_transformer
 from nextscale.toy.train_tokenizer import train_tokenizer
 from nextscale.toy.train_transformer import train_transformer
 from nextscale.toy.world import CLASSES
 
-STEPS = {"tokenizer": 3600, "transformer": 2200, "clip": 2000, "aesthetic": 3000, "judge": 800}
+STEPS = {
+    "tokenizer": 3600,
+    "transformer": 2200,
+    "clip": 2000,
+    "aesthetic": 3000,
+    "judge": 800,
+    "text": 2600,
+    "prompt_clip": 500,
+    "attribute_judge": 500,
+}
 JUDGE_SEED = 7919  # a judge shares neither initialization nor images with the models that it judges
 
 
@@ -53,6 +67,16 @@ def train_all(
     for kind in KINDS:
         judge = train_judge(kind, tokenizer, seed + JUDGE_SEED, steps["judge"], log=log)
         save_file(judge.half().state_dict(), output / "judges" / f"{kind}.safetensors")
+    for attribute in OF_PROMPTS:
+        judge = train_attribute_judge(
+            attribute, tokenizer, seed + JUDGE_SEED, steps["attribute_judge"], log=log
+        )
+        save_file(judge.half().state_dict(), output / "judges" / f"{attribute}.safetensors")
+    train_prompt_clip(tokenizer, output / "clip_text", seed, steps["prompt_clip"], output / "clip", log=log)
+    encoder = TokensAndPooled([str(output / "clip")])
+    text = train_text_transformer(tokenizer, seed, steps["text"], encoder, log=log)
+    VARPipeline(text, tokenizer).save_pretrained(output / "pipeline_text", torch.float16)
+    (output / "pipeline_text" / TOKENIZER_FILE).unlink()  # that of pipeline/, which both use
     refer(output, max(64, round(NUM_TRUE * min(steps_factor, 1.0))), seed, log)
     log(f"all trained in {(time.time() - begin) / 60:.0f} min, written to {output}")
     return output

@@ -34,16 +34,21 @@ def train_prompt_clip(
     folder: Path,
     seed: int,
     num_steps: int = 500,
+    start: Path = CLIPS["toy"],
     batch_size: int = 96,
     pool_size: int = 8000,
     log: Callable[[str], None] = print,
 ) -> CLIPModel:
-    """Go on training the shipped CLIP, and write the result to `folder` in the hub's layout, as float16."""
+    """Go on training a CLIP, and write the result to `folder` in the hub's layout, as float16.
+
+    Args:
+        start: the CLIP's folder.
+    """
     torch.manual_seed(seed)
     generator = generator_for("toy", "prompt clip", seed)
-    words = CLIPTokenizer.from_pretrained(CLIPS["toy"])
+    words = CLIPTokenizer.from_pretrained(start)
     words.save_pretrained(folder)
-    model = CLIPModel.from_pretrained(CLIPS["toy"], dtype=torch.float32)
+    model = CLIPModel.from_pretrained(start, dtype=torch.float32)
     prepare = clip_preprocessing(IMAGE_SIZE)
     shown: list[tuple[str, Combination]] = []
     parts = []

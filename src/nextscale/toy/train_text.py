@@ -14,6 +14,7 @@ from nextscale.base.seeding import generator_for
 from nextscale.losses import token_weights
 from nextscale.models.protocol import Conditioning
 from nextscale.models.switti import Switti, SwittiConfig
+from nextscale.models.texts import TextEncoder
 from nextscale.models.vqvae import VQVAE
 from nextscale.toy.optimizer import Optimizer
 from nextscale.toy.prompts import captions_of, pictured
@@ -39,12 +40,17 @@ NULL_RATE = 0.1  # fraction of captions replaced by the empty one, for classifie
 def train_text_transformer(
     tokenizer: VQVAE,
     seed: int,
-    num_steps: int = 3000,
+    num_steps: int = 2600,
+    encoder: TextEncoder | None = None,
     batch_size: int = 32,
     pool_size: int = 12000,
     log: Callable[[str], None] = print,
 ) -> Switti:
-    """Train a Switti on the tokens of photos; the result depends on the seed and the thread count only."""
+    """Train a Switti on the tokens of photos; the result depends on the seed and the thread count only.
+
+    Args:
+        encoder: of the captions; by default the shipped one, which the model is drawn with.
+    """
     torch.manual_seed(seed)
     generator = generator_for("toy", "text", seed)
     scenes = pictured(pool_size, generator)
@@ -52,7 +58,7 @@ def train_text_transformer(
         tokenizer.encode(render(scenes[i : i + 250]).mul(255).round() / 255).to(torch.uint8)
         for i in range(0, pool_size, 250)
     ])  # fmt: skip
-    model = Switti(TEXT_TRANSFORMER)
+    model = Switti(TEXT_TRANSFORMER, encoder)
     lengths = model.schedule.lengths
     weights_L = token_weights(lengths, tuple(length**0.5 for length in lengths))  # as `train_transformer`
     optimizer = Optimizer(model, matrix_rate=0.015, other_rate=2e-3, num_steps=num_steps, warmup=60)
