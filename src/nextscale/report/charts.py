@@ -92,9 +92,14 @@ def charts(run: Run) -> list[Chart]:
     kl, by_scale = [Line("kl_per_image", "KL")], {name: _by_scale(run, name) for name in ("kl", "entropy")}
     diversity = [Line("eval_diversity", "diversity", measured=True)]
     times = [Line(f"time/{part}", part, c[i]) for i, part in enumerate(PARTS)]
+    as_asked = [
+        Line(f"eval_judge/{name}_right", name, INK if name == "all" else c[i % 8], measured=True)
+        for i, name in enumerate(run.names("eval_judge/(.+)_right"))
+    ]
     found += [
         Chart("Multipliers", "What each constraint weighs. It grows while the bound is broken.", weights),
         Chart("Judges", "Share of images. No training ever saw these judges.", judged, "percent"),
+        Chart("As prompted", "Share of images with what the prompt names, by judges.", as_asked, "percent"),
         Chart("Distance to true pictures", "Fréchet distance, in a judge's features.", distances, "log"),
         Chart("Precision", "Share of images among the true pictures.", precision, "percent"),
         Chart("Recall", "Share of true pictures among the images.", recall, "percent"),

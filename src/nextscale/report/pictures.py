@@ -73,7 +73,7 @@ def film(run: Run) -> Shown | None:
     for i, each in enumerate(strips):
         whole.paste(each, (i * strips[0].width, 0))
     told = ", ".join(map(str, steps))
-    alt = f"One image of each of {rows} classes, of the same seeds, after the steps {told}"
+    alt = f"One image of each of {rows} classes or prompts, of the same seeds, after the steps {told}"
     shown = _shown(whole, "", alt, len(steps), BYTES)
     return shown | {"rows": names[:rows], "columns": ["before", *(str(step) for step in steps[1:])]}
 

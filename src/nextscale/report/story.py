@@ -40,6 +40,9 @@ def verdict(run: Run) -> str:
         kept = accuracy[1] / accuracy[0] if accuracy[0] else math.nan
         held = "held" if kept >= 0.95 else "fell a little" if kept >= 0.85 else "fell"
         says += f", and the share of objects that a judge recognises {held} ({percent(accuracy[1])})"
+    if all_right := run.ends("eval_judge/all_right"):
+        before, after = map(percent, all_right)
+        says += f", and the share of images with all that their prompt names went from {before} to {after}"
     return f"In {count(run.num_steps, 'step')} {says}.{_price(run)}"
 
 
@@ -96,6 +99,7 @@ def facts(run: Run) -> list[Fact]:
         if sure := run.ends("eval_judge/class_log_prob"):
             sentence += f", with a mean log-probability of {number(sure[1])} ({number(sure[0])} before)"
         found.append(Fact(f"{sentence}.", "Object recognised", f"{before} → {after}", "of the images"))
+    found += _attribute_facts(run)
     found += _distance_facts(run)
     if ends := run.ends("eval_diversity"):
         before, after = pair(*ends).split(" → ")
@@ -150,6 +154,19 @@ def _moved_styles(run: Run) -> list[tuple[str, float, float]]:
     styles = [(name, *ends) for name in names if (ends := run.ends(f"eval_judge/style/{name}"))]
     styles.sort(key=lambda style: style[1] - style[2])
     return styles if len(styles) < 2 else [styles[0], styles[-1]]
+
+
+def _attribute_facts(run: Run) -> list[Fact]:
+    """How often images have all that their prompt names, and each part of it."""
+    all_right = run.ends("eval_judge/all_right")
+    if not all_right:
+        return []
+    before, after = map(percent, all_right)
+    names = [name for name in run.names("eval_judge/(.+)_right") if name != "all"]
+    parts = [(name, *map(percent, ends)) for name in names if (ends := run.ends(f"eval_judge/{name}_right"))]
+    told = "; ".join(f"{name} {new} ({old} before)" for name, old, new in parts)
+    sentence = f"Judges find all that the prompt names in {after} ({before} before): {told}."
+    return [Fact(sentence, "All as prompted", f"{before} → {after}", "of the images")]
 
 
 def _distance_facts(run: Run) -> list[Fact]:

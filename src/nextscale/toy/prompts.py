@@ -103,13 +103,32 @@ def combinations_of(scenes: Scenes) -> list[Combination]:
     return list(zip(*(each.tolist() for each in values), strict=True))
 
 
-def captions_of(scenes: Scenes, generator: torch.Generator, named: float = 0.85) -> list[str]:
-    """A caption a scene: the object, and each of the other attributes with this probability."""
+def captions_of(
+    scenes: Scenes,
+    generator: torch.Generator,
+    named: float = 0.85,
+    place_named: float | None = None,
+    wrong: float = 0.0,
+) -> list[str]:
+    """A caption a scene: the object, and each of the other attributes with this probability.
+
+    Args:
+        place_named: that of the place; by default the same.
+        wrong: share of the captions that are wrong in the object; in the colour, and in the ground, twice as
+            many are. Such as captions from the web are.
+    """
     texts = []
-    is_named_N3 = torch.rand(len(scenes), 3, generator=generator) < named
+    shares = torch.tensor([named, named, named if place_named is None else place_named])
+    is_named_N3 = torch.rand(len(scenes), 3, generator=generator) < shares
     for style, combination, (colour, ground, place) in zip(
         scenes.style.tolist(), combinations_of(scenes), is_named_N3.tolist(), strict=True
     ):
+        if wrong:
+            rates, (u, v) = (wrong, 2 * wrong, 2 * wrong, 0.0), torch.rand(2, 4, generator=generator).tolist()
+            combination = tuple(
+                int(v[i] * len(values)) if u[i] < rates[i] else combination[i]
+                for i, values in enumerate(ATTRIBUTES.values())
+            )
         values = [each[i] for each, i in zip(ATTRIBUTES.values(), combination, strict=True)]
         thing = with_article(f"{values[1]} {values[0]}" if colour else values[0])
         on = f" on {values[2]}" if ground else ""
