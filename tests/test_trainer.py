@@ -446,7 +446,7 @@ def test_training_is_at_its_own_temperature(make_pipeline: MakePipeline, tmp_pat
     assert pipe.sampling == GUIDED and other.sampling == hot
     assert VARPipeline.from_pretrained(tmp_path / "own" / "final").sampling == GUIDED
     with safe_open(tmp_path / "own/final/adapter" / TENSORS, "pt") as adapter:
-        assert json.loads(adapter.metadata()[METADATA])["sampling"] == GUIDED.model_dump()
+        assert json.loads(adapter.metadata()[METADATA])["sampling"] == GUIDED.told()
 
 
 def test_an_entropy_floor_holds_the_entropy_of_every_scale(

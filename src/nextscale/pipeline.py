@@ -329,7 +329,9 @@ class VARPipeline:
             ConfigError: the model draws no classes, none are given, or one is not a class of the model.
         """
         if not self.num_classes:
-            raise ConfigError("the model draws by prompts, not by classes: say what to draw with prompts")
+            raise ConfigError(
+                "the model draws by prompts and has no classes: say what to draw with `conditions` or prompts"
+            )
         is_several = isinstance(classes, Iterable) and not isinstance(classes, str)
         several: Any = classes if is_several and getattr(classes, "ndim", 1) else [classes]
         labels = [self._label(each) for each in several]

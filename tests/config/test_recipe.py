@@ -57,8 +57,10 @@ def test_sampling_that_is_not_given_is_the_models(write, text, sampling):
 def test_packaged_recipes_sample_as_before():
     for name in packaged_recipes():
         sampling = resolve(load_recipe(name)).sampling
-        guidance = 0.0 if name == "toy-unguided" else 1.5
-        assert sampling == SamplingConfig(guidance_scale=guidance), name
+        own = {"toy-unguided": {"guidance_scale": 0.0}, "var-clip-painting": {"guidance_scale": 2.0}}
+        stopped = {"guidance_scale": 3.0, "guidance_stop": 8}
+        own |= {"switti-512-aesthetic": stopped, "switti-512-geneval": stopped}
+        assert sampling == SamplingConfig(**own.get(name, {"guidance_scale": 1.5})), name
 
 
 def test_a_recipe_trains_on_a_reward():

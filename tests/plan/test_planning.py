@@ -29,7 +29,8 @@ SMALL_VQVAE = VQVAEConfig(
     base_channels=32, channel_multipliers=(1, 1), codebook_size=96, codebook_width=8, scale_sizes=(1, 2, 4)
 )
 WHERE = {"var-d16": ("rtx-4090-24gb", 1), "var-d30": ("h100-80gb", 1), "var-d36": ("h100-80gb", 8)}
-PUBLISHED_RECIPES = [name for name in packaged_recipes() if name.startswith("var-")]
+PUBLISHED_RECIPES = [name for name in packaged_recipes() if name.startswith("var-d")]
+TEXT_RECIPES = [name for name in packaged_recipes() if name.startswith(("var-clip-", "switti-"))]
 
 
 def small_plan(gpu="h100-80gb", num_gpus=1, backbones=None, evaluated=None, grpo=None, **run):
@@ -307,6 +308,23 @@ def test_a_recipe_of_a_published_model_is_checked_without_weights(name, monkeypa
             rehearse(load_recipe(name, {key: value}), 1)
     with pytest.raises(ConfigError, match="129 processes cannot share the 128 images of a step"):
         rehearse(recipe, 129)
+
+
+@pytest.mark.parametrize("name", TEXT_RECIPES)
+def test_a_recipe_of_a_published_text_model_is_checked_without_weights(name, monkeypatch):
+    monkeypatch.setattr("nextscale.models.hub.find_cached", lambda *words: None)
+    recipe = load_recipe(name)
+    missing = rehearse(recipe, 1)
+    assert missing[0] == recipe.model and "openai/clip-vit-large-patch14" in missing
+    for key, value, says in (
+        ("grpo.class_labels", "[0]", "class_labels has no effect beside prompts"),
+        ("prompts", "none.txt", "no file 'none.txt'"),
+        ("eval_prompts", recipe.prompts, "held-out prompts are trained on as well"),
+        ("grpo.loss_type", "grop", "did you mean 'grpo'"),
+        ("tuning.freeze", "blocks.99", "'blocks.99' matches no parameter"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            rehearse(load_recipe(name, {key: value}), 1)
 
 
 def test_a_reward_at_hand_is_checked_where_the_model_is_not(tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ class Remote:
     def _ask(self, images: Tensor, conditions: Sequence[Condition]) -> list[float | None]:
         content = {
             "images": [png_base64(image) for image in to_pil(images)],
-            "conditions": [asdict(condition) for condition in conditions],
+            "conditions": [_plain(condition) for condition in conditions],
         }
         answer = self.client.post(content)
         try:
@@ -69,6 +69,12 @@ class Remote:
                 f"{self.client.name} answered {len(scores)} scores, expected {len(images)}, one an image"
             )
         return scores
+
+
+def _plain(condition: Condition) -> dict[str, Any]:
+    """A condition as the protocol has it; other columns of a prompt's file where there are any."""
+    values = asdict(condition)
+    return values if condition.data else {name: values[name] for name in ("label", "text")}
 
 
 class RemoteConfig(RequestConfig):
