@@ -11,6 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import CheckpointError, ConfigError
 from nextscale.models import texts
+from nextscale.models.protocol import Conditioning
 from nextscale.models.switti import Switti, SwittiConfig
 from nextscale.models.texts import Projected, TokensAndPooled, switti_encoder
 from nextscale.models.var_clip import VARClip, VARClipConfig
@@ -194,3 +195,19 @@ def test_guidance_needs_the_null_prompt(folders: tuple[str, str]) -> None:
     conditioning = small_switti(folders).conditioning_from_embeddings(**given)
     with pytest.raises(ConfigError, match="guidance needs the empty condition"):
         conditioning.with_null()
+
+
+def test_null_prompts_of_each_image_go_with_it(folders: tuple[str, str]) -> None:
+    given = {"context": torch.randn(3, 4, 20), "pooled": torch.randn(3, 12), "bias": torch.zeros(3, 4)}
+    null = {f"null_{name}": each + 1 for name, each in given.items()}
+    whole = small_switti(folders).conditioning_from_embeddings(**given, **null)
+    parts = [whole.select(slice(0, 2)), whole.select(slice(2, 3))]
+    for found in (whole, Conditioning.cat(parts), whole.repeat(2).select(torch.tensor([0, 2, 5]))):
+        both = found.with_null()
+        assert len(both) == 6 and torch.equal(both["pooled"][3:], given["pooled"] + 1)
+    shared = small_switti(folders).conditioning_from_embeddings(
+        **given, **{name: each[:1] for name, each in null.items()}
+    )
+    again = Conditioning.cat([shared.select(slice(i, i + 1)) for i in range(3)])
+    assert len(again.null["pooled"]) == 1
+    assert torch.equal(again.with_null()["pooled"][3:], (given["pooled"][:1] + 1).expand(3, -1))

@@ -51,19 +51,29 @@ class Conditioning:
 
     def select(self, part: slice | Tensor) -> "Conditioning":
         """The conditions of some of the images, by a slice or by indices."""
-        return replace(self, tensors={name: each[part] for name, each in self.tensors.items()})
+        return self._of_images(lambda each: each[part])
 
     def repeat(self, num_images: int) -> "Conditioning":
         """Each condition `num_images` times; those of one condition stand together."""
-        return replace(
-            self, tensors={name: each.repeat_interleave(num_images, 0) for name, each in self.tensors.items()}
+        return self._of_images(lambda each: each.repeat_interleave(num_images, 0))
+
+    def _of_images(self, take: Callable[[Tensor], Tensor]) -> "Conditioning":
+        """The same of everything that has a row for each image; an empty condition may have one for all."""
+        has_rows = {name: len(each) == len(self) > 1 for name, each in self.null.items()}
+        return Conditioning(
+            {name: take(each) for name, each in self.tensors.items()},
+            {name: take(each) if has_rows[name] else each for name, each in self.null.items()},
         )
 
     @staticmethod
     def cat(parts: "Sequence[Conditioning]") -> "Conditioning":
         """Parts that `select` cut from one whole, put together."""
-        names = parts[0].tensors
-        return replace(parts[0], tensors={name: torch.cat([each[name] for each in parts]) for name in names})
+        names, null = parts[0].tensors, {}
+        for name, first in parts[0].null.items():
+            nulls = [each.null[name] for each in parts]
+            is_one = all(len(each) == 1 and torch.equal(each, first) for each in nulls)
+            null[name] = first if is_one else torch.cat(nulls)
+        return Conditioning({name: torch.cat([each[name] for each in parts]) for name in names}, null)
 
     def with_null(self) -> "Conditioning":
         """(2B) The conditions, followed by as many empty ones.
