@@ -16,6 +16,7 @@ from nextscale.cli.main import LONGEST_SENTENCE, main
 from nextscale.config.files import parse_yaml
 from nextscale.pipeline import VARPipeline
 from nextscale.rewards import score
+from nextscale.runs.manifest import write_manifest
 from nextscale.runs.writer import RunFolder
 from test_trainer import make_trainer, metrics_of
 
@@ -139,6 +140,7 @@ def test_a_damaged_state_is_told_and_left_as_it_is(
     state = stopped / "checkpoints" / "step-000001" / "trainer_state.json"
     text = json.dumps(json.loads(state.read_text()) | change)
     state.write_text(text)
+    write_manifest(state.parent)
     trainer = make_trainer(make_pipeline(), stopped, max_steps=2, resume="auto", target_kl=5.0, beta=0.1)
     with pytest.raises(CheckpointError, match=r"checkpoint '.*step-000001' cannot be read"):
         trainer.train()
@@ -148,6 +150,7 @@ def test_a_damaged_state_is_told_and_left_as_it_is(
 def test_a_broken_random_state_is_told(make_pipeline: MakePipeline, stopped: Path) -> None:
     file = stopped / "checkpoints" / "step-000001" / "random-0.safetensors"
     file.write_bytes(file.read_bytes()[:40])
+    write_manifest(file.parent)
     trainer = make_trainer(make_pipeline(), stopped, max_steps=2, resume="auto", target_kl=5.0, beta=0.1)
     with pytest.raises(CheckpointError, match=r"step-000001' cannot be read"):
         trainer.train()

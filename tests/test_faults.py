@@ -19,6 +19,7 @@ from nextscale.losses import LOSSES, LossOutput, grpo_loss
 from nextscale.pipeline import VARPipeline
 from nextscale.runs.config import RunConfig
 from nextscale.runs.launch import asks_for_fsdp, make_accelerator, reshards_after_forward
+from nextscale.runs.manifest import write_manifest
 from test_trainer import MakePipeline, brightness, make_trainer, metrics_of, redness
 
 
@@ -253,6 +254,7 @@ class Bomb:
 
 def test_a_checkpoint_is_tensors_and_json_alone(checkpoint: Path) -> None:
     names = {"trainer_state.json", "model.safetensors", "optimizer.safetensors", "random-0.safetensors"}
+    names |= {"manifest.json"}
     assert {each.name for each in checkpoint.iterdir()} == names
 
 
@@ -261,6 +263,7 @@ def test_no_code_in_a_checkpoint_runs(
     name: str, checkpoint: Path, make_pipeline: MakePipeline, tmp_path: Path
 ) -> None:
     (checkpoint / name).write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    write_manifest(checkpoint)  # whoever means harm makes one that fits
     trainer = make_trainer(make_pipeline(), tmp_path / "run", resume="auto", max_steps=3)
     if name == "model.safetensors":
         with pytest.raises(CheckpointError, match="cannot be read"):
@@ -280,10 +283,13 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_sentence(
 
 
 @pytest.mark.parametrize("name", ["trainer_state.json", "optimizer.safetensors", "random-0.safetensors"])
+@pytest.mark.parametrize("has_manifest", [True, False])
 def test_a_damaged_file_is_told(
-    name: str, checkpoint: Path, make_pipeline: MakePipeline, tmp_path: Path
+    has_manifest: bool, name: str, checkpoint: Path, make_pipeline: MakePipeline, tmp_path: Path
 ) -> None:
     (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:50])
+    if has_manifest:  # of the damaged files: what is in them is read
+        write_manifest(checkpoint)
     with pytest.raises(CheckpointError, match=r"step-000002' cannot be read: "):
         make_trainer(make_pipeline(), tmp_path / "run", resume="auto", max_steps=3).train()
 
@@ -294,6 +300,7 @@ def test_a_checkpoint_of_another_model_is_told(
     weights = load_file(checkpoint / "model.safetensors")
     weights["head.bias"] = weights["head.bias"][:5].clone()
     save_file(weights, checkpoint / "model.safetensors")
+    write_manifest(checkpoint)
     with pytest.raises(CheckpointError, match=r"'head\.bias' has shape \(5,\), expected"):
         make_trainer(make_pipeline(), tmp_path / "run", resume="auto", max_steps=3).train()
 

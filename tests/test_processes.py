@@ -91,7 +91,7 @@ def test_any_number_of_processes_equals_one(make_pipeline: Callable[[], VARPipel
         assert largest_difference(dict(pipe.transformer.named_parameters()), two["resumed"]) < 1e-5, name
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path: Path, sent: signal.Signals) -> None:
     run(2, "stopped.py", str(tmp_path), str(int(sent)))
     first, second = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
@@ -107,3 +107,11 @@ def test_a_reward_that_fails_in_one_process_stops_both(tmp_path: Path) -> None:
         assert first == second
         assert first.startswith(f"reward '{name}' raised KeyError: '{key}' (")
         assert (tmp_path / name / "checkpoints" / "step-000000").is_dir()
+
+
+def test_a_full_disk_of_one_process_stops_both(tmp_path: Path) -> None:
+    run(2, "full_disk.py", str(tmp_path))
+    first, second = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    assert first == second == "No space left on device in optimizer.safetensors"
+    checkpoints = {each.name for each in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert checkpoints == {"step-000001", ".writing-step-000002"}  # the next save removes what is left

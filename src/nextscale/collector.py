@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from nextscale.base.conditions import Condition
-from nextscale.base.processes import gathered, my_share
+from nextscale.base.processes import fail_together, gathered, my_share
 from nextscale.grpo import GRPOConfig
 from nextscale.learner import Learner
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
-from nextscale.rewards.asking.processes import fail_together
 from nextscale.rewards.protocol import require_scores
 from nextscale.rewards.reward_set import RewardSet
 from nextscale.rollout import Rollout, branches_of, collect, condition_again, refilled, step_conditions

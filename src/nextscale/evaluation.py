@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError
-from nextscale.base.processes import from_owners, gathered, my_share, share_of
+from nextscale.base.processes import fail_together, from_owners, gathered, my_share, share_of
 from nextscale.base.seeding import generator_for
 from nextscale.base.statistics import deviation, standard_error
 from nextscale.grpo import GRPOConfig
@@ -22,7 +22,6 @@ from nextscale.objective import Microbatch, Objective
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.reference import Reference
-from nextscale.rewards.asking.processes import fail_together
 from nextscale.rewards.groups import GroupReward
 from nextscale.rewards.protocol import require_scores
 from nextscale.rewards.reward_set import RewardSet

@@ -25,7 +25,7 @@ from nextscale.base.errors import CheckpointError, ConfigError, RewardError, Tra
 from nextscale.base.files import replacing_folder
 from nextscale.base.interrupt import Interrupted, StopOnSignal
 from nextscale.base.metrics import Means, finite
-from nextscale.base.processes import gathered, my_share
+from nextscale.base.processes import fail_together, gathered, my_share
 from nextscale.callbacks import Callback, ProgressBar, Trackers, best_model, named
 from nextscale.collector import Collector
 from nextscale.controllers import AdaptiveKL, Constraints, Controller, EntropyFloor
@@ -50,7 +50,6 @@ from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.report.model_card import write_model_card
 from nextscale.report.page import write_report
-from nextscale.rewards.asking.processes import fail_together
 from nextscale.rewards.protocol import Reward
 from nextscale.rewards.reward_set import RewardSet
 from nextscale.rollout import Rollout
@@ -207,11 +206,11 @@ class GRPOTrainer:
             ConfigError: another run is using it, or it holds a run that is neither to be resumed nor
             replaced.
         """
-        run = self.run
-        self.folder.open(self.config_yaml, resume=bool(run.resume), overwrite=run.overwrite)
-        self.folder.keep_sources(self.sources)
-        process = self.accelerator
-        self.folder.write_environment(environment(process.device, self.command, process.num_processes))
+        run, process = self.run, self.accelerator
+        with fail_together():
+            self.folder.open(self.config_yaml, resume=bool(run.resume), overwrite=run.overwrite)
+            self.folder.keep_sources(self.sources)
+            self.folder.write_environment(environment(process.device, self.command, process.num_processes))
 
     def train(self) -> TrainResult:
         """Run all steps. The pipeline is then as one that was loaded with these weights: an adapter is
@@ -243,11 +242,13 @@ class GRPOTrainer:
         run, process = self.run, self.accelerator
 
         # Continue where an earlier run stopped. What it logged after its last checkpoint is logged anew.
-        if run.resume and (path := find_checkpoint(run.resume, self.folder.checkpoints)):
+        path = self._checkpoint_to_resume()
+        if path is not None:
             self.load(path)
             if self.step_done >= run.max_steps:
                 self._say(f"all {self.step_done} steps are done; raise run.max_steps to go on")
-        self.folder.keep_steps(self.step_done)
+        with fail_together():
+            self.folder.keep_steps(self.step_done)
         self.tell("on_train_begin")
 
         # All steps. Ctrl-C lets the one in hand end, in all processes alike; what fails ends the run after a
@@ -285,11 +286,11 @@ class GRPOTrainer:
             )
         check_finite(self.pipe.transformer)
         self.learner.release(self.folder.final / "adapter" if process.is_main_process else None)
-        if process.is_main_process:
-            self.pipe.save_pretrained(self.folder.final)
-            write_model_card(self.folder.final, self.folder.path, sampling=self.sampling)
-            write_report(self.folder.path)
-        process.wait_for_everyone()
+        with fail_together():
+            if process.is_main_process:
+                self.pipe.save_pretrained(self.folder.final)
+                write_model_card(self.folder.final, self.folder.path, sampling=self.sampling)
+                write_report(self.folder.path)
         result = self.result()
         self.tell("on_train_end", result)
         return result
@@ -470,8 +471,9 @@ class GRPOTrainer:
                 num_extremes=NUM_SHOWN if is_end else 0,
                 progress=partial(self.tell, "on_prediction_step"),
             )
-        if self.accelerator.is_main_process:
-            self._save_pictures(result)
+        with fail_together():
+            if self.accelerator.is_main_process:
+                self._save_pictures(result)
         if self.step_done == 0:
             self.constraints.set_base(result.metrics)
         metrics = {f"eval_{name}": value for name, value in result.metrics.items()}
@@ -497,7 +499,8 @@ class GRPOTrainer:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """A line of metrics.jsonl, which the trackers get, too."""
-        self.folder.append_metrics({"step": step} | metrics)
+        with fail_together():
+            self.folder.append_metrics({"step": step} | metrics)
         self.last_metrics = metrics
         self.tell("on_log", step, metrics)
 
@@ -524,11 +527,11 @@ class GRPOTrainer:
         call it."""
         with self.learner.as_evaluated():
             model = self.learner.whole_model()
-            if self.accelerator.is_main_process:
-                parts = merged(model), self.pipe.tokenizer, self.pipe.class_names, self.sampling
-                with replacing_folder(folder) as aside:
-                    write_folder(aside, *parts)
-        self.accelerator.wait_for_everyone()
+            with fail_together():
+                if self.accelerator.is_main_process:
+                    parts = merged(model), self.pipe.tokenizer, self.pipe.class_names, self.sampling
+                    with replacing_folder(folder) as aside:
+                        write_folder(aside, *parts)
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint.
@@ -544,6 +547,15 @@ class GRPOTrainer:
                 f"checkpoint '{path}' cannot be read: its trainer_state.json is damaged ({in_words(error)}); "
                 "go on from another one"
             ) from error
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        if not self.run.resume:
+            return None
+
+        def warn(sentence: str) -> None:
+            self._say(f"Warning: {sentence}")
+
+        return find_checkpoint(self.accelerator, self.run.resume, self.folder.checkpoints, warn)
 
     def _take(self, state: Mapping[str, Any]) -> None:
         """Go on from what `save` wrote besides the model."""

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+REPLACED = ".replaced-"
+"""What stands before the name of a folder that is being replaced, until the new one is there."""
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -17,8 +20,7 @@ def replacing(path: Path) -> Iterator[Path]:
     aside = path.with_name(f".writing-{path.name}")
     try:
         yield aside
-        with aside.open("rb+") as file:
-            os.fsync(file.fileno())  # or the new name may reach the disk before the content
+        sync_file(aside)  # or the new name may reach the disk before the content
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
@@ -32,10 +34,50 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
-        shutil.rmtree(path, ignore_errors=True)
-        aside.rename(path)
+        put_in_place(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def put_in_place(folder: Path, path: Path) -> None:
+    """Rename a whole folder to `path`, and remove what was there before.
+
+    A folder cannot be replaced in one go. Killed in between, the former one is whole under a name that begins
+    with `REPLACED`.
+    """
+    former = path.with_name(f"{REPLACED}{path.name}")
+    sync_folder(folder)
+    if path.exists():
+        shutil.rmtree(former, ignore_errors=True)  # of an earlier kill, after which `path` was written anew
+        path.rename(former)
+    folder.rename(path)
+    sync_folder(path.parent)  # or a power cut could lose the new name
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def discard_folder(path: Path) -> None:
+    """Remove a folder, which a kill in between does not leave there as if it were whole."""
+    doomed = path.with_name(f".writing-{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder written to the disk."""
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Have a file's content written to the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def write_text_aside(path: Path, text: str) -> None:

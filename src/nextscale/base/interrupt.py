@@ -6,7 +6,7 @@ import time
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 # seconds: a launcher passes on the Ctrl-C that its processes got from the terminal as well
 ONE_KEYSTROKE = 1.0
 
@@ -24,8 +24,8 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopOnSignal:
-    """The first Ctrl-C or SIGTERM lets the step in hand end, so that its state can be saved; the second
-    ends the process at once.
+    """The first Ctrl-C, SIGTERM or SIGHUP (of a terminal that closes) lets the step in hand end, so that its
+    state can be saved; the second ends the process at once.
 
     Attributes:
         requested: the signal that asked to stop; 0 while none has.
@@ -37,6 +37,8 @@ class StopOnSignal:
         self._previous: dict[int, Any] = {}
         with contextlib.suppress(ValueError):  # not in the main thread: the signals are not ours to take
             for each in SIGNALS:
+                if signal.getsignal(each) == signal.SIG_IGN:  # as `nohup` has it
+                    continue
                 self._previous[each] = signal.signal(each, self._request)
         return self
 

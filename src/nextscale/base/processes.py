@@ -6,12 +6,15 @@ called by all of them, equally often.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
+
+from nextscale.base.errors import NextscaleError
 
 
 def share_of(total: int, part: int, num_parts: int) -> range:
@@ -59,3 +62,24 @@ def from_owners(mine: Any, owners: Sequence[int]) -> list[Any]:
         owners: indices of processes, the same in all processes.
     """
     return [broadcast_object_list([mine], from_process=owner)[0] for owner in owners]
+
+
+@contextmanager
+def fail_together() -> Iterator[None]:
+    """Make what fails in one process fail in all, which would otherwise wait for that one forever.
+
+    All processes must enter the block, and none leaves it before all have come to its end. All raise what the
+    first that failed did.
+
+    Raises:
+        NextscaleError, OSError: one was raised inside the block, in this process or in another.
+    """
+    error: NextscaleError | OSError | None = None
+    try:
+        yield
+    except (NextscaleError, OSError) as caught:
+        error = caught
+    sent = OSError(error.errno, error.strerror, error.filename) if isinstance(error, OSError) else error
+    first = next((each for each in gather_object([sent]) if each is not None), None)
+    if first is not None:
+        raise first from error

@@ -7,7 +7,7 @@ from typing import Any
 from nextscale.base.errors import ConfigError
 from nextscale.base.records import Record, free_on_resume
 from nextscale.config.recipe import Recipe, load_recipe
-from nextscale.runs.checkpoint import find_checkpoint
+from nextscale.runs.checkpoint import check_resume
 from nextscale.runs.writer import RunFolder
 
 
@@ -26,7 +26,7 @@ def check_folder(recipe: Recipe) -> None:
     folder = RunFolder(Path(run.output_dir))
     folder.check(resume=bool(run.resume), overwrite=run.overwrite)
     if run.resume:
-        find_checkpoint(run.resume, folder.checkpoints)
+        check_resume(run.resume)
     if run.resume and folder.metrics.exists():
         check_resumable(recipe, folder.path / "config.yaml")
 

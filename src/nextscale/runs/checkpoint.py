@@ -6,10 +6,12 @@ average.safetensors     their moving average, if one is kept
 reference.safetensors   the reference, if it moves
 optimizer.safetensors   the optimizer's state of each, as PARAMETER/STATE
 random-RANK.safetensors the random states of each process
+manifest.json           the size and hash of each of these files
 
 Tensors and JSON alone: whatever a checkpoint holds, loading it runs nothing.
 """
 
+import contextlib
 import json
 import math
 import random
@@ -22,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -35,15 +37,18 @@ from torch.distributed.checkpoint.state_dict import (
 
 from nextscale.base.average import Average
 from nextscale.base.errors import CheckpointError, first_sentence
-from nextscale.base.files import write_text_aside
+from nextscale.base.files import REPLACED, discard_folder, put_in_place, write_text_aside
+from nextscale.base.processes import fail_together
 from nextscale.base.tensors import check_tensors, save_tensors
+from nextscale.runs.manifest import MANIFEST_FILE, find_damage, write_manifest
 from nextscale.runs.paths import by_step, step_name
 from nextscale.runs.sharding import local_part_of
 
 STATE_FILE = "trainer_state.json"
 MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
 AVERAGE_FILE, REFERENCE_FILE = "average.safetensors", "reference.safetensors"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+WITHOUT_MANIFEST = 2  # the version before, which is read as well: its checkpoints are the same but for that
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # however the model is spread over processes
 
 
@@ -76,6 +81,7 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: a weight is not finite; the earlier checkpoints stay.
+        OSError: it cannot be written, as when the disk is full; likewise.
     """
     final = folder / step_name(step)
     aside = folder / f".writing-{final.name}"
@@ -87,32 +93,35 @@ def save_checkpoint(
             averaged = {name: each.clone() for name, each in _weights(model).items()}
     # Before its first step an optimizer has no state, and asking for one would make it take a step.
     moments: Any = get_optimizer_state_dict(model, optimizer, options=WHOLE) if optimizer.state else {}
-    if accelerator.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    save_tensors(_random_state(), aside / f"random-{accelerator.process_index}.safetensors")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        save_tensors(weights, aside / MODEL_FILE)
-        if averaged:
-            save_tensors(averaged, aside / AVERAGE_FILE)
-        if reference is not None:
-            ours = {name: each.detach() for name, each in reference.named_parameters()}
-            save_tensors(ours, aside / REFERENCE_FILE)
-        save_tensors(_flat(moments.get("state", {})), aside / OPTIMIZER_FILE)
-        content = state | {
-            "format_version": FORMAT_VERSION,
-            "step": step,
-            "frozen": frozen,
-            "optimizer": moments.get("param_groups", []),
-        }
-        write_text_aside(aside / STATE_FILE, json.dumps(content, indent=2) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        for old in list_checkpoints(folder)[:-limit]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+    is_main = accelerator.is_main_process
+    with fail_together():
+        if is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+    with fail_together():
+        save_tensors(_random_state(), aside / f"random-{accelerator.process_index}.safetensors")
+    with fail_together():
+        if is_main:
+            save_tensors(weights, aside / MODEL_FILE)
+            if averaged:
+                save_tensors(averaged, aside / AVERAGE_FILE)
+            if reference is not None:
+                ours = {name: each.detach() for name, each in reference.named_parameters()}
+                save_tensors(ours, aside / REFERENCE_FILE)
+            save_tensors(_flat(moments.get("state", {})), aside / OPTIMIZER_FILE)
+            content = state | {
+                "format_version": FORMAT_VERSION,
+                "step": step,
+                "frozen": frozen,
+                "optimizer": moments.get("param_groups", []),
+            }
+            write_text_aside(aside / STATE_FILE, json.dumps(content, indent=2) + "\n")
+            write_manifest(aside)
+            put_in_place(aside, final)
+            for old in list_checkpoints(folder)[:-limit]:
+                discard_folder(old)
+            for left in folder.glob(".*step-*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
     return final
 
 
@@ -142,8 +151,10 @@ def load_checkpoint(
         )
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        if state["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format_version {state['format_version']}, expected {FORMAT_VERSION}")
+        if (version := state["format_version"]) not in (WITHOUT_MANIFEST, FORMAT_VERSION):
+            raise ValueError(
+                f"format_version {version}, expected {FORMAT_VERSION}: was it written by a later one?"
+            )
         if state.get("frozen") != frozen:
             raise CheckpointError(
                 f"checkpoint '{path}' holds only what its run trained, and the rest of this model is not "
@@ -210,25 +221,75 @@ def _load_reference(model: nn.Module, file: Path) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return [path for path in by_step(folder).values() if (path / STATE_FILE).is_file()]
+    """The checkpoints of a run, oldest first; see `find_checkpoint` for whether one is whole."""
+    # A process that was killed while it replaced a checkpoint has left the former one under another name.
+    found = by_step(folder, before=REPLACED) | by_step(folder)
+    return [found[step] for step in sorted(found) if found[step].is_dir()]
 
 
-def find_checkpoint(resume: str, folder: Path) -> Path | None:
-    """The checkpoint to resume from; None when `resume` is "auto" and there is none yet.
+def find_checkpoint(
+    accelerator: Accelerator, resume: str, folder: Path, warn: Callable[[str], None]
+) -> Path | None:
+    """The checkpoint to resume from; None when `resume` is "auto" and there is none yet. All processes call
+    it; the main one reads the files.
 
     Args:
-        resume: "auto" for the newest in `folder`, or a checkpoint's path.
+        resume: "auto" for the newest whole one in `folder`, or a checkpoint's path.
+        warn: is told of each newer one that is damaged.
 
     Raises:
-        CheckpointError: the path is not a checkpoint.
+        CheckpointError: the path is no checkpoint, or damaged; or all that there are are damaged.
     """
-    if resume == "auto":
-        return next(reversed(list_checkpoints(folder)), None)
-    path = Path(resume)
-    if not (path / STATE_FILE).is_file():
-        raise CheckpointError(f"'{path}' is no checkpoint: expected 'auto' or a folder with a {STATE_FILE}")
+    found: Path | None = None
+    with fail_together():
+        if accelerator.is_main_process:
+            found = _newest_whole(folder, warn) if resume == "auto" else _whole(Path(resume))
+    return broadcast_object_list([found])[0]
+
+
+def check_resume(resume: str) -> None:
+    """Check that there is something to resume, without reading it.
+
+    Raises:
+        CheckpointError: `resume` is a path that is no checkpoint.
+    """
+    if resume != "auto" and not (Path(resume) / STATE_FILE).is_file():
+        raise CheckpointError(f"'{resume}' is no checkpoint: expected 'auto' or a folder with a {STATE_FILE}")
+
+
+def _newest_whole(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    damaged: list[tuple[Path, str]] = []
+    for path in reversed(list_checkpoints(folder)):
+        if (damage := _damage(path)) is None:
+            for other, found in damaged:
+                warn(f"checkpoint '{other}' cannot be read: {found}; '{path.name}', an earlier one, is taken")
+            return path
+        damaged.append((path, damage))
+    if damaged:
+        path, damage = damaged[0]
+        raise CheckpointError(
+            f"checkpoint '{path}' cannot be read: {damage}; and no earlier one is whole: restore it from a "
+            "copy, or begin anew in another --run.output_dir"
+        )
+    return None
+
+
+def _whole(path: Path) -> Path:
+    check_resume(str(path))
+    if damage := _damage(path):
+        raise CheckpointError(
+            f"checkpoint '{path}' cannot be read: {damage}; go on from another one, or with --run.resume auto"
+        )
     return path
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it is whole, or of a version that had no manifest."""
+    if not (path / MANIFEST_FILE).exists():
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+            if json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["format_version"] < FORMAT_VERSION:
+                return None
+    return find_damage(path)
 
 
 def check_finite(model: nn.Module) -> None:

@@ -43,9 +43,14 @@ def step_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def by_step(folder: Path, ending: str = "") -> dict[int, Path]:
-    """The paths in `folder` that `step_name` named, by step, in order."""
+def by_step(folder: Path, ending: str = "", before: str = "") -> dict[int, Path]:
+    """The paths in `folder` that `step_name` named, by step, in order.
+
+    Args:
+        ending, before: what stands after the name, and before it.
+    """
     found = {
-        path.name.removeprefix("step-").removesuffix(ending): path for path in folder.glob(f"step-*{ending}")
+        path.name.removeprefix(f"{before}step-").removesuffix(ending): path
+        for path in folder.glob(f"{before}step-*{ending}")
     }
     return {int(step): found[step] for step in sorted(filter(str.isdecimal, found), key=int)}

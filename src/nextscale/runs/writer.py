@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -131,6 +132,8 @@ class RunFolder(RunPaths):
             line = {name: each if math.isfinite(each) else None for name, each in metrics.items()}
             with self.metrics.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # before a checkpoint that counts on it
 
     def save_grid(self, step: int, images: Tensor, row_names: list[str]) -> None:
         """Write the samples of an evaluation as one picture, and the names of its rows.
