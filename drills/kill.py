@@ -1,0 +1,297 @@
+"""Kill a run with SIGKILL at many moments, resume it, and compare with a run that nothing happened to.
+
+    python drills/kill.py --trials 50                  # one process
+    python drills/kill.py --trials 50 --processes 2    # two, under torchrun
+
+Half of the moments are spread evenly at random over the run's time; the others lie in what it is most delicate to be
+killed in (`PLACES`): just before or after a call, in the process that makes it. Whatever the moment,
+
+- the newest checkpoint is whole, if there was one;
+- `nextscale train ... --run.resume auto` ends as if nothing had happened: parameters, average, optimizer, random
+  numbers, controllers and metrics are the same to the last bit, times excepted;
+- no step is missing or there twice, in `metrics.jsonl` and in TensorBoard's files;
+- nothing is left over.
+
+The result is printed, and written as JSON with --output. Exit status 1 if a trial failed.
+"""
+
+import argparse
+import functools
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nextscale import __version__
+from nextscale.runs.checkpoint import list_checkpoints
+from nextscale.runs.manifest import find_damage
+
+NUM_STEPS = 3
+RECIPE = {
+    "grpo.num_groups": 2,
+    "grpo.num_generations": 4,
+    "grpo.entropy_floor": 0.5,
+    "tuning.ema_decay": 0.5,
+    "run.max_steps": NUM_STEPS,
+    "run.save_steps": 1,
+    "run.eval_steps": NUM_STEPS - 1,
+    "run.eval_num_images": 4,
+    "run.per_device_eval_batch_size": 8,
+    "run.disable_tqdm": True,
+    "run.mixed_precision": "no",
+}
+"""What differs from toy-painting: it is short, saves after each step, and has all that has a state."""
+
+PLACES = {
+    "rollout": "nextscale.collector:collect",
+    "reward": "nextscale.rewards.clip_score:ClipScore.__call__",
+    "loss": "nextscale.learner:Learner.backward",
+    "update": "nextscale.learner:Learner.update",
+    "evaluation": "nextscale.trainer:evaluate",
+    "metrics": "nextscale.runs.writer:RunFolder.append_metrics",
+    "tensors of a checkpoint": "nextscale.runs.checkpoint:save_tensors",
+    "state of a checkpoint": "nextscale.runs.checkpoint:write_text_aside",
+    "manifest": "nextscale.runs.checkpoint:write_manifest",
+    "renaming": "pathlib:Path.rename",
+    "replacing": "pathlib:Path.replace",
+    "removing": "shutil:rmtree",
+    "start": "nextscale.runs.writer:RunFolder.open",
+    "cutting the metrics": "nextscale.runs.writer:RunFolder.keep_steps",
+    "final model": "nextscale.pipeline:VARPipeline.save_pretrained",
+    "report": "nextscale.trainer:write_report",
+}
+"""Name to function: killed before or after one of its first calls."""
+
+
+# ---- the process that is killed
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_at(place: str, number: int, when: str) -> None:
+    """Have this process killed before or after the number-th call of a function from now on."""
+    module, _, path = PLACES[place].partition(":")
+    owner: Any = importlib.import_module(module)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    original, calls = getattr(owner, name), 0
+
+    @functools.wraps(original)
+    def counted(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number and when == "before":
+            die()
+        result = original(*args, **options)
+        if calls == number:
+            die()
+        return result
+
+    setattr(owner, name, counted)
+
+
+def worker(words: list[str]) -> int:
+    """`worker PLACE NUMBER WHEN RANK WORDS`: the command line, killed in one of its processes."""
+    place, number, when, rank, *rest = words
+    from nextscale.cli.main import main
+
+    if os.environ.get("RANK", "0") == rank:
+        kill_at(place, int(number), when)
+    return main(rest)
+
+
+# ---- the trials
+
+
+class Drill:
+    """Trials against one run that nothing happened to.
+
+    Args:
+        scratch: a folder for all runs.
+    """
+
+    def __init__(self, scratch: Path, num_processes: int) -> None:
+        self.scratch, self.num_processes = scratch, num_processes
+        begin = time.monotonic()
+        self.finish(self.start(self.train(scratch / "straight")), expected=0)
+        self.seconds = time.monotonic() - begin
+        self.expected = state_of(scratch / "straight")
+
+    def train(self, folder: Path, *before: str) -> list[str]:
+        """The words that train into a folder, or go on there."""
+        overrides = RECIPE | {"run.output_dir": str(folder), "run.resume": "auto"}
+        words = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
+        own = [__file__, "worker", *before] if before else ["-m", "nextscale"]
+        return [*own, "train", "toy-painting", *words]
+
+    def start(self, words: list[str]) -> subprocess.Popen[str]:
+        command = [sys.executable, *words]
+        if self.num_processes > 1:
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+            command = [sys.executable, *launcher, str(self.num_processes), *words]
+        settings = {
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "true",
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",
+        }
+        # A session of its own, so that all of it can be killed.
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, env=os.environ | settings, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+        )
+
+    def finish(self, process: subprocess.Popen[str], expected: int | None = None) -> int:
+        """Wait for a run; returns its exit status."""
+        _, told = process.communicate(timeout=600)
+        if expected is not None and process.returncode != expected:
+            raise RuntimeError(f"exit status {process.returncode}, expected {expected}:\n{told}")
+        return process.returncode
+
+    def at_time(self, folder: Path, seconds: float) -> str:
+        """Kill all processes of a run some time after its start."""
+        process = self.start(self.train(folder))
+        try:
+            process.communicate(timeout=seconds)
+            return "ended before"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            return "killed"
+
+    def at_place(self, folder: Path, place: str, number: int, when: str, rank: int) -> str:
+        """Kill the process that makes a call; a launcher then ends the others."""
+        process = self.start(self.train(folder, place, str(number), when, str(rank)))
+        return "killed" if self.finish(process) else "ended before"
+
+    def resume(self, folder: Path) -> list[str]:
+        """Go on to the end; returns what is not as in the run that nothing happened to."""
+        wrong = []
+        checkpoints = list_checkpoints(folder / "checkpoints")
+        if checkpoints and (damage := find_damage(checkpoints[-1])):
+            wrong.append(f"after the kill, the newest checkpoint: {damage}")
+        self.finish(self.start(self.train(folder)), expected=0)
+        return wrong + differences(self.expected, state_of(folder))
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    """All that a run has come to, but for times."""
+    (newest,) = list_checkpoints(folder / "checkpoints")[-1:]
+    state = json.loads((newest / "trainer_state.json").read_text())
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    series = "reward" if "reward" in events.Tags()["scalars"] else "loss"
+    hidden = [path for path in folder.rglob(".*") if path.name != ".lock"]
+    return {
+        "tensors": {file.name: load_file(file) for file in newest.glob("*.safetensors")},
+        "final model": {file.name: load_file(file) for file in (folder / "final").glob("*.safetensors")},
+        "state": without_times(state),
+        "metrics": [without_times(json.loads(line)) for line in (folder / "metrics.jsonl").open()],
+        "tensorboard": [event.step for event in events.Scalars(series)],
+        "checkpoints": [path.name for path in list_checkpoints(folder / "checkpoints")],
+        "files": sorted(path.name for path in folder.iterdir()),
+        "left over": [str(path.relative_to(folder)) for path in hidden],
+    }
+
+
+def without_times(content: Any) -> Any:
+    """JSON without what a clock says."""
+    if isinstance(content, list):
+        return [without_times(each) for each in content]
+    if not isinstance(content, dict):
+        return content
+    clocks = ("time/", "seconds", "step_time", "images_per_second", "eval_time", "bytes")
+    return {key: without_times(value) for key, value in content.items() if not key.startswith(clocks)}
+
+
+def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """What differs, by name."""
+    wrong = []
+    for name, value in expected.items():
+        if name in ("tensors", "final model"):
+            files = {file: of.keys() for file, of in value.items()}
+            same = files == {file: of.keys() for file, of in found[name].items()} and all(
+                torch.equal(each.view(torch.uint8), found[name][file][key].view(torch.uint8))
+                if each.ndim
+                else torch.equal(each, found[name][file][key])
+                for file, of in value.items()
+                for key, each in of.items()
+            )
+        else:
+            same = value == found[name]
+        if not same:
+            wrong.append(name)
+    return wrong
+
+
+def drill(num_trials: int, num_processes: int, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """All trials; returns what came of them."""
+    draw = random.Random(seed)
+    places = list(PLACES) * (num_trials // len(PLACES) + 1)
+    draw.shuffle(places)
+    trials: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        whole = Drill(Path(scratch), num_processes)
+        say(f"uninterrupted: {whole.seconds:.1f} s")
+        for i in range(num_trials):
+            folder = Path(scratch) / f"trial-{i}"
+            if i % 2:
+                seconds = draw.uniform(0, whole.seconds)
+                moment = f"after {seconds:.1f} s"
+                outcome = whole.at_time(folder, seconds)
+            else:
+                place, number, when = places[i], draw.randint(1, 4), draw.choice(["before", "after"])
+                rank = draw.randrange(num_processes)
+                moment = f"{when} call {number} of {place}" + f", process {rank}" * (num_processes > 1)
+                outcome = whole.at_place(folder, place, number, when, rank)
+            wrong = whole.resume(folder)
+            trials.append({"moment": moment, "outcome": outcome, "wrong": wrong})
+            say(f"{i + 1}: {outcome} {moment}: {'; '.join(wrong) or 'as if nothing had happened'}")
+            shutil.rmtree(folder)
+    return {
+        "date": date.today().isoformat(),
+        "command": f"python drills/kill.py --trials {num_trials} --processes {num_processes} --seed {seed}",
+        "nextscale": __version__,
+        "torch": torch.__version__,
+        "seconds_uninterrupted": round(whole.seconds, 1),
+        "outcomes": dict(Counter(trial["outcome"] for trial in trials)),
+        "wrong": sum(bool(trial["wrong"]) for trial in trials),
+        "trials": trials,
+    }
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["worker"]:
+        return worker(sys.argv[2:])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--trials", type=int, default=50)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    result = drill(args.trials, args.processes, args.seed, functools.partial(print, flush=True))
+    print(f"{result['wrong']} of {args.trials} trials went wrong")
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=2) + "\n")
+    return 1 if result["wrong"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
