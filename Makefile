@@ -9,7 +9,7 @@ PYTHON_NEEDED := 3.11
 
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo demo-text test lint format schema toy clean
+.PHONY: help demo demo-text test lint format schema toy drill clean
 
 help:
 	@echo "make demo    fine-tune the miniature model and write a report"
@@ -17,6 +17,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and pyright"
 	@echo "make format  let ruff format and sort"
+	@echo "make drill   kill runs at a hundred moments and resume them; takes an hour"
 	@echo "make toy     rebuild the miniature world's models in build/toy"
 	@echo "make schema  write recipe.schema.json anew, after a change of a configuration record"
 	@echo "make clean   remove build products and caches (not runs/, not $(VENV)/)"
@@ -50,6 +51,11 @@ schema: $(VENV)/.installed
 
 toy: $(VENV)/.installed
 	$(VENV)/bin/nextscale toy train --output build/toy
+
+# Slow: what it found is committed, and docs/reliability.md tells of it.
+drill: $(VENV)/.installed-dev
+	$(RUN) drills/kill.py --trials 50 --output docs/drills/kill-1.json
+	$(RUN) drills/kill.py --trials 50 --processes 2 --output docs/drills/kill-2.json
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache

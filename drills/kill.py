@@ -3,12 +3,12 @@
     python drills/kill.py --trials 50                  # one process
     python drills/kill.py --trials 50 --processes 2    # two, under torchrun
 
-Half of the moments are spread evenly at random over the run's time; the others lie in what it is most delicate to be
-killed in (`PLACES`): just before or after a call, in the process that makes it. Whatever the moment,
+Half of the moments are spread evenly at random over the run's time; the others lie where it is most delicate
+to be killed (`PLACES`): just before or after a call, in the process that makes it. Whatever the moment,
 
 - the newest checkpoint is whole, if there was one;
-- `nextscale train ... --run.resume auto` ends as if nothing had happened: parameters, average, optimizer, random
-  numbers, controllers and metrics are the same to the last bit, times excepted;
+- `nextscale train ... --run.resume auto` ends as if nothing had happened: parameters, average, optimizer,
+  random numbers, controllers and metrics are the same to the last bit, times excepted;
 - no step is missing or there twice, in `metrics.jsonl` and in TensorBoard's files;
 - nothing is left over.
 
@@ -54,28 +54,29 @@ RECIPE = {
     "run.per_device_eval_batch_size": 8,
     "run.disable_tqdm": True,
     "run.mixed_precision": "no",
+    "run.report_to": "tensorboard",
 }
 """What differs from toy-painting: it is short, saves after each step, and has all that has a state."""
 
 PLACES = {
-    "rollout": "nextscale.collector:collect",
-    "reward": "nextscale.rewards.clip_score:ClipScore.__call__",
-    "loss": "nextscale.learner:Learner.backward",
-    "update": "nextscale.learner:Learner.update",
-    "evaluation": "nextscale.trainer:evaluate",
-    "metrics": "nextscale.runs.writer:RunFolder.append_metrics",
-    "tensors of a checkpoint": "nextscale.runs.checkpoint:save_tensors",
-    "state of a checkpoint": "nextscale.runs.checkpoint:write_text_aside",
-    "manifest": "nextscale.runs.checkpoint:write_manifest",
-    "renaming": "pathlib:Path.rename",
-    "replacing": "pathlib:Path.replace",
-    "removing": "shutil:rmtree",
-    "start": "nextscale.runs.writer:RunFolder.open",
-    "cutting the metrics": "nextscale.runs.writer:RunFolder.keep_steps",
-    "final model": "nextscale.pipeline:VARPipeline.save_pretrained",
-    "report": "nextscale.trainer:write_report",
+    "rollout": ("nextscale.collector:collect", 3),
+    "reward": ("nextscale.rewards.clip_score:ClipScore.__call__", 3),
+    "loss": ("nextscale.learner:Learner.backward", 3),
+    "update": ("nextscale.learner:Learner.update", 3),
+    "evaluation": ("nextscale.trainer:evaluate", 2),
+    "metrics": ("nextscale.runs.writer:RunFolder.append_metrics", 4),
+    "tensors of a checkpoint": ("nextscale.runs.checkpoint:save_tensors", 4),
+    "state of a checkpoint": ("nextscale.runs.checkpoint:write_text_aside", 4),
+    "manifest": ("nextscale.runs.checkpoint:write_manifest", 3),
+    "renaming": ("pathlib:Path.rename", 4),
+    "replacing": ("pathlib:Path.replace", 4),
+    "removing": ("shutil:rmtree", 4),
+    "start": ("nextscale.runs.writer:RunFolder.open", 1),
+    "cutting the metrics": ("nextscale.runs.writer:RunFolder.keep_steps", 1),
+    "final model": ("nextscale.pipeline:VARPipeline.save_pretrained", 1),
+    "report": ("nextscale.trainer:write_report", 1),
 }
-"""Name to function: killed before or after one of its first calls."""
+"""Name to function, and how many of its calls are made for sure: killed before or after one of them."""
 
 
 # ---- the process that is killed
@@ -87,7 +88,7 @@ def die() -> None:
 
 def kill_at(place: str, number: int, when: str) -> None:
     """Have this process killed before or after the number-th call of a function from now on."""
-    module, _, path = PLACES[place].partition(":")
+    module, _, path = PLACES[place][0].partition(":")
     owner: Any = importlib.import_module(module)
     *parents, name = path.split(".")
     for parent in parents:
@@ -195,15 +196,15 @@ def state_of(folder: Path) -> dict[str, Any]:
     """All that a run has come to, but for times."""
     (newest,) = list_checkpoints(folder / "checkpoints")[-1:]
     state = json.loads((newest / "trainer_state.json").read_text())
-    events = EventAccumulator(str(folder / "tensorboard")).Reload()
-    series = "reward" if "reward" in events.Tags()["scalars"] else "loss"
+    (logged,) = {path.parent for path in folder.rglob("events.out*")}
+    events = EventAccumulator(str(logged)).Reload()
     hidden = [path for path in folder.rglob(".*") if path.name != ".lock"]
     return {
         "tensors": {file.name: load_file(file) for file in newest.glob("*.safetensors")},
         "final model": {file.name: load_file(file) for file in (folder / "final").glob("*.safetensors")},
         "state": without_times(state),
         "metrics": [without_times(json.loads(line)) for line in (folder / "metrics.jsonl").open()],
-        "tensorboard": [event.step for event in events.Scalars(series)],
+        "tensorboard": [event.step for event in events.Scalars("learning_rate")],
         "checkpoints": [path.name for path in list_checkpoints(folder / "checkpoints")],
         "files": sorted(path.name for path in folder.iterdir()),
         "left over": [str(path.relative_to(folder)) for path in hidden],
@@ -251,12 +252,13 @@ def drill(num_trials: int, num_processes: int, seed: int, say: Callable[[str], N
         say(f"uninterrupted: {whole.seconds:.1f} s")
         for i in range(num_trials):
             folder = Path(scratch) / f"trial-{i}"
-            if i % 2:
+            if i % 2:  # at any time
                 seconds = draw.uniform(0, whole.seconds)
                 moment = f"after {seconds:.1f} s"
                 outcome = whole.at_time(folder, seconds)
             else:
-                place, number, when = places[i], draw.randint(1, 4), draw.choice(["before", "after"])
+                place = places[i // 2]
+                number, when = draw.randint(1, PLACES[place][1]), draw.choice(["before", "after"])
                 rank = draw.randrange(num_processes)
                 moment = f"{when} call {number} of {place}" + f", process {rank}" * (num_processes > 1)
                 outcome = whole.at_place(folder, place, number, when, rank)

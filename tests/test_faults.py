@@ -326,6 +326,12 @@ def test_a_rewards_random_numbers_go_on_where_they_stopped(
     make_trainer(make_pipeline(), tmp_path / "run", noisy, resume="auto", **options).train()
     assert drawn == straight
 
+    # The same seed gives the same numbers, from the first on.
+    drawn.clear()
+    random.seed(7)
+    make_trainer(make_pipeline(), tmp_path / "again", noisy, **options).train()
+    assert drawn[2:] == straight
+
 
 # ---- launchers
 

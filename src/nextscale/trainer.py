@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -242,6 +242,8 @@ class GRPOTrainer:
         run, process = self.run, self.accelerator
 
         # Continue where an earlier run stopped. What it logged after its last checkpoint is logged anew.
+        # All that is drawn here has seeds of its own. A user's reward may draw from the generators of all.
+        set_seed(run.seed, device_specific=True)
         path = self._checkpoint_to_resume()
         if path is not None:
             self.load(path)
