@@ -10,7 +10,7 @@ from torch import Tensor
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError
 from nextscale.rewards.asking.answers import ask, check_answer
-from nextscale.rewards.asking.waiting import begin, is_async
+from nextscale.rewards.asking.waiting import begin, is_async, settings_kept
 from nextscale.rewards.groups import GroupReward, check_features
 from nextscale.rewards.protocol import Reward
 from nextscale.rewards.roles import Constraint
@@ -128,24 +128,25 @@ class RewardSet:
         Raises:
             RewardError: a reward raised, timed out, or returned anything but one number for each image.
         """
-        begun = {
-            name: begin(reward, images, conditions)
-            for name, reward in self.rewards.items()
-            if is_async(reward)
-        }
         scores: dict[str, Tensor] = {}
-        try:
-            for name in sorted(self.rewards, key=lambda name: name in begun):  # async ones last
-                reward, timeout = self.rewards[name], self.timeouts.get(name)
-                if isinstance(reward, GroupReward):
-                    answer = ask(name, reward.features, images, conditions, timeout)
-                    scores[name] = check_features(name, answer, len(images))
-                else:
-                    answer = ask(name, reward, images, conditions, timeout, begun.get(name))
-                    scores[name] = check_answer(name, answer, images)
-        finally:
-            for future in begun.values():
-                future.cancel()  # those still running, when one has failed
+        with settings_kept():
+            begun = {
+                name: begin(reward, images, conditions)
+                for name, reward in self.rewards.items()
+                if is_async(reward)
+            }
+            try:
+                for name in sorted(self.rewards, key=lambda name: name in begun):  # async ones last
+                    reward, timeout = self.rewards[name], self.timeouts.get(name)
+                    if isinstance(reward, GroupReward):
+                        answer = ask(name, reward.features, images, conditions, timeout)
+                        scores[name] = check_features(name, answer, len(images))
+                    else:
+                        answer = ask(name, reward, images, conditions, timeout, begun.get(name))
+                        scores[name] = check_answer(name, answer, images)
+            finally:
+                for future in begun.values():
+                    future.cancel()  # those still running, when one has failed
         return {name: scores[name] for name in self.rewards}
 
     def of_groups(

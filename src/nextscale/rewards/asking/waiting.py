@@ -2,11 +2,13 @@
 
 import asyncio
 import concurrent.futures
+import copy
 import inspect
+import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -25,7 +27,19 @@ def is_async(reward: Callable[..., Any]) -> bool:
 def call(reward: Callable[..., Any], images: Tensor, conditions: Sequence[Condition]) -> Any:
     """What a reward answers, or for an async one what is to be awaited. It gets copies: whatever it does to
     them, the other rewards, the judges and training see what was drawn."""
-    return reward(images.clone(), list(conditions))
+    return reward(images.clone(), copy.deepcopy(list(conditions)))
+
+
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """Undo what a reward did to settings of the process that training depends on: torch's default dtype,
+    and the folder that relative paths start from."""
+    dtype, folder = torch.get_default_dtype(), os.getcwd()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        os.chdir(folder)
 
 
 def begin(reward: Callable[..., Any], images: Tensor, conditions: Sequence[Condition]) -> "Future[Any]":
