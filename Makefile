@@ -9,7 +9,7 @@ PYTHON_NEEDED := 3.11
 
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo demo-text test lint format schema toy drill clean
+.PHONY: help demo demo-text test lint format schema toy drill fuzz clean
 
 help:
 	@echo "make demo    fine-tune the miniature model and write a report"
@@ -18,6 +18,7 @@ help:
 	@echo "make lint    ruff and pyright"
 	@echo "make format  let ruff format and sort"
 	@echo "make drill   kill runs at a hundred moments and resume them; takes an hour"
+	@echo "make fuzz    10,000 cases of damaged and hostile input"
 	@echo "make toy     rebuild the miniature world's models in build/toy"
 	@echo "make schema  write recipe.schema.json anew, after a change of a configuration record"
 	@echo "make clean   remove build products and caches (not runs/, not $(VENV)/)"
@@ -51,6 +52,9 @@ schema: $(VENV)/.installed
 
 toy: $(VENV)/.installed
 	$(VENV)/bin/nextscale toy train --output build/toy
+
+fuzz: $(VENV)/.installed-dev
+	NEXTSCALE_FUZZ=10000 OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 tests/test_fuzz.py
 
 # Slow: what it found is committed, and docs/reliability.md tells of it.
 drill: $(VENV)/.installed-dev

@@ -57,6 +57,7 @@ from nextscale.runs.checkpoint import (
     check_finite,
     find_checkpoint,
     list_checkpoints,
+    tidy_checkpoints,
 )
 from nextscale.runs.config import MAX_DRIFT, RunConfig
 from nextscale.runs.diagnosis import diagnose
@@ -251,6 +252,8 @@ class GRPOTrainer:
                 self._say(f"all {self.step_done} steps are done; raise run.max_steps to go on")
         with fail_together():
             self.folder.keep_steps(self.step_done)
+            if process.is_main_process and path is not None:
+                tidy_checkpoints(self.folder.checkpoints, self.step_done, run.save_total_limit)
         self.tell("on_train_begin")
 
         # All steps. Ctrl-C lets the one in hand end, in all processes alike; what fails ends the run after a

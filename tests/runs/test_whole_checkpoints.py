@@ -181,6 +181,28 @@ def test_leftovers_go_with_the_next_checkpoint(make_pipeline: MakePipeline, tmp_
     assert [each.name for each in checkpoints.iterdir()] == ["step-000001"]
 
 
+def test_what_a_killed_process_did_not_come_to_remove_goes_when_the_run_goes_on(
+    make_pipeline: MakePipeline, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"save_steps": 1, "max_steps": 3}
+    make_trainer(make_pipeline(), tmp_path, save_total_limit=3, **options).train()
+    stand_in(tmp_path / "checkpoints" / ".writing-step-000004", "half")
+    make_trainer(make_pipeline(), tmp_path, save_total_limit=1, resume="auto", **options).train()
+    assert [each.name for each in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
+
+
+def test_later_checkpoints_do_not_push_out_those_of_a_run_that_went_back(
+    make_pipeline: MakePipeline, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"save_steps": 1, "save_total_limit": 2}
+    make_trainer(make_pipeline(), tmp_path, max_steps=2, **options).train()
+    later = stand_in(tmp_path / "checkpoints" / "step-000009", "later")
+    resume = str(tmp_path / "checkpoints" / "step-000001")
+    make_trainer(make_pipeline(), tmp_path, max_steps=3, resume=resume, **options).train()
+    names = sorted(each.name for each in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-000002", "step-000003", later.name]
+
+
 def test_a_model_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "final"
     for content in ("first", "second"):

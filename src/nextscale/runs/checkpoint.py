@@ -118,10 +118,7 @@ def save_checkpoint(
             write_text_aside(aside / STATE_FILE, json.dumps(content, indent=2) + "\n")
             write_manifest(aside)
             put_in_place(aside, final)
-            for old in list_checkpoints(folder)[:-limit]:
-                discard_folder(old)
-            for left in folder.glob(".*step-*"):  # by a process that was killed
-                shutil.rmtree(left, ignore_errors=True)
+            tidy_checkpoints(folder, step, limit)
     return final
 
 
@@ -225,6 +222,20 @@ def list_checkpoints(folder: Path) -> list[Path]:
     # A process that was killed while it replaced a checkpoint has left the former one under another name.
     found = by_step(folder, before=REPLACED) | by_step(folder)
     return [found[step] for step in sorted(found) if found[step].is_dir()]
+
+
+def tidy_checkpoints(folder: Path, step: int, limit: int) -> None:
+    """Remove all but the newest `limit` checkpoints up to a whole one, and what killed processes left.
+
+    Args:
+        step: that of the whole one. Later ones, of before the run went on from an earlier one, stay.
+    """
+    kept = folder / step_name(step)
+    for old in [each for number, each in by_step(folder).items() if number <= step][:-limit]:
+        discard_folder(old)
+    if kept.is_dir():
+        for left in folder.glob(".*step-*"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def find_checkpoint(
