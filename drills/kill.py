@@ -16,6 +16,7 @@ The result is printed, and written as JSON with --output. Exit status 1 if a tri
 """
 
 import argparse
+import contextlib
 import functools
 import importlib
 import json
@@ -33,6 +34,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -153,11 +155,8 @@ class Drill:
             "ACCELERATE_USE_CPU": "true",
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",
         }
-        # A session of its own, so that all of it can be killed.
         pipe = subprocess.PIPE
-        return subprocess.Popen(
-            command, env=os.environ | settings, stdout=pipe, stderr=pipe, text=True, start_new_session=True
-        )
+        return subprocess.Popen(command, env=os.environ | settings, stdout=pipe, stderr=pipe, text=True)
 
     def finish(self, process: subprocess.Popen[str], expected: int | None = None) -> int:
         """Wait for a run; returns its exit status."""
@@ -173,7 +172,10 @@ class Drill:
             process.communicate(timeout=seconds)
             return "ended before"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            root = psutil.Process(process.pid)
+            for each in [root, *root.children(recursive=True)]:  # a launcher's have sessions of their own
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
             process.communicate()
             return "killed"
 
