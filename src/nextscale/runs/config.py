@@ -15,7 +15,7 @@ class RunConfig(Record):
     max_steps: int = Field(default=100, ge=1, json_schema_extra=FREE_ON_RESUME)
     """Training steps; each draws one batch of rollouts."""
     seed: int = Field(default=0, ge=0)
-    """Seed of all random draws."""
+    """Seed of all random draws; also of Python's, NumPy's and torch's own generators, for rewards."""
     per_device_train_batch_size: int = Field(default=32, ge=1)
     """Images per backward pass; gradients are accumulated over the rest of the batch."""
     per_device_eval_batch_size: int = Field(default=64, ge=1)
