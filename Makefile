@@ -9,7 +9,7 @@ PYTHON_NEEDED := 3.11
 
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo demo-text test lint format schema toy drill fuzz clean
+.PHONY: help demo demo-text test lint format schema toy drill fuzz audit clean
 
 help:
 	@echo "make demo    fine-tune the miniature model and write a report"
@@ -19,6 +19,7 @@ help:
 	@echo "make format  let ruff format and sort"
 	@echo "make drill   kill runs at a hundred moments and resume them; takes an hour"
 	@echo "make fuzz    10,000 cases of damaged and hostile input"
+	@echo "make audit   licences and known faults of the pinned packages (asks a server)"
 	@echo "make toy     rebuild the miniature world's models in build/toy"
 	@echo "make schema  write recipe.schema.json anew, after a change of a configuration record"
 	@echo "make clean   remove build products and caches (not runs/, not $(VENV)/)"
@@ -55,6 +56,12 @@ toy: $(VENV)/.installed
 
 fuzz: $(VENV)/.installed-dev
 	NEXTSCALE_FUZZ=10000 OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 tests/test_fuzz.py
+
+# None of what a user installs may be under a licence that asks for more than a notice.
+audit: $(VENV)/.installed-dev
+	$(INSTALL) pip-licenses pip-audit
+	$(VENV)/bin/pip-licenses --from=mixed --partial-match --fail-on "GPL;General Public;UNKNOWN" --summary
+	$(VENV)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 # Slow: what it found is committed, and docs/reliability.md tells of it.
 drill: $(VENV)/.installed-dev
