@@ -32,8 +32,8 @@ from nextscale.rewards import score
 from nextscale.rewards.remote import Remote
 from nextscale.runs.manifest import write_manifest
 from nextscale.trainer import GRPOTrainer
-from test_formats import FORMATS, small_pipeline
-from test_trainer import make_trainer
+from test_formats import FORMATS, SMALL
+from test_trainer import MakePipeline, make_trainer
 
 CASES = int(os.environ.get("NEXTSCALE_FUZZ", "500"))
 LONGEST = 10.0  # seconds; these machines pause at times
@@ -228,9 +228,9 @@ def scratch(factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def kept_trainer(tmp_path_factory: pytest.TempPathFactory) -> GRPOTrainer:
+def kept_trainer(make_pipeline: MakePipeline, tmp_path_factory: pytest.TempPathFactory) -> GRPOTrainer:
     """A trainer that may load the checkpoint of `run-3`."""
-    trainer = make_trainer(small_pipeline(), tmp_path_factory.mktemp("run"), max_steps=3)
+    trainer = make_trainer(make_pipeline(**SMALL), tmp_path_factory.mktemp("run"), max_steps=3)
     trainer.load(FORMATS / "run-3" / "checkpoints" / "step-000002")
     return trainer
 
