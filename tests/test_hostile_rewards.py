@@ -14,9 +14,7 @@ from torch import Tensor
 
 from nextscale.base.conditions import Condition
 from nextscale.pipeline import VARPipeline
-from test_trainer import brightness, make_trainer, metrics_of, redness
-
-MakePipeline = Callable[..., VARPipeline]
+from test_trainer import MakePipeline, brightness, make_trainer, metrics_of, redness
 
 
 def repaints(images: Tensor, conditions: list[Condition]) -> None:

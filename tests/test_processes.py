@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nextscale.base.errors import CheckpointError
+from nextscale.base.processes import fail_together
 from nextscale.pipeline import VARPipeline
 from test_trainer import brightness, make_trainer, metrics_of, redness
 
@@ -115,3 +117,17 @@ def test_a_full_disk_of_one_process_stops_both(tmp_path: Path) -> None:
     assert first == second == "No space left on device in optimizer.safetensors"
     checkpoints = {each.name for each in (tmp_path / "run" / "checkpoints").iterdir()}
     assert checkpoints == {"step-000001", ".writing-step-000002"}  # the next save removes what is left
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError("no decoder"), "no decoder"),
+        (OSError(28, "No space left on device", "a.bin"), "[Errno 28] No space left on device: 'a.bin'"),
+        (CheckpointError("it is broken"), "it is broken"),
+    ],
+)
+def test_what_all_fail_with_says_what_the_first_did(error: Exception, text: str) -> None:
+    with pytest.raises(type(error)) as caught, fail_together():
+        raise error
+    assert str(caught.value) == text

@@ -5,8 +5,10 @@
 #
 # SLURM starts one torchrun on each machine; these meet on the first one, and start a process for each GPU. The
 # folder of the run, and the models' cache (HF_HOME), must be on a file system that all machines see. Five
-# minutes before the time is up, or when the job is preempted, SLURM sends SIGTERM to this script: the step in
-# hand ends, a checkpoint is written, and the job is queued again, to go on from there. A run that fails is not.
+# minutes before the time is up SLURM sends SIGTERM to this script: the step in hand ends, a checkpoint is
+# written, and the job is queued again, to go on from there. A run that fails is not. A cluster that preempts jobs
+# does the same where it sends the signal of --signal (PreemptParameters=send_user_signal); where it requeues by
+# itself (PreemptMode=REQUEUE), the job goes on from its last checkpoint.
 #SBATCH --job-name=nextscale
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1

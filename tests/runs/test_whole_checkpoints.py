@@ -7,15 +7,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from nextscale.base.errors import CheckpointError
 from nextscale.base.files import discard_folder, put_in_place, replacing_folder
-from nextscale.pipeline import VARPipeline
 from nextscale.runs.checkpoint import list_checkpoints
 from nextscale.runs.manifest import find_damage, write_manifest
-from test_trainer import make_trainer, metrics_of
-
-MakePipeline = Callable[..., VARPipeline]
+from test_trainer import MakePipeline, make_trainer, metrics_of, redness
 
 
 class Killed(BaseException):
@@ -163,6 +161,39 @@ def test_no_moment_is_without_a_whole_checkpoint(
     put_in_place(stand_in(tmp_path / ".writing-another", "newest"), final)
     (found,) = list_checkpoints(tmp_path)
     assert found == final and (found / "model.safetensors").read_text() == "newest"
+
+
+def test_a_run_that_was_killed_while_it_replaced_its_last_checkpoint_goes_on(
+    make_pipeline: MakePipeline, straight: Path, tmp_path: Path
+) -> None:
+    make_trainer(make_pipeline(), tmp_path, max_steps=2, save_steps=1).train()
+    checkpoints = tmp_path / "checkpoints"
+    (checkpoints / "step-000002").rename(checkpoints / ".replaced-step-000002")
+    make_trainer(make_pipeline(), tmp_path, max_steps=2, save_steps=1, resume="auto").train()
+    assert sorted(each.name for each in checkpoints.iterdir()) == ["step-000001", "step-000002"]
+    make_trainer(make_pipeline(), tmp_path, max_steps=3, save_steps=1, resume="auto").train()
+    ours, theirs = (load_file(each / "final" / "transformer.safetensors") for each in (tmp_path, straight))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_folder_that_vanishes_is_told_and_what_was_saved_is_whole(
+    make_pipeline: MakePipeline, tmp_path: Path
+) -> None:
+    calls = 0
+
+    def moves(images: Tensor, conditions: list) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            (tmp_path / "run").rename(tmp_path / "elsewhere")
+        return redness(images, conditions)
+
+    trainer = make_trainer(make_pipeline(), tmp_path / "run", moves, max_steps=5, save_steps=1)
+    with pytest.raises(FileNotFoundError) as caught:
+        trainer.train()
+    assert str(caught.value.filename).endswith("metrics.jsonl")
+    *_, newest = list_checkpoints(tmp_path / "elsewhere" / "checkpoints")
+    assert newest.name == "step-000002" and find_damage(newest) is None
 
 
 def test_a_removal_that_is_cut_short_leaves_nothing_that_looks_whole(

@@ -79,7 +79,13 @@ def fail_together() -> Iterator[None]:
         yield
     except (NextscaleError, OSError) as caught:
         error = caught
-    sent = OSError(error.errno, error.strerror, error.filename) if isinstance(error, OSError) else error
-    first = next((each for each in gather_object([sent]) if each is not None), None)
+    first = next((each for each in gather_object([_plain(error)]) if each is not None), None)
     if first is not None:
         raise first from error
+
+
+def _plain(error: NextscaleError | OSError | None) -> NextscaleError | OSError | None:
+    """An error that another process can be sent, whatever a library's own holds."""
+    if not isinstance(error, OSError):
+        return error
+    return OSError(error.errno, error.strerror, error.filename) if error.strerror else OSError(str(error))

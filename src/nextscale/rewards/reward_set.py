@@ -114,6 +114,7 @@ class RewardSet:
         timeouts = {name: seconds for name, seconds in self.timeouts.items() if name in needed}
         return RewardSet(needed, self.weights, self.constraints, timeouts=timeouts)
 
+    @settings_kept()
     @torch.no_grad()
     def scores(self, images: Tensor, conditions: Sequence[Condition]) -> dict[str, Tensor]:
         """Each reward's own scores, (B,) float32 on the CPU, unweighted; of a `GroupReward` its features,
@@ -128,25 +129,24 @@ class RewardSet:
         Raises:
             RewardError: a reward raised, timed out, or returned anything but one number for each image.
         """
+        begun = {
+            name: begin(reward, images, conditions)
+            for name, reward in self.rewards.items()
+            if is_async(reward)
+        }
         scores: dict[str, Tensor] = {}
-        with settings_kept():
-            begun = {
-                name: begin(reward, images, conditions)
-                for name, reward in self.rewards.items()
-                if is_async(reward)
-            }
-            try:
-                for name in sorted(self.rewards, key=lambda name: name in begun):  # async ones last
-                    reward, timeout = self.rewards[name], self.timeouts.get(name)
-                    if isinstance(reward, GroupReward):
-                        answer = ask(name, reward.features, images, conditions, timeout)
-                        scores[name] = check_features(name, answer, len(images))
-                    else:
-                        answer = ask(name, reward, images, conditions, timeout, begun.get(name))
-                        scores[name] = check_answer(name, answer, images)
-            finally:
-                for future in begun.values():
-                    future.cancel()  # those still running, when one has failed
+        try:
+            for name in sorted(self.rewards, key=lambda name: name in begun):  # async ones last
+                reward, timeout = self.rewards[name], self.timeouts.get(name)
+                if isinstance(reward, GroupReward):
+                    answer = ask(name, reward.features, images, conditions, timeout)
+                    scores[name] = check_features(name, answer, len(images))
+                else:
+                    answer = ask(name, reward, images, conditions, timeout, begun.get(name))
+                    scores[name] = check_answer(name, answer, images)
+        finally:
+            for future in begun.values():
+                future.cancel()  # those still running, when one has failed
         return {name: scores[name] for name in self.rewards}
 
     def of_groups(

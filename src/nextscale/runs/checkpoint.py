@@ -231,6 +231,8 @@ def tidy_checkpoints(folder: Path, step: int, limit: int) -> None:
         step: that of the whole one. Later ones, of before the run went on from an earlier one, stay.
     """
     kept = folder / step_name(step)
+    if (former := folder / f"{REPLACED}{kept.name}").is_dir() and not kept.exists():
+        former.rename(kept)
     for old in [each for number, each in by_step(folder).items() if number <= step][:-limit]:
         discard_folder(old)
     if kept.is_dir():
