@@ -290,8 +290,8 @@ class GRPOTrainer:
                 signal_number,
             )
         check_finite(self.pipe.transformer)
-        self.learner.release(self.folder.final / "adapter" if process.is_main_process else None)
         with fail_together():
+            self.learner.release(self.folder.final / "adapter" if process.is_main_process else None)
             if process.is_main_process:
                 self.pipe.save_pretrained(self.folder.final)
                 write_model_card(self.folder.final, self.folder.path, sampling=self.sampling)
