@@ -1,32 +1,77 @@
-"""Run under torchrun by test_processes.py: the last process alone gets a signal in its second step."""
+"""Run under torchrun by test_processes.py: runs that one process alone is stopped in. Each process writes
+what stopped it."""
 
+import errno
+import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from torch import Tensor
 
 from conftest import random_pipeline
+from nextscale.base.errors import RewardError
 from nextscale.base.interrupt import Interrupted
+from nextscale.runs import checkpoint
 from test_trainer import make_trainer, redness
 
-folder, number = Path(sys.argv[1]), int(sys.argv[2])
-calls = 0
+folder = Path(sys.argv[1])
+save_tensors = checkpoint.save_tensors
 
 
-def interrupts(images: Tensor, conditions: list) -> Tensor:
-    global calls
-    calls += 1
-    if calls == 2 and PartialState().is_last_process:
-        signal.raise_signal(number)
+def interrupts(number: int) -> Callable[..., Tensor]:
+    """A reward in whose second step the last process gets a signal."""
+    calls = 0
+
+    def reward(images: Tensor, conditions: list) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2 and PartialState().is_last_process:
+            signal.raise_signal(number)
+        return redness(images, conditions)
+
+    return reward
+
+
+def fails_in_one(images: Tensor, conditions: list) -> Tensor:
+    if PartialState().is_last_process:
+        raise KeyError("one")
     return redness(images, conditions)
 
 
-trainer = make_trainer(random_pipeline(), folder / "run", interrupts, max_steps=50)
-try:
-    trainer.train()
-except Interrupted as stopped:
-    rank = trainer.accelerator.process_index
-    (folder / f"{rank}.txt").write_text(f"{stopped.signal_number} after step {trainer.step_done}")
+def fails_in_evaluation(images: Tensor, conditions: list) -> Tensor:
+    if len(images) == 20 and PartialState().is_main_process:  # of a step, each process has 8
+        raise KeyError("evaluation")
+    return redness(images, conditions)
+
+
+def full(tensors: Any, path: Path) -> None:
+    """In the second save the disk of the first process is full."""
+    if path.name == "optimizer.safetensors" and "full/checkpoints/.writing-step-000002" in str(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    save_tensors(tensors, path)
+
+
+checkpoint.save_tensors = full
+cases: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
+    each.name: (interrupts(each), {"max_steps": 50})
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+}
+cases["fails_in_one"] = fails_in_one, {}
+cases["fails_in_evaluation"] = fails_in_evaluation, {"eval_steps": 1, "eval_num_images": 40}
+cases["full"] = redness, {"save_steps": 1}
+for name, (reward, options) in cases.items():
+    trainer, told = make_trainer(random_pipeline(), folder / name, reward, **options), "nothing"
+    try:
+        trainer.train()
+    except Interrupted as stopped:
+        told = f"{stopped.signal_number} after step {trainer.step_done}"
+    except RewardError as error:
+        told = str(error)
+    except OSError as error:
+        told = f"{error.strerror} in {Path(error.filename).name}"
+    (folder / f"{name}-{trainer.accelerator.process_index}.txt").write_text(told)
 PartialState().destroy_process_group()

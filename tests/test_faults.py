@@ -184,6 +184,19 @@ def test_one_keystroke_counts_once_and_the_second_ends_at_once(monkeypatch: pyte
     assert ended == [signal.SIG_DFL, signal.SIGINT]
 
 
+@pytest.mark.parametrize(("ignored", "requested"), [("SIGHUP", 0), ("SIGINT", signal.SIGINT)])
+def test_under_nohup_a_terminal_may_close(ignored: str, requested: int) -> None:
+    """A job in the background of a script ignores Ctrl-C as well, yet may be asked to stop by its signal."""
+    number = signal.Signals[ignored]
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopOnSignal() as stop:
+            signal.raise_signal(number)
+        assert stop.requested == requested and signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
 def test_a_finished_run_says_so(
     make_pipeline: MakePipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -93,29 +93,37 @@ def test_any_number_of_processes_equals_one(make_pipeline: Callable[[], VARPipel
         assert largest_difference(dict(pipe.transformer.named_parameters()), two["resumed"]) < 1e-5, name
 
 
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two processes were stopped in several ways. Shared: not to be changed."""
+    folder = tmp_path_factory.mktemp("stopped")
+    run(2, "stopped.py", str(folder))
+    return folder
+
+
+def told(folder: Path, name: str) -> str:
+    """What stopped both processes."""
+    first, second = [(folder / f"{name}-{rank}.txt").read_text() for rank in range(2)]
+    assert first == second
+    return first
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path: Path, sent: signal.Signals) -> None:
-    run(2, "stopped.py", str(tmp_path), str(int(sent)))
-    first, second = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
-    assert first == second == f"{int(sent)} after step 2"
-    assert [each.name for each in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
+def test_a_signal_to_one_process_stops_both_at_the_same_step(stopped: Path, sent: signal.Signals) -> None:
+    assert told(stopped, sent.name) == f"{int(sent)} after step 2"
+    assert [each.name for each in (stopped / sent.name / "checkpoints").iterdir()] == ["step-000002"]
 
 
-def test_a_reward_that_fails_in_one_process_stops_both(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "key"), [("fails_in_one", "one"), ("fails_in_evaluation", "evaluation")])
+def test_a_reward_that_fails_in_one_process_stops_both(stopped: Path, name: str, key: str) -> None:
     """After a checkpoint, which both have to write."""
-    run(2, "bad_reward.py", str(tmp_path))
-    for name, key in (("fails_in_one", "one"), ("fails_in_evaluation", "evaluation")):
-        first, second = [(tmp_path / f"{name}-{rank}.txt").read_text() for rank in range(2)]
-        assert first == second
-        assert first.startswith(f"reward '{name}' raised KeyError: '{key}' (")
-        assert (tmp_path / name / "checkpoints" / "step-000000").is_dir()
+    assert told(stopped, name).startswith(f"reward '{name}' raised KeyError: '{key}' (")
+    assert (stopped / name / "checkpoints" / "step-000000").is_dir()
 
 
-def test_a_full_disk_of_one_process_stops_both(tmp_path: Path) -> None:
-    run(2, "full_disk.py", str(tmp_path))
-    first, second = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
-    assert first == second == "No space left on device in optimizer.safetensors"
-    checkpoints = {each.name for each in (tmp_path / "run" / "checkpoints").iterdir()}
+def test_a_full_disk_of_one_process_stops_both(stopped: Path) -> None:
+    assert told(stopped, "full") == "No space left on device in optimizer.safetensors"
+    checkpoints = {each.name for each in (stopped / "full" / "checkpoints").iterdir()}
     assert checkpoints == {"step-000001", ".writing-step-000002"}  # the next save removes what is left
 
 

@@ -37,7 +37,7 @@ class StopOnSignal:
         self._previous: dict[int, Any] = {}
         with contextlib.suppress(ValueError):  # not in the main thread: the signals are not ours to take
             for each in SIGNALS:
-                if signal.getsignal(each) == signal.SIG_IGN:  # as `nohup` has it
+                if each.name == "SIGHUP" and signal.getsignal(each) == signal.SIG_IGN:  # as `nohup` has it
                     continue
                 self._previous[each] = signal.signal(each, self._request)
         return self
