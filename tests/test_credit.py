@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError, RewardError
-from nextscale.credit import CREDITS, Scored, find_credit, gradient_saliency, latent_of, token_mask
+from nextscale.credit import CREDITS, Scored, find_credit, gradient_saliency, token_mask
 from nextscale.models.scales import ScaleSchedule
 from nextscale.pipeline import Drawn, VARPipeline
 from nextscale.policy import SamplingConfig
@@ -34,7 +34,21 @@ def credited(
     name: str, advantages: Tensor, drawn: Drawn, pipe: VARPipeline, rewards: Any, size: int
 ) -> Tensor:
     rewards = RewardSet.of(rewards)
-    return find_credit(name, rewards)(Scored(advantages, drawn, pipe.tokenizer, rewards, size))
+    found = Scored(
+        advantages=advantages,
+        rollout=drawn,
+        scores={},
+        tokenizer=pipe.tokenizer,
+        rewards=rewards,
+        coefficients={},
+        aggregation="sum_then_normalize",
+        batch_size=size,
+    )
+    return find_credit(name, rewards)(found)
+
+
+def latent_of(pipe: VARPipeline, tokens: Tensor) -> Tensor:
+    return pipe.tokenizer.codes_to_latent(pipe.tokenizer.codebook[tokens])
 
 
 def drawn_of(pipe: VARPipeline) -> Any:
@@ -43,14 +57,14 @@ def drawn_of(pipe: VARPipeline) -> Any:
 
 def test_the_latent_is_what_the_tokens_decode_from(tiny_pipeline: VARPipeline) -> None:
     drawn = drawn_of(tiny_pipeline)
-    latent = latent_of(tiny_pipeline.tokenizer, drawn.tokens)
+    latent = latent_of(tiny_pipeline, drawn.tokens)
     images = tiny_pipeline.tokenizer.latent_to_images(latent)
     torch.testing.assert_close(images, drawn.images, rtol=0, atol=1e-5)
 
 
 def test_the_saliency_is_the_gradient_by_finite_differences(tiny_pipeline: VARPipeline) -> None:
     tokenizer, drawn = tiny_pipeline.tokenizer, drawn_of(tiny_pipeline)
-    latent = latent_of(tokenizer, drawn.tokens[:1])
+    latent = latent_of(tiny_pipeline, drawn.tokens[:1])
     given = {"corner": corner}, {"corner": 2.0}
     saliency = gradient_saliency(tokenizer, latent, drawn.conditions[:1], *given)
     h, w = saliency.shape[1:]
@@ -90,7 +104,7 @@ def test_the_advantage_goes_to_where_the_reward_looks() -> None:
 def test_the_networks_that_score_have_a_gradient() -> None:
     pipe = VARPipeline.from_pretrained("toy")
     drawn = drawn_of(pipe)
-    latent = latent_of(pipe.tokenizer, drawn.tokens)
+    latent = latent_of(pipe, drawn.tokens)
     for reward in (ClipScore("a photo of a {label}", clip="toy"), Aesthetic("toy", clip="toy")):
         found = gradient_saliency(pipe.tokenizer, latent, drawn.conditions, {"a": reward}, {"a": 1.0})
         assert found.shape == (4, 8, 8) and (found.sum((1, 2)) > 0).all()

@@ -23,6 +23,7 @@ FLOORS = (
         "tuning",
         "optimizer",
         "rollout",
+        "contributions",
         "credit",
         "evaluation",
         "measured",

@@ -68,9 +68,9 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "freeze": (redness, {"freeze": ("blocks.0", "class_emb"), "ema_decay": 0.5, "save_steps": 3}),
     # What looks at a group as a whole, wherever a share cuts it: or at images of one start.
-    "various": ({"red": redness, "various": Diversity("pixels")}, {"advantage_baseline": "leave_one_out"}),
+    "various": ({"red": redness, "various": Diversity("pixels")}, {"credit": "contribution"}),
     "branched": (pair, {"branch_scale": 2, "branch_schedule": "in_turn", "credit": "gradient"}),
-    "conditional": (pair, {"trained_branches": "conditional"}),
+    "conditional": (pair, {"trained_branches": "conditional", "advantage_baseline": "leave_one_out"}),
     "moving": (pair, {"sync_ref_model": True, "ref_model_sync_steps": 2, "beta": 0.5, "target_kl": 0.01}),
     "costly": (pair, {"kl_in_reward": True, "beta": 0.5, "train_scales": 3, "temperature": 1.5}),
     "best": (redness, {"save_best": "eval_reward", "eval_steps": 3, "eval_num_images": 16}),

@@ -108,6 +108,35 @@ def add_constraints(
     return advantages_NG
 
 
+def spread_within_groups(rewards_NG: Tensor) -> float:
+    """How much rewards vary within groups: the root mean square of the groups' deviations."""
+    return float(deviation(rewards_NG).square().mean().sqrt())
+
+
+def weights_in_advantage(
+    scores: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    coefficients: Mapping[str, float],
+    aggregation: Aggregation,
+) -> dict[str, float]:
+    """What a unit of each reward adds to an image's advantage in `step_advantages`, if all groups vary alike;
+    0 for a reward that does not vary.
+
+    Args:
+        scores, weights, coefficients: as there.
+    """
+
+    def inverse(rewards_NG: Tensor) -> float:
+        spread = spread_within_groups(rewards_NG)
+        return 1 / spread if spread > 0 else 0.0
+
+    units = {name: inverse(scores[name]) for name in {**weights, **coefficients}}
+    if aggregation == "sum_then_normalize":
+        total_NG = torch.stack([weight * scores[name] for name, weight in weights.items()]).sum(0)
+        units |= dict.fromkeys(weights, inverse(total_NG))
+    return {name: each * units[name] for name, each in {**weights, **coefficients}.items()}
+
+
 def step_advantages(
     scores: Mapping[str, Tensor],
     weights: Mapping[str, float],

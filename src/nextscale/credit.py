@@ -1,9 +1,12 @@
-"""Credit masks: which tokens of an image its advantage is given to, by where in the image the reward looks.
+"""Credit: which tokens of an image its advantage is given to.
 
-Shapes: B images · S scales · L tokens of all scales · D codebook width · h w the full latent grid
+By a mask of where in the image the rewards look, or each token by its own contribution to the rewards.
+
+Shapes: B images · N groups · G images of one group · S scales · L tokens of all scales · D codebook width · h
+w the full latent grid
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nextscale.advantages import spread_within_groups, weights_in_advantage
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError, RewardError, in_words
+from nextscale.base.processes import fail_together, my_share
 from nextscale.base.records import did_you_mean
+from nextscale.base.statistics import centred
+from nextscale.contributions import Groups, code_slopes, of_equal_size
+from nextscale.grpo import Aggregation
 from nextscale.models.protocol import Tokenizer
 from nextscale.models.scales import ScaleSchedule
 from nextscale.objective import per_token
@@ -24,6 +32,7 @@ from nextscale.rewards.groups import GroupReward
 from nextscale.rewards.protocol import Reward
 from nextscale.rewards.python import load_function
 from nextscale.rewards.reward_set import RewardSet
+from nextscale.rollout import Rollout
 
 
 @dataclass(frozen=True)
@@ -32,21 +41,33 @@ class Scored:
 
     Attributes:
         advantages: of the B images: (B,), (B, S) or (B, L).
-        drawn: the images.
+        rollout: this process's images.
+        scores: of the images of all processes, (N, G).
         tokenizer: of their tokens.
         rewards: what they were scored by.
+        coefficients: the multipliers of the constrained rewards.
+        aggregation: of several rewards.
         batch_size: images to compute at once.
     """
 
     advantages: Tensor
-    drawn: Drawn
+    rollout: Rollout
+    scores: Mapping[str, Tensor]
     tokenizer: Tokenizer
     rewards: RewardSet
+    coefficients: Mapping[str, float]
+    aggregation: Aggregation
     batch_size: int
+
+    def parts(self) -> Iterator[slice]:
+        """The images to compute at once, part by part."""
+        num = len(self.rollout.images)
+        for start in range(0, num, self.batch_size):
+            yield slice(start, min(start + self.batch_size, num))
 
 
 Credit = Callable[[Scored], Tensor]
-"""Returns advantages of images (B,), scales (B, S) or tokens (B, L)."""
+"""Returns advantages of images (B,), scales (B, S) or tokens (B, L). All processes call it."""
 
 
 def to_all_alike(scored: Scored) -> Tensor:
@@ -59,11 +80,51 @@ def by_gradient(scored: Scored) -> Tensor:
     trained = {name: scored.rewards.rewards[name] for name in scored.rewards.weights}
 
     def saliency(drawn: Drawn, part: slice) -> Tensor:
-        latent_BDhw = latent_of(scored.tokenizer, drawn.tokens[part])
+        codes_BLD = scored.tokenizer.codebook[drawn.tokens[part]]
+        latent_BDhw = scored.tokenizer.codes_to_latent(codes_BLD)
         given = scored.tokenizer, latent_BDhw, drawn.conditions[part], trained, scored.rewards.weights
         return gradient_saliency(*given)
 
     return masked_advantages(scored, saliency)
+
+
+def by_contribution(scored: Scored) -> Tensor:
+    """(B, L) advantages of tokens: what each contributed to the rewards, in place of its image's advantage.
+    A reward without a gradient counts by the image's advantage, as ever.
+
+    Raises:
+        RewardError: no reward has a gradient.
+    """
+    rollout, tokenizer, scores = scored.rollout, scored.tokenizer, scored.scores
+    roles = scores, scored.rewards.weights, scored.coefficients
+    weights = {k: each for k, each in weights_in_advantage(*roles, scored.aggregation).items() if each != 0}
+    num_groups, group_size = next(iter(scores.values())).shape
+    share = my_share(num_groups * group_size)
+    groups = Groups.of(rollout, scored.rewards, group_size, share)
+
+    asked = {name: each for name in weights if may_have_gradient(each := scored.rewards.rewards[name])}
+    found, parts = set[str](), []
+    with fail_together():
+        for part in scored.parts():
+            codes_BLD = tokenizer.codebook[rollout.tokens[part]]
+            given = codes_BLD, rollout.conditions[part], asked, weights, groups, part
+            slopes_BLD, found = code_slopes(tokenizer, *given)
+            surprise_BLD = codes_BLD.float() - rollout.expected_codes[part]
+            parts.append((slopes_BLD * surprise_BLD).sum(-1))
+        if asked and not found:
+            raise RewardError(_none_with_gradient(asked))
+
+    # As large as the advantages of the same rewards would be, next to those of the others.
+    def sum_of(names: Iterable[str]) -> Tensor:
+        return sum((weights[name] * scores[name] for name in names), torch.zeros(num_groups, group_size))
+
+    mine = slice(share.start, share.stop)
+    is_scored_B1 = ~sum_of(weights).flatten()[mine, None].isnan()
+    size = spread_within_groups(sum_of(found))
+    values_BL = torch.cat(parts)
+    values_BL = of_equal_size(values_BL * is_scored_B1.to(values_BL), tokenizer.schedule, size)
+    rest_B1 = centred(sum_of(weights.keys() - found)).flatten()[mine, None]
+    return values_BL + (rest_B1 * is_scored_B1).to(values_BL)
 
 
 def by_function(reference: str) -> Credit:
@@ -95,7 +156,11 @@ def by_function(reference: str) -> Credit:
     return lambda scored: masked_advantages(scored, saliency)
 
 
-CREDITS: dict[str, Credit] = {"none": to_all_alike, "gradient": by_gradient}
+CREDITS: dict[str, Credit] = {
+    "none": to_all_alike,
+    "gradient": by_gradient,
+    "contribution": by_contribution,
+}
 """Name, as `GRPOConfig.credit` has it, to a way to give credit."""
 
 
@@ -116,9 +181,18 @@ def find_credit(name: str, rewards: RewardSet) -> Credit:
             raise ConfigError("grpo.credit gradient needs a reward of single images: give one, or remove it")
         for each in single:
             reward = rewards.rewards[each]
-            if is_async(reward) or not getattr(reward, "has_gradient", True):
+            if not may_have_gradient(reward):
                 raise ConfigError(_without_gradient(each))
+    if name == "contribution":
+        trained = {each: rewards.rewards[each] for each in (*rewards.weights, *rewards.constraints)}
+        if not any(may_have_gradient(each) for each in trained.values()):
+            raise ConfigError(_none_with_gradient(trained))
     return CREDITS[name]
+
+
+def may_have_gradient(reward: Reward) -> bool:
+    """Whether a reward may have a gradient with respect to the image: of a function, the answer tells."""
+    return not is_async(reward) and bool(getattr(reward, "has_gradient", True))
 
 
 def credit_source(name: str) -> dict[str, Path]:
@@ -133,22 +207,11 @@ def masked_advantages(scored: Scored, saliency: Callable[[Drawn, slice], Tensor]
     Args:
         saliency: some of the images to (b, height, width), where their credit is due.
     """
-    num = len(scored.drawn.images)
-    parts = [
-        saliency(scored.drawn, slice(start, start + scored.batch_size))
-        for start in range(0, num, scored.batch_size)
-    ]
+    with fail_together():
+        parts = [saliency(scored.rollout, part) for part in scored.parts()]
     schedule = scored.tokenizer.schedule
     mask_BL = token_mask(torch.cat(parts), schedule).to(scored.advantages)
     return per_token(scored.advantages, schedule) * mask_BL
-
-
-def latent_of(tokenizer: Tokenizer, tokens_BL: Tensor) -> Tensor:
-    """(B, D, h, w) the latent that the tokens of all scales add up to."""
-    latent_BDhw = tokenizer.empty_latent(len(tokens_BL)).to(tokens_BL.device)
-    for k, part in enumerate(tokenizer.schedule.slices):
-        latent_BDhw = tokenizer.add_scale(latent_BDhw, tokens_BL[:, part], k)
-    return latent_BDhw
 
 
 def gradient_saliency(
@@ -195,4 +258,11 @@ def _without_gradient(name: str) -> str:
     return (
         f"reward '{name}' has no gradient with respect to the image, which grpo.credit gradient needs: give "
         "a function for grpo.credit, or remove it"
+    )
+
+
+def _none_with_gradient(names: Iterable[str]) -> str:
+    return (
+        f"none of the rewards {', '.join(names)} has a gradient with respect to the image, which grpo.credit "
+        "contribution needs: remove it"
     )

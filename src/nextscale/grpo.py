@@ -120,7 +120,9 @@ class GRPOConfig(Record):
     credit: str = "none"
     """Which tokens an image's advantage goes to: "none" for all alike; "gradient" for those at places where
     the rewards would change most, by their gradient; or path/to/file.py:function, which maps images and
-    conditions to (B, height, width) weights of places."""
+    conditions to (B, height, width) weights of places. With "contribution" each token's advantage is its own:
+    how much it raised the rewards, by their slope in its code, against what was to be expected in its place.
+    Rewards need a gradient with respect to the image; others count by the image's advantage, as ever."""
     advantage_baseline: Baseline = "mean"
     """What an image's reward is compared with: its group's mean, or the mean of the others in its group
     (leave_one_out). The latter makes advantages G / (G - 1) times as large."""
@@ -205,6 +207,10 @@ def check_grpo(
         grpo.scale_rewards == "none" and not constraints,
         "with grpo.scale_rewards none: set that to group or batch",
     )
+    by_token = (
+        grpo.credit == "contribution",
+        "with grpo.credit contribution, where no image is compared with its group: remove that",
+    )
     lone = list(weights.values()) == [1.0], "on a single reward of weight 1: give a second reward"
     no_reference = "without a reference: set grpo.beta or grpo.measure_kl"
     no_copy = not grpo.needs_reference, no_reference
@@ -231,7 +237,10 @@ def check_grpo(
         "constraint_rate": unbound,
         "constraint_start": unbound,
         "measure_kl": kl_in_loss,
-        "advantage_epsilon": unscaled,
+        "scale_rewards": by_token,
+        "advantage_baseline": by_token,
+        "advantage_epsilon": by_token if by_token[0] else unscaled,
+        "branch_scale": by_token,
         "multi_objective_aggregation": lone,
         "reference_dtype": no_copy,
         "reference_guidance_scale": (not grpo.needs_reference, no_reference),

@@ -76,6 +76,7 @@ class Drawn:
         conditioning: the same, encoded for the model.
         tokens: (B, L) int64.
         log_probs: (B, L) float32, of each token under the sampling policy.
+        expected_codes: (B, L, D) the mean code of the distribution that each token was drawn from.
         inputs: (B, L - 1, D) teacher-forcing inputs of the tokens.
         images: (B, 3, H, W) float32 in [0, 1].
         seconds: time spent in `rollout` (sampling tokens) and `decode`.
@@ -85,6 +86,7 @@ class Drawn:
     conditioning: Conditioning
     tokens: Tensor
     log_probs: Tensor
+    expected_codes: Tensor
     inputs: Tensor
     images: Tensor
     seconds: dict[str, float]
@@ -97,6 +99,7 @@ class Drawn:
             conditioning=Conditioning.cat([each.conditioning for each in parts]),
             tokens=torch.cat([each.tokens for each in parts]),
             log_probs=torch.cat([each.log_probs for each in parts]),
+            expected_codes=torch.cat([each.expected_codes for each in parts]),
             inputs=torch.cat([each.inputs for each in parts]),
             images=torch.cat([each.images for each in parts]),
             seconds={name: sum(each.seconds[name] for each in parts) for name in parts[0].seconds},
@@ -447,6 +450,7 @@ class VARPipeline:
                 conditioning=batch,
                 tokens=samples.tokens,
                 log_probs=samples.log_probs,
+                expected_codes=samples.expected_codes,
                 inputs=samples.inputs,
                 images=images,
                 seconds=clock.seconds,

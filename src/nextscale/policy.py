@@ -8,7 +8,8 @@
 
 docs/policy.md explains what is trained when filtering removes tokens, and why.
 
-Shapes: B images · l tokens (of one scale or of all) · V codebook size · n blocks of m codes
+Shapes: B images · l tokens (of one scale or of all) · V codebook size · D codebook width · n blocks of m
+codes
 """
 
 from dataclasses import dataclass
@@ -210,6 +211,12 @@ def _first_above(cumulative_Bln: Tensor, threshold_Bl1: Tensor) -> Tensor:
 def token_log_probs(log_probs_BlV: Tensor, tokens_Bl: Tensor) -> Tensor:
     """(B, l) log-probabilities of the given tokens."""
     return log_probs_BlV.gather(-1, tokens_Bl[..., None]).squeeze(-1)
+
+
+def mean_codes(log_probs_BlV: Tensor, codebook_VD: Tensor) -> Tensor:
+    """(B, l, D) float32: the mean of each token's code, over what may be drawn."""
+    with torch.autocast(log_probs_BlV.device.type, enabled=False):
+        return log_probs_BlV.float().exp() @ codebook_VD.float()
 
 
 def exact_entropy(log_probs_BlV: Tensor, probs_BlV: Tensor | None = None) -> Tensor:

@@ -51,6 +51,7 @@ class Rollout(Drawn):
             conditioning=both.conditioning.select(here_B),
             tokens=both.tokens[here_B],
             log_probs=both.log_probs[here_B],
+            expected_codes=both.expected_codes[here_B],
             inputs=both.inputs[here_B],
             images=both.images[here_B],
             seconds=both.seconds,

@@ -19,6 +19,7 @@ from nextscale.policy import (
     SamplingConfig,
     all_branches_logits,
     draw_tokens,
+    mean_codes,
     policy_log_probs,
     token_log_probs,
 )
@@ -31,12 +32,14 @@ class Samples:
     Attributes:
         tokens: (B, L) int64.
         log_probs: (B, L) float32, of each token under the policy.
+        expected_codes: (B, L, D) the mean code of the distribution that each token was drawn from.
         inputs: (B, L - 1, D), the transformer's inputs, which teacher forcing needs again.
         latent: (B, D, h, w), ready for `Tokenizer.latent_to_images`.
     """
 
     tokens: Tensor
     log_probs: Tensor
+    expected_codes: Tensor
     inputs: Tensor
     latent: Tensor
 
@@ -119,7 +122,7 @@ def sample(
     conditioning = all_branches(conditioning, of_scale)
     ramp = Ramp.of(config, schedule, uniforms_BL.device)
     latent_BDhw = tokenizer.empty_latent(len(uniforms_BL))
-    tokens, log_probs, is_nan = [], [], []
+    tokens, log_probs, expected_codes, is_nan = [], [], [], []
     inputs = [
         latent_BDhw.new_zeros(len(uniforms_BL), 0, latent_BDhw.shape[1])
     ]  # the first scale sees no input
@@ -130,8 +133,8 @@ def sample(
             conditioning, uniforms_BL = all_branches(of_images, of_scale), uniforms_of_images_BL
             rows = torch.cat([index_B, index_B + num_prefixes]) if of_scale.is_guided else index_B
             cache, latent_BDhw = cache.select(rows), latent_BDhw[index_B]
-            tokens, log_probs, inputs = (
-                [each[index_B] for each in done] for done in (tokens, log_probs, inputs)
+            tokens, log_probs, expected_codes, inputs = (
+                [each[index_B] for each in done] for done in (tokens, log_probs, expected_codes, inputs)
             )
         if of_scale.is_guided and k == config.guidance_stop:
             of_scale, num_images = config.replace(guidance_scale=0.0), len(uniforms_BL)
@@ -144,6 +147,7 @@ def sample(
         log_probs_BlV = policy_log_probs(logits_BlV, config)
         tokens_Bl = draw_tokens(log_probs_BlV, uniforms_BL[:, part])
         log_probs.append(token_log_probs(log_probs_BlV, tokens_Bl))
+        expected_codes.append(mean_codes(log_probs_BlV, tokenizer.codebook))
         tokens.append(tokens_Bl)
         latent_BDhw = tokenizer.add_scale(latent_BDhw, tokens_Bl, k)
         if on_scale is not None:
@@ -155,7 +159,13 @@ def sample(
             f"the model's logits are NaN at scale {scale}: its weights hold NaN or infinity, or training "
             "has diverged; go back to an earlier checkpoint, or lower the learning rate"
         )
-    return Samples(torch.cat(tokens, 1), torch.cat(log_probs, 1), torch.cat(inputs, 1), latent_BDhw)
+    return Samples(
+        tokens=torch.cat(tokens, 1),
+        log_probs=torch.cat(log_probs, 1),
+        expected_codes=torch.cat(expected_codes, 1),
+        inputs=torch.cat(inputs, 1),
+        latent=latent_BDhw,
+    )
 
 
 def all_branches(conditioning: Conditioning, config: SamplingConfig) -> Conditioning:

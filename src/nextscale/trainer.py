@@ -329,7 +329,10 @@ class GRPOTrainer:
         constraint_metrics = self.constraints.update(reward_metrics)
         of_all = partial(self._step_advantages, step=step)
         rollout, scores, refill_metrics = self.collector.refilled(rollout, scores, step, of_all)
-        advantages = self.credited(self.advantages(scores, step), rollout)  # (B,), (B, S) or (B, L)
+        with clock("credit"):
+            advantages = self.credited(
+                self.advantages(scores, step), rollout, scores
+            )  # (B,), (B, S) or (B, L)
         advantages = self.less_kl(advantages, rollout)
 
         # Update: num_iterations optimizer steps on the same images, each on the gradient of all of them.
@@ -405,13 +408,27 @@ class GRPOTrainer:
         coefficients = self.constraints.coefficients
         return step_advantages(scores, self.rewards.weights, coefficients, self.grpo, num_scales, step)
 
-    def credited(self, advantages: Tensor, rollout: Rollout) -> Tensor:
-        """The advantages, given to the tokens that `grpo.credit` says."""
+    def credited(self, advantages: Tensor, rollout: Rollout, scores: Mapping[str, Tensor]) -> Tensor:
+        """The advantages, given to the tokens that `grpo.credit` says.
+
+        Args:
+            advantages: of this process's images.
+            scores: of all, (N, G).
+        """
         if self.grpo.credit == "none":
             return advantages
-        size = self.run.per_device_train_batch_size  # a decoder's backward pass takes as much memory
-        with fail_together(), self.learner.autocast():
-            return self.credit(Scored(advantages, rollout, self.pipe.tokenizer, self.rewards, size))
+        scored = Scored(
+            advantages=advantages,
+            rollout=rollout,
+            scores=scores,
+            tokenizer=self.pipe.tokenizer,
+            rewards=self.rewards,
+            coefficients=self.constraints.coefficients,
+            aggregation=self.grpo.multi_objective_aggregation,
+            batch_size=self.run.per_device_train_batch_size,  # a decoder's backward pass takes as much memory
+        )
+        with self.learner.autocast():
+            return self.credit(scored)
 
     def less_kl(self, advantages: Tensor, rollout: Rollout) -> Tensor:
         """The advantages, less what each token cost in KL, where `grpo.kl_in_reward` has it there."""

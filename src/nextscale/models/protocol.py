@@ -222,8 +222,18 @@ class Tokenizer(Protocol):
 
     schedule: ScaleSchedule
 
+    @property
+    def codebook(self) -> Tensor:
+        """(V, D) the code of each token."""
+        ...
+
     def empty_latent(self, num_images: int) -> Tensor:
         """(B, D, h, w) zeros: the latent before the first scale."""
+        ...
+
+    def codes_to_latent(self, codes_BLD: Tensor) -> Tensor:
+        """(B, L, D) codes, of the codebook or any others, to the (B, D, h, w) latent that they add up to: an
+        affine function of them."""
         ...
 
     def add_scale(self, f_hat_BDhw: Tensor, tokens_Bl: Tensor, k: int) -> Tensor:

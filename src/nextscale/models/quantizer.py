@@ -73,7 +73,7 @@ class MultiScaleQuantizer(nn.Module):
 
     def add_scale(self, f_hat_BDhw: Tensor, tokens_Bl: Tensor, k: int) -> Tensor:
         """(B, D, h, w): the accumulated latent after scale k, f_hat + phi(upsample(embed(tokens)))."""
-        return f_hat_BDhw + self._spread(tokens_Bl, k)
+        return f_hat_BDhw + self._spread(self.embedding(tokens_Bl), k)
 
     def next_inputs(self, f_hat_BDhw: Tensor, k: int) -> Tensor:
         """(B, l, D): the accumulated latent downsampled to the grid of scale k, the transformer's input."""
@@ -82,9 +82,14 @@ class MultiScaleQuantizer(nn.Module):
 
     def tokens_to_latent(self, tokens_BL: Tensor) -> Tensor:
         """(B, L) tokens to the (B, D, h, w) latent that the decoder takes."""
-        f_hat_BDhw = self.empty_latent(len(tokens_BL))
+        return self.codes_to_latent(self.embedding(tokens_BL))
+
+    def codes_to_latent(self, codes_BLD: Tensor) -> Tensor:
+        """(B, L, D) codes, of the codebook or any others, to the (B, D, h, w) latent that they add up to: an
+        affine function, whatever the scales."""
+        f_hat_BDhw = self.empty_latent(len(codes_BLD))
         for k, part in enumerate(self.schedule.slices):
-            f_hat_BDhw = self.add_scale(f_hat_BDhw, tokens_BL[:, part], k)
+            f_hat_BDhw = f_hat_BDhw + self._spread(codes_BLD[:, part], k)
         return f_hat_BDhw
 
     def tokens_to_inputs(self, tokens_BL: Tensor) -> Tensor:
@@ -103,7 +108,7 @@ class MultiScaleQuantizer(nn.Module):
         rest_BDhw, tokens = f_BDhw, []
         for k in range(self.schedule.num_scales):
             tokens_Bl = self._nearest(rest_BDhw, k)
-            rest_BDhw = rest_BDhw - self._spread(tokens_Bl, k)
+            rest_BDhw = rest_BDhw - self._spread(self.embedding(tokens_Bl), k)
             tokens.append(tokens_Bl)
         return torch.cat(tokens, dim=1)
 
@@ -137,10 +142,10 @@ class MultiScaleQuantizer(nn.Module):
         distance_NV = torch.addmm(distance_NV, z_ND, e_VD.T, alpha=-2)
         return rearrange(distance_NV.argmin(1), "(B l) -> B l", l=size * size)
 
-    def _spread(self, tokens_Bl: Tensor, k: int) -> Tensor:
-        """(B, D, h, w): what the tokens of scale k add to the latent."""
+    def _spread(self, codes_BlD: Tensor, k: int) -> Tensor:
+        """(B, D, h, w): what the codes of scale k add to the latent."""
         size, full = self.schedule.sizes[k], self.schedule.sizes[-1]
-        h_BDhw = rearrange(self.embedding(tokens_Bl), "B (h w) D -> B D h w", h=size)
+        h_BDhw = rearrange(codes_BlD, "B (h w) D -> B D h w", h=size)
         if k != self.schedule.num_scales - 1:
             h_BDhw = F.interpolate(h_BDhw, (full, full), mode="bicubic")
         return self.quant_resi(h_BDhw, k, self.schedule.num_scales)

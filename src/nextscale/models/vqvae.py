@@ -235,6 +235,15 @@ class VQVAE(nn.Module):
         images = self.decoder(self.post_quant_conv(f_hat_BDhw)).clamp(-1, 1)
         return images.float().add(1).mul(0.5).contiguous()
 
+    @property
+    def codebook(self) -> Tensor:
+        """(V, D) the code of each token."""
+        return self.quantize.embedding.weight
+
+    def codes_to_latent(self, codes_BLD: Tensor) -> Tensor:
+        """(B, L, D) codes to the (B, D, h, w) latent that they add up to."""
+        return self.quantize.codes_to_latent(codes_BLD)
+
     def empty_latent(self, num_images: int) -> Tensor:
         """(B, D, h, w) zeros: the latent before the first scale."""
         return self.quantize.empty_latent(num_images)
