@@ -25,6 +25,15 @@ OPTIONS = {
     "before": {"kl_scale_weighting": SHARED, "entropy_scale_weighting": SHARED},
     "after": {},
 }
+AS_IT_WAS = {  # toy-painting, when this was measured
+    "num_groups": 8,
+    "beta": 0.01,
+    "credit": "none",
+    "entropy_coef": 0.02,
+    "entropy_floor": 0.5,
+    "entropy_floor_rate": 0.35,
+    "multi_objective_aggregation": "normalize_then_sum",
+}
 ROWS = (
     ("KL, nats a token", "kl"),
     ("Entropy, nats a token", "entropy"),
@@ -36,8 +45,9 @@ def lines_of(name: str, seed: int) -> list[dict[str, float]]:
     """The metrics of a run, trained unless it is done."""
     folder = RUNS / f"{name}-{seed}"
     if not (folder / "final" / "config.json").exists():
-        options = {"scale_weighting": "[1, 1, 1, 1, 0, 0]"} | OPTIONS[name]
+        options = AS_IT_WAS | {"scale_weighting": "[1, 1, 1, 1, 0, 0]"} | OPTIONS[name]
         keys = {f"grpo.{key}": value for key, value in options.items()} | {
+            "rewards.diversity.weight": 0.3,
             "run.seed": seed,
             "run.max_steps": STEPS,
             "run.eval_steps": 0,

@@ -163,6 +163,9 @@ CREDITS: dict[str, Credit] = {
 }
 """Name, as `GRPOConfig.credit` has it, to a way to give credit."""
 
+WITH_SLOPES = ("gradient", "contribution")
+"""Those that go back from the rewards, through the decoder."""
+
 
 def find_credit(name: str, rewards: RewardSet) -> Credit:
     """The way to give credit of this name, or by the function that path/to/file.py:function names.

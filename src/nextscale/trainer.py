@@ -329,10 +329,8 @@ class GRPOTrainer:
         constraint_metrics = self.constraints.update(reward_metrics)
         of_all = partial(self._step_advantages, step=step)
         rollout, scores, refill_metrics = self.collector.refilled(rollout, scores, step, of_all)
-        with clock("credit"):
-            advantages = self.credited(
-                self.advantages(scores, step), rollout, scores
-            )  # (B,), (B, S) or (B, L)
+        advantages = self.advantages(scores, step)
+        advantages = self.credited(advantages, rollout, scores, clock)  # (B,), (B, S) or (B, L)
         advantages = self.less_kl(advantages, rollout)
 
         # Update: num_iterations optimizer steps on the same images, each on the gradient of all of them.
@@ -408,7 +406,9 @@ class GRPOTrainer:
         coefficients = self.constraints.coefficients
         return step_advantages(scores, self.rewards.weights, coefficients, self.grpo, num_scales, step)
 
-    def credited(self, advantages: Tensor, rollout: Rollout, scores: Mapping[str, Tensor]) -> Tensor:
+    def credited(
+        self, advantages: Tensor, rollout: Rollout, scores: Mapping[str, Tensor], clock: Clock
+    ) -> Tensor:
         """The advantages, given to the tokens that `grpo.credit` says.
 
         Args:
@@ -427,7 +427,7 @@ class GRPOTrainer:
             aggregation=self.grpo.multi_objective_aggregation,
             batch_size=self.run.per_device_train_batch_size,  # a decoder's backward pass takes as much memory
         )
-        with self.learner.autocast():
+        with clock("credit"), self.learner.autocast():
             return self.credit(scored)
 
     def less_kl(self, advantages: Tensor, rollout: Rollout) -> Tensor:

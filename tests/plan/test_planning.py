@@ -103,7 +103,7 @@ def test_memory_by_hand():
     assert plan.resident["AdamW moments"] == 8 * parameters
     buffers = 8 * tokens + 4 * tokens**2 + 4 * SMALL.depth * SMALL.width
     assert plan.resident["weights"] == plan.resident["reference"] == 4 * parameters + buffers
-    assert plan.resident["scored images"] == images * (3 * 8 * 8 * 4 + tokens * (8 + 4 + 8 * 4))
+    assert plan.resident["scored images"] == images * (3 * 8 * 8 * 4 + tokens * (8 + 4 + 2 * 8 * 4))
     assert plan.cache == 2 * SMALL.depth * (2 * images) * tokens * SMALL.width * 4
     assert plan.phases["rollout"] > plan.cache
     assert plan.phases["update"] >= plan.activations > 0
@@ -411,3 +411,17 @@ def test_a_plan_as_text():
     assert sum(line.startswith("  + ") for line in lines) == 1
     assert "at 30% of the float32 peak" in lines[-2]
     assert lines[-1].startswith("run         100 steps and 5 evaluations of 512 images (")
+
+
+def test_slopes_cost_the_way_there_and_back_through_decoder_and_rewards():
+    """No weight has a gradient there, so the way back costs about as much as the way there."""
+    rewards = {"style": "openai/clip-vit-base-patch32"}
+    plain, credited = (
+        small_plan(backbones=rewards, grpo={"credit": each}) for each in ("none", "contribution")
+    )
+    assert "credit" not in plain.phases
+    once = plain.flops["decode"] + plain.flops["reward"]
+    assert credited.flops["credit"] == pytest.approx(2 * once, rel=0.1)
+    assert credited.phases["credit"] > credited.phases["decode"] + credited.phases["reward"]
+    assert credited.evaluation_seconds == plain.evaluation_seconds
+    assert credited.seconds > plain.seconds

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
@@ -92,6 +93,24 @@ class Phases:
             total = Count(total.flops + each.flops, forward_peak=max(total.peak, each.peak))
         return total
 
+    def credit(self, clips: Sequence[CLIPConfig]) -> Count:
+        """The way back from all rewards to the codes of the tokens, and the way there again."""
+        batch = self._trained_at_once
+        with without_data(as_on_gpu=self.as_on_gpu):
+            tokenizer = VQVAE(self.tokenizer).requires_grad_(False)
+            towers: list[Any] = [CLIPModel(each).vision_model.requires_grad_(False) for each in clips]
+            codes_BLD = torch.zeros(batch, self._num_tokens, self.tokenizer.codebook_width).requires_grad_()
+
+            def score() -> Tensor:
+                images = tokenizer.latent_to_images(tokenizer.codes_to_latent(codes_BLD))
+                total = images.sum()
+                for tower in towers:
+                    pixels = F.interpolate(images, [tower.config.image_size] * 2, mode="bicubic")
+                    total = total + tower(pixel_values=pixels).pooler_output.sum()
+                return total
+
+            return self._count(score, batch)
+
     def reference(self) -> Count:
         """The reference model's pass, without its head, which is part of the loss."""
         batch = self._trained_at_once
@@ -131,10 +150,11 @@ class Phases:
         return self._by_depth(run)
 
     def scored_bytes(self) -> float:
-        """Bytes of a rollout, held until the end of the step: images, tokens, log-probs and inputs."""
+        """Bytes of a rollout, held until the end of the step: images, tokens, log-probs, and
+        the inputs and expected codes."""
         float32, int64 = 4, 8
         image = 3 * self.tokenizer.image_size**2 * float32
-        token = int64 + float32 + self.tokenizer.codebook_width * float32
+        token = int64 + float32 + 2 * self.tokenizer.codebook_width * float32
         return self.num_images * (image + self._num_tokens * token)
 
     def kept_bytes(self) -> float:

@@ -14,6 +14,7 @@ from transformers import CLIPModel
 
 from nextscale.base.numbers import duration
 from nextscale.base.processes import share_of
+from nextscale.credit import WITH_SLOPES
 from nextscale.grpo import GRPOConfig
 from nextscale.models.scales import ScaleSchedule
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
@@ -31,7 +32,9 @@ UTILISATION = 0.3
 USABLE_MEMORY = 0.9
 """Fraction of a GPU's memory that a plan may use; the rest is for CUDA, cuDNN and fragmentation."""
 FLOAT32 = 4  # bytes
-WITHOUT_GRADIENTS = ("rollout", "decode", "reward")
+OF_AN_IMAGE = ("rollout", "decode", "reward")
+"""Phases that an evaluation has too."""
+WITHOUT_GRADIENTS = (*OF_AN_IMAGE, "credit")
 """Phases in which the gradients do not exist: they are freed after each optimizer step, but for those that
 DistributedDataParallel reduces in place."""
 
@@ -102,7 +105,7 @@ class Plan:
     @property
     def evaluation_seconds(self) -> float:
         """Estimated time of an evaluation, which draws and scores; judges and embeddings are not counted."""
-        drawn = sum(self.flops[name] for name in WITHOUT_GRADIENTS) / self.num_images
+        drawn = sum(self.flops[name] for name in OF_AN_IMAGE) / self.num_images
         return self.run.eval_num_images * drawn / self.rate
 
     @property
@@ -159,13 +162,16 @@ def make_plan(
 
     share = len(share_of(num_images, 0, num_gpus))  # the largest, which all wait for
     of = Phases(transformer, tokenizer, grpo, sampling, run, share, tuning, as_on_gpu)
+    scored_by = [clips[name] for name in backbones.values() if name in clips]
     counts = {
         "rollout": of.rollout(),
         "decode": of.decode(),
-        "reward": of.reward([clips[name] for name in backbones.values() if name in clips]),
+        "reward": of.reward(scored_by),
         "reference": of.reference() if grpo.needs_reference else Count(),
         "update": of.update(),
     }
+    if grpo.credit in WITH_SLOPES:
+        counts["credit"] = of.credit(scored_by)
     flops = {name: each.flops * num_images / share for name, each in counts.items()}
     flops["update"] -= flops["reference"]  # which runs inside the loss, once a rollout
     flops["update"] *= grpo.num_iterations
@@ -189,11 +195,11 @@ def make_plan(
         "scored images": of.scored_bytes(),
         "kept for iterations": of.kept_bytes(),
     }
-    phases = {name: counts[name].peak for name in ("rollout", "decode", "reward", "update")}
+    phases = {name: counts[name].peak for name in (*WITHOUT_GRADIENTS, "update") if name in counts}
     if waiting:
         phases["reference"] = waiting + counts["reference"].peak
     if is_sharded:
-        for name in ("rollout", "decode", "reward"):
+        for name in OF_AN_IMAGE:
             phases[name] += FLOAT32 * weights.parameters  # gathered once for all scales and batches
         # A pass over the model holds what is in no block, and two blocks, one at work and one on its way;
         # each with its gradient.

@@ -17,7 +17,7 @@ from nextscale.base.numbers import number, percent
 from nextscale.runs.config import MAX_DRIFT
 from nextscale.runs.reader import Run
 
-PARTS: tuple[str, ...] = ("rollout", "decode", "reward", "update")
+PARTS: tuple[str, ...] = ("rollout", "decode", "reward", "credit", "update")
 DASHES = {"solid": "-", "dashed": "--", "dotted": ":", "double": "-."}
 """How the lines of a chart differ besides their colour: as CSS and as Matplotlib call it."""
 MAX_POINTS = 300  # of a curve; a longer run is averaged in equal pieces, so that the page stays small
