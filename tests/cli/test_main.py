@@ -308,7 +308,7 @@ def test_overrides_are_taken_from_the_words():
         (["plan"], "required: RECIPE"),
         (["plan", "toy-painting", "--gpu", "h100-80"], "unknown GPU 'h100-80'; did you mean 'h100-80gb'?"),
         (["plan", "toy-painting", "--num-gpus", "65"], "65 processes cannot share the 32 images of a step"),
-        (["plan", "toy-painting", "--num-gpus", "0"], "0 processes cannot share the 64 images of a step"),
+        (["plan", "toy-painting", "--num-gpus", "0"], "0 processes cannot share the 32 images of a step"),
         (["plan", "toy-painting", "--model", "var-d17"], "no model 'var-d17'"),
         (["plan", "var-d16-aesthetics"], "did you mean 'var-d16-aesthetic'?"),
         (["plan", "toy-painting", "--grpo.betta", "1"], "did you mean 'grpo.beta'?"),
