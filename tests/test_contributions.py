@@ -1,5 +1,6 @@
 """Contributions: what a token added to the rewards, against what was to be expected in its place."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from nextscale.rescoring import teacher_forced_logits
 from nextscale.rewards.diversity import Diversity
 from nextscale.rewards.jpeg import JpegCompressibility
 from nextscale.rewards.reward_set import RewardSet
+from nextscale.rewards.roles import AtLeast
 from nextscale.rollout import Rollout, collect
 from nextscale.sampling import Branches
 from test_trainer import brightness, make_trainer, redness
@@ -32,19 +34,19 @@ def rolled(pipe: VARPipeline, rewards: RewardSet, **options: Any) -> Rollout:
 
 
 def credit(
-    pipe: VARPipeline, rewards: RewardSet, rollout: Rollout, scores: Any = None, **options: Any
+    pipe: VARPipeline, rewards: RewardSet, rollout: Rollout, name: str = "contribution", **options: Any
 ) -> Tensor:
     fields: dict[str, Any] = {
         "advantages": torch.full((8,), torch.nan),  # not used
         "rollout": rollout,
-        "scores": rewards.of_groups(rollout.scores, 4) if scores is None else scores,
+        "scores": rewards.of_groups(rollout.scores, 4),
         "tokenizer": pipe.tokenizer,
         "rewards": rewards,
         "coefficients": {},
         "aggregation": "sum_then_normalize",
         "batch_size": 3,
     }
-    return find_credit("contribution", rewards)(Scored(**(fields | options)))
+    return find_credit(name, rewards)(Scored(**(fields | options)))
 
 
 @pytest.mark.parametrize(
@@ -154,6 +156,59 @@ def test_without_a_gradient_a_reward_counts_by_its_image(tiny_pipeline: VARPipel
     own = credit(pipe, alone, rolled(pipe, alone)) * scores["red"].std(1).square().mean().sqrt() / total
     by_image = (scores["bits"] - scores["bits"].mean(1, keepdim=True)).flatten() / total
     torch.testing.assert_close(found, own + by_image[:, None], rtol=1e-4, atol=1e-5)
+
+
+def test_a_slope_in_some_images_is_one_in_all(tiny_pipeline: VARPipeline) -> None:
+    """Else a reward would count twice, or differently from process to process."""
+
+    def of_some(images: Tensor, conditions: Any) -> Tensor:
+        is_last = all(each.label == 1 for each in conditions)  # of the batches of 3 the last alone
+        scores = redness(images, conditions)
+        return scores.detach() if is_last else scores
+
+    pipe, rewards = tiny_pipeline, RewardSet({"some": of_some})
+    found = credit(pipe, rewards, rolled(pipe, rewards))
+    assert found[:6].all() and not found[6:].any()
+
+
+def test_a_constraint_counts_by_its_multiplier(tiny_pipeline: VARPipeline) -> None:
+    pipe = tiny_pipeline
+    rewards = RewardSet({"red": redness, "bright": brightness}, constraints={"bright": AtLeast(0.9)})
+    rollout = rolled(pipe, rewards)
+    alone, bounded = (credit(pipe, rewards, rollout, coefficients={"bright": each}) for each in (0.0, 2.0))
+    as_sum = RewardSet({"red": redness, "bright": brightness}, {"red": 1.0, "bright": 2.0})
+    red = RewardSet({"red": redness})
+    torch.testing.assert_close(alone, credit(pipe, red, rolled(pipe, red)))
+    by_weight = credit(pipe, as_sum, rollout, aggregation="normalize_then_sum")
+    torch.testing.assert_close(bounded, by_weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["contribution", "gradient"])
+def test_a_reward_changes_no_setting_while_it_is_asked_for_its_slope(
+    tiny_pipeline: VARPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def rude(images: Tensor, conditions: Any) -> Tensor:
+        torch.set_default_dtype(torch.float64)
+        os.chdir(tmp_path)
+        return redness(images, conditions)
+
+    monkeypatch.chdir(Path.cwd())
+    rewards, before = RewardSet({"rude": rude}), Path.cwd()
+    rollout = rolled(tiny_pipeline, rewards)
+    given = {"advantages": torch.ones(8), "name": name}
+    try:
+        credit(tiny_pipeline, rewards, rollout, **given)
+        assert torch.get_default_dtype() == torch.float32 and Path.cwd() == before
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_spread_of_roundings_gives_a_reward_no_weight() -> None:
+    rounded = torch.tensor([[1.0, 1.0 + 2e-7], [1.0, 1.0]])
+    found = weights_in_advantage(
+        {"a": rounded, "b": torch.rand(2, 2)}, {"a": 1.0, "b": 1.0}, {}, "normalize_then_sum"
+    )
+    assert found["a"] == 0 and found["b"] > 0
 
 
 def test_an_image_without_a_score_teaches_nothing(tiny_pipeline: VARPipeline) -> None:

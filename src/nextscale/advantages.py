@@ -46,17 +46,26 @@ def group_advantages(
         centred_NG = centred_NG * num_N1 / (num_N1 - 1).clamp_min(1)
     if scale_rewards == "none":
         return centred_NG
-    deviation_N1 = deviation(rewards_NG)
-    # A spread of a few roundings is none: divided by it, they would be noise of full size.
-    rounding = 8 * torch.finfo(rewards_NG.dtype).eps * rewards_NG.nan_to_num().abs().max()
-    deviation_N1 = deviation_N1.masked_fill(deviation_N1 <= rounding, 0.0)
-    spreads = deviation_N1[~is_lone_NG]
-    spread = spreads.square().mean().sqrt() if len(spreads) else 0.0
-    batch_1 = deviation(rewards_NG.flatten())
-    batch_1 = batch_1.masked_fill(batch_1 <= rounding, 0.0)
-    divisor = (deviation_N1 if scale_rewards == "group" else batch_1) + epsilon * spread
+    of_all = rewards_NG if scale_rewards == "group" else rewards_NG.flatten()
+    divisor = beyond_rounding(of_all) + epsilon * spread_within_groups(rewards_NG)
     # All rewards equal, or none: 0. What overflows stays NaN: the trainer stops and says which it was.
     return torch.where(divisor == 0, 0.0, centred_NG / divisor)
+
+
+def beyond_rounding(rewards: Tensor) -> Tensor:
+    """The standard deviation along the last axis, shape (..., 1). A spread of a few roundings is none:
+    divided by it, they would be noise of full size."""
+    rounding = 8 * torch.finfo(rewards.dtype).eps * rewards.nan_to_num().abs().max()
+    found = deviation(rewards)
+    return found.masked_fill(found <= rounding, 0.0)
+
+
+def spread_within_groups(rewards_NG: Tensor) -> Tensor:
+    """() How much rewards vary within groups: the root mean square of the deviations of all groups that have
+    two scores; 0 where none has."""
+    is_lone_N = (~rewards_NG.isnan()).sum(1) < 2
+    squares_N = beyond_rounding(rewards_NG)[~is_lone_N, 0].square()
+    return squares_N.mean().sqrt() if len(squares_N) else rewards_NG.new_zeros(())
 
 
 def combined_advantages(
@@ -108,11 +117,6 @@ def add_constraints(
     return advantages_NG
 
 
-def spread_within_groups(rewards_NG: Tensor) -> float:
-    """How much rewards vary within groups: the root mean square of the groups' deviations."""
-    return float(deviation(rewards_NG).square().mean().sqrt())
-
-
 def weights_in_advantage(
     scores: Mapping[str, Tensor],
     weights: Mapping[str, float],
@@ -127,7 +131,7 @@ def weights_in_advantage(
     """
 
     def inverse(rewards_NG: Tensor) -> float:
-        spread = spread_within_groups(rewards_NG)
+        spread = float(spread_within_groups(rewards_NG))
         return 1 / spread if spread > 0 else 0.0
 
     units = {name: inverse(scores[name]) for name in {**weights, **coefficients}}

@@ -28,6 +28,7 @@ from nextscale.base.processes import gathered
 from nextscale.models.protocol import Tokenizer
 from nextscale.models.scales import ScaleSchedule
 from nextscale.rewards.asking.answers import ask
+from nextscale.rewards.asking.waiting import settings_kept
 from nextscale.rewards.groups import GroupReward
 from nextscale.rewards.protocol import Reward
 from nextscale.rewards.reward_set import RewardSet
@@ -72,6 +73,7 @@ class Groups:
         return reward.scores_of_groups(own_BGE).gather(1, place_B[:, None])[:, 0]
 
 
+@settings_kept()
 def code_slopes(
     tokenizer: Tokenizer,
     codes_BLD: Tensor,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from nextscale.advantages import spread_within_groups, weights_in_advantage
@@ -27,7 +28,7 @@ from nextscale.models.scales import ScaleSchedule
 from nextscale.objective import per_token
 from nextscale.pipeline import Drawn
 from nextscale.rewards.asking.answers import ask, user_line
-from nextscale.rewards.asking.waiting import is_async
+from nextscale.rewards.asking.waiting import is_async, settings_kept
 from nextscale.rewards.groups import GroupReward
 from nextscale.rewards.protocol import Reward
 from nextscale.rewards.python import load_function
@@ -103,16 +104,19 @@ def by_contribution(scored: Scored) -> Tensor:
     groups = Groups.of(rollout, scored.rewards, group_size, share)
 
     asked = {name: each for name in weights if may_have_gradient(each := scored.rewards.rewards[name])}
-    found, parts = set[str](), []
+    has_slope, parts = set[str](), []
     with fail_together():
         for part in scored.parts():
             codes_BLD = tokenizer.codebook[rollout.tokens[part]]
             given = codes_BLD, rollout.conditions[part], asked, weights, groups, part
-            slopes_BLD, found = code_slopes(tokenizer, *given)
+            slopes_BLD, names = code_slopes(tokenizer, *given)
+            has_slope |= names
             surprise_BLD = codes_BLD.float() - rollout.expected_codes[part]
             parts.append((slopes_BLD * surprise_BLD).sum(-1))
-        if asked and not found:
-            raise RewardError(_none_with_gradient(asked))
+    # One that has a slope in some image has one in all, if 0: all processes count it alike.
+    found = set(gather_object(sorted(has_slope)))
+    if asked and not found:
+        raise RewardError(_none_with_gradient(asked))
 
     # As large as the advantages of the same rewards would be, next to those of the others.
     def sum_of(names: Iterable[str]) -> Tensor:
@@ -120,7 +124,7 @@ def by_contribution(scored: Scored) -> Tensor:
 
     mine = slice(share.start, share.stop)
     is_scored_B1 = ~sum_of(weights).flatten()[mine, None].isnan()
-    size = spread_within_groups(sum_of(found))
+    size = float(spread_within_groups(sum_of(found)))
     values_BL = torch.cat(parts)
     values_BL = of_equal_size(values_BL * is_scored_B1.to(values_BL), tokenizer.schedule, size)
     rest_B1 = centred(sum_of(weights.keys() - found)).flatten()[mine, None]
@@ -217,6 +221,7 @@ def masked_advantages(scored: Scored, saliency: Callable[[Drawn, slice], Tensor]
     return per_token(scored.advantages, schedule) * mask_BL
 
 
+@settings_kept()
 def gradient_saliency(
     tokenizer: Tokenizer,
     latent_BDhw: Tensor,
