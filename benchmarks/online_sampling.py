@@ -224,7 +224,7 @@ def main() -> None:
         gflop = row["transformer_gflop"] + row["decode_gflop"]
         print(
             f"| {row['name']} | {row['parameters'] / 1e6:.0f}M | {row['passes']} "
-            f"| {row['transformer_seconds']:.2f} | {row['decode_seconds']:.2f} | {total:.2f} | {gflop:.0f} "
+            f"| {row['transformer_seconds']:.4f} | {row['decode_seconds']:.4f} | {total:.4f} | {gflop:.0f} "
             f"| {total / totals[0]:.1f} |"
         )
 

@@ -57,14 +57,25 @@ ROW = "| {:22} | {:>9} | {:>9} | {:>8} | {:>8} | {:>7} | {:>8} |"
 class Bench:
     """One model, its batch, and the parts of a step."""
 
-    def __init__(self, name: str, batch: int, dtype: str, device: torch.device, sampling: SamplingConfig):
+    def __init__(
+        self,
+        name: str,
+        batch: int,
+        dtype: str,
+        device: torch.device,
+        sampling: SamplingConfig,
+        update_batch: int | None = None,
+        compiled: bool = False,
+    ) -> None:
         self.name, self.batch, self.dtype, self.device, self.sampling = name, batch, dtype, device, sampling
+        self.update_batch = min(update_batch or batch, batch)
         torch.manual_seed(0)
         if name == "toy":
             self.pipe = VARPipeline.from_pretrained("toy", device=device)
         else:
             with device:
                 self.pipe = VARPipeline(VAR(SIZES[name]), VQVAE(VQVAEConfig()))
+        self.pipe.compile(compiled)
         self.clip_config = backbone_config(CLIPS[name])
         assert self.clip_config is not None
         vision: Any = self.clip_config.vision_config  # transformers types its sizes loosely
@@ -107,9 +118,12 @@ class Bench:
     def updated(self) -> None:
         """Forward, loss and backward; the gradients of an update before are freed first, as in training."""
         self.adamw.zero_grad(set_to_none=True)
-        with self.autocast():
-            new_BL = log_probs(self.pipe, self.conditioning, self.samples.tokens, self.sampling)
-        (-(new_BL - self.samples.log_probs).exp().mean()).backward()
+        for at in range(0, self.batch, self.update_batch):
+            part = slice(at, at + self.update_batch)
+            of_part = self.conditioning.select(part), self.samples.tokens[part], self.sampling
+            with self.autocast():
+                new_BL = log_probs(self.pipe, *of_part)
+            (-(new_BL - self.samples.log_probs[part]).exp().mean()).backward()
 
     def stepped(self) -> None:
         self.adamw.step()
@@ -199,7 +213,8 @@ def measure(bench: Bench, repeats: int) -> list[dict[str, Any]]:
     for record in records:
         record["images_per_second"] = bench.batch / record["seconds"]
         record["share_of_bound"] = record["flops"] / record["seconds"] / (sum(rates) / 2)
-        record |= {"dtype": bench.dtype, "batch": bench.batch, "matmul_rates": rates}
+        record |= {"dtype": bench.dtype, "batch": bench.batch, "update_batch": bench.update_batch}
+        record["matmul_rates"] = rates
     return records
 
 
@@ -210,7 +225,7 @@ def show(bench: Bench, records: list[dict[str, Any]]) -> None:
     print(ROW.format(*7 * ["---"]))
     for each in records:
         seconds, peak = each["seconds"], each["peak_bytes"]
-        cells = [each["part"], f"{seconds:.3f}", f"{seconds / bench.batch:.3f}"]
+        cells = [each["part"], f"{seconds:.3f}", f"{seconds / bench.batch:.4f}"]
         cells += [f"{each['images_per_second']:.2f}", f"{each['flops'] / seconds / 1e9:.0f}"]
         cells += [f"{each['share_of_bound']:.0%}", "-" if peak is None else f"{peak / 1e9:.1f}"]
         print(ROW.format(*cells))
@@ -253,7 +268,8 @@ def compare(path: Path, bench: Bench, repeats: int) -> list[dict[str, Any]]:
     """
     vae, var = load_peer(path, bench)
     ours, config, device = bench.pipe, bench.sampling, bench.device
-    labels, tokens, inputs = bench.conditioning["labels"], bench.samples.tokens, bench.samples.inputs
+    learned = bench.conditioning.select(slice(bench.update_batch))
+    tokens, inputs = (each[: bench.update_batch] for each in (bench.samples.tokens, bench.samples.inputs))
     latent = bench.samples.latent
     top_p = config.top_p if config.top_p < 1 else 0.0
 
@@ -265,7 +281,12 @@ def compare(path: Path, bench: Bench, repeats: int) -> list[dict[str, Any]]:
     def their_draw() -> None:
         with bench.autocast():
             var.autoregressive_infer_cfg(
-                bench.batch, labels, g_seed=0, cfg=config.guidance_scale, top_k=config.top_k, top_p=top_p
+                bench.batch,
+                bench.conditioning["labels"],
+                g_seed=0,
+                cfg=config.guidance_scale,
+                top_k=config.top_k,
+                top_p=top_p,
             )
 
     def decode() -> None:
@@ -286,8 +307,8 @@ def compare(path: Path, bench: Bench, repeats: int) -> list[dict[str, Any]]:
         "sampling with decode": (their_draw, draw),
         "decode": (their_decode, decode),
         "forward, backward": (
-            lambda: backward(var, lambda: var(labels, inputs)),
-            lambda: backward(ours.transformer, lambda: ours.transformer(bench.conditioning, inputs)),
+            lambda: backward(var, lambda: var(learned["labels"], inputs)),
+            lambda: backward(ours.transformer, lambda: ours.transformer(learned, inputs)),
         ),
     }
     records = []
@@ -296,8 +317,9 @@ def compare(path: Path, bench: Bench, repeats: int) -> list[dict[str, Any]]:
     for name, (theirs_run, ours_run) in pairs.items():
         theirs_run(), ours_run()
         times = [(timed(theirs_run, device), timed(ours_run, device)) for _ in range(repeats)]
-        theirs, own = (median(each) / bench.batch for each in zip(*times, strict=True))
-        print(f"| {name} | {theirs:.3f} | {own:.3f} | {theirs / own:.2f}x |", flush=True)
+        num_images = bench.update_batch if name == "forward, backward" else bench.batch
+        theirs, own = (median(each) / num_images for each in zip(*times, strict=True))
+        print(f"| {name} | {theirs:.4f} | {own:.4f} | {theirs / own:.2f}x |", flush=True)
         records.append(
             {"work": name, "dtype": bench.dtype, "public": theirs, "ours": own, "ratio": theirs / own}
         )
@@ -343,7 +365,9 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32", "bf16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=2, help="images at once")
+    parser.add_argument("--update-batch", type=int, help="images per backward pass; by default all")
     parser.add_argument("--fill", action="store_true", help="on a GPU: as many images as fit")
+    parser.add_argument("--compile", action="store_true", help="ours with run.torch_compile")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--guidance-scale", type=float, default=1.5)
     parser.add_argument("--top-k", type=int, default=0)
@@ -365,12 +389,20 @@ def main() -> None:
     CLOCK[0] = time.process_time if given.cpu_time else time.perf_counter
     sampling = SamplingConfig(guidance_scale=given.guidance_scale, top_k=given.top_k, top_p=given.top_p)
     result: dict[str, Any] = environment(device, sys.argv)
-    result |= {"model": given.model, "clock": "cpu" if given.cpu_time else "wall", "parts": [], "peer": []}
+    result |= {
+        "model": given.model,
+        "compiled": given.compile,
+        "clock": "cpu" if given.cpu_time else "wall",
+        "parts": [],
+        "peer": [],
+    }
 
     for dtype in given.dtype:
+        if device.type == "cuda":  # as a run does
+            torch.set_float32_matmul_precision("high" if dtype == "bf16" else "highest")
 
         def make(batch: int, dtype: str = dtype) -> Bench:
-            return Bench(given.model, batch, dtype, device, sampling)
+            return Bench(given.model, batch, dtype, device, sampling, given.update_batch, given.compile)
 
         bench = make(fill(make) if given.fill else given.batch)
         records = [] if given.only_peer else measure(bench, given.repeats)

@@ -67,6 +67,11 @@ class Learner:
         check_tuning(tuning, transformer)
         pipe.to(accelerator.device)
         transformer.gradient_checkpointing = run.gradient_checkpointing
+        pipe.compile(run.torch_compile)
+        self.uses_tf32 = run.mixed_precision == "bf16" and accelerator.device.type == "cuda"
+        if self.uses_tf32:  # for the little that is not bfloat16
+            self.precision_before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("high")
         tune(transformer, tuning, run.seed)
         self.frozen = frozen_fingerprint(transformer)
 
@@ -226,6 +231,9 @@ class Learner:
         if self.sharded is None:  # else one process alone failed, and the others would not help to gather
             self.release()
         self.pipe.transformer.gradient_checkpointing = False
+        self.pipe.compile(False)
+        if self.uses_tf32:
+            torch.set_float32_matmul_precision(self.precision_before)
 
     def _take_average(self) -> None:
         """Put the average in the weights' place, if it is what is exported; it is not kept any longer."""

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from nextscale.base.clock import Clock
+from nextscale.base.compiling import compile_parts
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import CheckpointError, ConfigError
 from nextscale.base.images import to_pil
@@ -161,6 +162,13 @@ class VARPipeline:
         except (RuntimeError, AssertionError) as error:  # torch raises either, by device and build
             reason = str(error).splitlines()[0]
             raise ConfigError(f"device '{device}' cannot be used: {reason}") from None
+        return self
+
+    def compile(self, enabled: bool = True) -> "VARPipeline":
+        """Fuse the networks' layers with torch.compile: on a GPU about a third faster once it has run for a
+        minute, and in less memory; images may differ by rounding. Returns self."""
+        compile_parts(self.transformer, enabled)
+        compile_parts(self.tokenizer, enabled)
         return self
 
     @classmethod

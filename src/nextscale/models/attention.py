@@ -84,8 +84,9 @@ class AttentionByScale(torch.autograd.Function):
         (d_out_BlHd,), (q_BlHd, k_BLHd, v_BLHd) = gradients, ctx.saved_tensors
         is_bf16_on_cpu = q_BlHd.device.type == "cpu" and q_BlHd.dtype == torch.bfloat16
         attend_backward = _attend_backward_on_cpu if is_bf16_on_cpu else _attend_backward
-        # Heads first, and each head's numbers together, as matrix products want them.
-        q, k, v, d_out = (each.transpose(1, 2).contiguous() for each in (q_BlHd, k_BLHd, v_BLHd, d_out_BlHd))
+        q, k, v, d_out = (each.transpose(1, 2) for each in (q_BlHd, k_BLHd, v_BLHd, d_out_BlHd))
+        if q.device.type == "cpu":  # each head's numbers together, as matrix products there want them
+            q, k, v, d_out = (each.contiguous() for each in (q, k, v, d_out))
         dq = torch.empty_like(q)
         # Up to S terms are added to a gradient: in float32.
         dk, dv = (torch.zeros_like(each, dtype=torch.float32) for each in (k, v))

@@ -6,6 +6,8 @@ D codebook width · h w the full latent grid
 Source: VAR (arXiv 2404.02905), algorithms 1 and 2; parameter names are those of the official checkpoints.
 """
 
+from functools import cache
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -44,6 +46,25 @@ class SharedPhi(nn.Module):
 
     def forward(self, h_BDhw: Tensor, k: int, num_scales: int) -> Tensor:
         return self.qresi_ls[self.index(k, num_scales)](h_BDhw)
+
+
+def enlarged(h_BDhw: Tensor, size: int) -> Tensor:
+    """Grids of `size` by `size`, interpolated bicubically."""
+    if not h_BDhw.is_cuda:
+        return F.interpolate(h_BDhw, (size, size), mode="bicubic")
+    # CUDA's kernel takes as long as the transformer's feed-forward layers, and its gradient is not the same
+    # twice. Columns and rows are each a product with the same weights.
+    weights_hw = _bicubic_weights(h_BDhw.shape[-1], size, h_BDhw.device)
+    with torch.autocast("cuda", enabled=False):
+        return ((h_BDhw.float() @ weights_hw.T).mT @ weights_hw.T).mT.contiguous()
+
+
+@cache
+def _bicubic_weights(size_in: int, size_out: int, device: torch.device) -> Tensor:
+    """(h_out, h_in) what each of the rows is made of."""
+    with torch.inference_mode(False):  # kept, and used in training as well
+        eye_11hw = torch.eye(size_in, device="cpu")[None, None]
+        return F.interpolate(eye_11hw, (size_out, size_in), mode="bicubic")[0, 0].to(device)
 
 
 class MultiScaleQuantizer(nn.Module):
@@ -147,5 +168,5 @@ class MultiScaleQuantizer(nn.Module):
         size, full = self.schedule.sizes[k], self.schedule.sizes[-1]
         h_BDhw = rearrange(codes_BlD, "B (h w) D -> B D h w", h=size)
         if k != self.schedule.num_scales - 1:
-            h_BDhw = F.interpolate(h_BDhw, (full, full), mode="bicubic")
+            h_BDhw = enlarged(h_BDhw, full)
         return self.quant_resi(h_BDhw, k, self.schedule.num_scales)

@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nextscale.base.compiling import Fusible
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError
 from nextscale.base.records import Record
@@ -127,27 +128,23 @@ def turned(x_BlHd: Tensor, rope_2lp: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Attention among a scale's tokens, and in causal models to coarser ones, with rotary embedding."""
+    """The weights of attention among a scale's tokens, and in causal models to coarser ones, with rotary
+    embedding. The block runs it."""
 
     def __init__(self, config: SwittiConfig) -> None:
         super().__init__()
-        self.num_heads, self.is_causal = config.num_heads, config.is_causal
+        self.num_heads = config.num_heads
         self.to_qkv = nn.Linear(config.width, 3 * config.width)
         self.proj = nn.Linear(config.width, config.width)
 
-    def forward(
-        self, x_BlC: Tensor, rope_2lp: Tensor, lengths: tuple[int, ...], cache: KVCache | None, layer: int
-    ) -> Tensor:
+    def queries_keys_values(self, x_BlC: Tensor, rope_2lp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each (B, l, H, d)."""
         q_BlC, k_BlC, v_BlC = self.to_qkv(x_BlC).chunk(3, -1)
-        v_BLHd = rearrange(v_BlC, "B l (H d) -> B l H d", H=self.num_heads)
-        q_BlHd, k_BLHd = (turned(normed_heads(each, self.num_heads), rope_2lp) for each in (q_BlC, k_BlC))
+        v_BlHd = rearrange(v_BlC, "B l (H d) -> B l H d", H=self.num_heads)
+        q_BlHd, k_BlHd = (turned(normed_heads(each, self.num_heads), rope_2lp) for each in (q_BlC, k_BlC))
         # The attention below divides by nothing: here by the root of a head's width.
-        q_BlHd = (q_BlHd * q_BlHd.shape[-1] ** -0.5).to(v_BLHd.dtype)
-        k_BLHd = k_BLHd.to(v_BLHd.dtype)
-        if cache is not None and self.is_causal:
-            k_BLHd, v_BLHd = cache.extend(layer, k_BLHd, v_BLHd)
-        out_BlHd = AttentionByScale.apply(q_BlHd, k_BLHd, v_BLHd, lengths, self.is_causal)
-        return self.proj(rearrange(out_BlHd, "B l H d -> B l (H d)"))
+        q_BlHd = (q_BlHd * q_BlHd.shape[-1] ** -0.5).to(v_BlHd.dtype)
+        return q_BlHd, k_BlHd.to(v_BlHd.dtype), v_BlHd
 
 
 class CrossAttention(nn.Module):
@@ -187,13 +184,14 @@ class GatedFeedForward(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class SwittiBlock(nn.Module):
+class SwittiBlock(Fusible):
     """Self-attention, cross-attention and feed-forward, each between two norms. The first and the last are
     scaled, shifted and gated by the condition."""
 
     def __init__(self, config: SwittiConfig) -> None:
         super().__init__()
         width = config.width
+        self.is_causal = config.is_causal
         self.attn = SelfAttention(config)
         self.cross_attn = CrossAttention(config)
         self.ffn = GatedFeedForward(width, config.ffn_width)
@@ -229,15 +227,36 @@ class SwittiBlock(nn.Module):
         if cache is not None:
             cache.of_conditions[layer] = held
         gamma1, gamma2, scale1, scale2, shift1, shift2, k_BTHd, v_BTHd = held
-        dtype = self.attn.proj.weight.dtype
+        q_BlHd, k_BLHd, v_BLHd = self.fused(SwittiBlock.before_attention, x_BlC, scale1, shift1, rope_2lp)
+        if cache is not None and self.is_causal:
+            k_BLHd, v_BLHd = cache.extend(layer, k_BLHd, v_BLHd)
+        attended_BlHd = AttentionByScale.apply(q_BlHd, k_BLHd, v_BLHd, lengths, self.is_causal)
+        x_BlC = self.fused(SwittiBlock.after_attention, x_BlC, attended_BlHd, gamma1)
+        in_BlC = self.cross_attention_norm1(x_BlC).to(self.attn.proj.weight.dtype)
+        crossed_BlC = self.cross_attn(in_BlC, k_BTHd, v_BTHd, bias_BT)
+        return self.fused(SwittiBlock.after_text, x_BlC, crossed_BlC, gamma2, scale2, shift2)
+
+    def before_attention(
+        self, x_BlC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor, rope_2lp: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, l, H, d) queries, keys and values."""
+        in_BlC = torch.addcmul(shift_B1C, self.self_attention_norm1(x_BlC), scale_B1C + 1)
+        return self.attn.queries_keys_values(in_BlC.to(self.attn.proj.weight.dtype), rope_2lp)
+
+    def after_attention(self, x_BlC: Tensor, attended_BlHd: Tensor, gamma_B1C: Tensor) -> Tensor:
+        """(B, l, C) with what the images' tokens saw in each other."""
         # The residual stream stays float32: in bfloat16, sampling and teacher forcing would drift apart.
-        in_BlC = torch.addcmul(shift1, self.self_attention_norm1(x_BlC), scale1 + 1).to(dtype)
-        attended_BlC = self.self_attention_norm2(self.attn(in_BlC, rope_2lp, lengths, cache, layer))
-        x_BlC = torch.addcmul(x_BlC, attended_BlC, gamma1)
-        in_BlC = self.cross_attention_norm1(x_BlC).to(dtype)
-        x_BlC = x_BlC + self.cross_attention_norm2(self.cross_attn(in_BlC, k_BTHd, v_BTHd, bias_BT))
-        in_BlC = torch.addcmul(shift2, self.ffn_norm1(x_BlC), scale2 + 1).to(dtype)
-        return torch.addcmul(x_BlC, self.ffn_norm2(self.ffn(in_BlC)), gamma2)
+        attended_BlC = self.attn.proj(rearrange(attended_BlHd, "B l H d -> B l (H d)"))
+        return torch.addcmul(x_BlC, self.self_attention_norm2(attended_BlC), gamma_B1C)
+
+    def after_text(
+        self, x_BlC: Tensor, crossed_BlC: Tensor, gamma_B1C: Tensor, scale_B1C: Tensor, shift_B1C: Tensor
+    ) -> Tensor:
+        """(B, l, C) what the block adds up to, given what was seen in the text."""
+        x_BlC = x_BlC + self.cross_attention_norm2(crossed_BlC)
+        in_BlC = torch.addcmul(shift_B1C, self.ffn_norm1(x_BlC), scale_B1C + 1)
+        fed_BlC = self.ffn_norm2(self.ffn(in_BlC.to(self.attn.proj.weight.dtype)))
+        return torch.addcmul(x_BlC, fed_BlC, gamma_B1C)
 
 
 class CropEmbedding(nn.Module):

@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nextscale.base.compiling import Fusible
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError
 from nextscale.base.records import Record
@@ -59,7 +60,8 @@ class VARConfig(VARSizes):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with L2-normalized queries and keys and a learned scale per head."""
+    """The weights of multi-head attention with L2-normalized queries and keys and a learned scale per head.
+    The block runs it."""
 
     zero_k_bias: Tensor
 
@@ -73,7 +75,8 @@ class Attention(nn.Module):
         self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BlC: Tensor, lengths: tuple[int, ...], cache: KVCache | None, layer: int) -> Tensor:
+    def queries_keys_values(self, x_BlC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each (B, l, H, d)."""
         qkv = self.mat_qkv(x_BlC)  # called, not read for its weight: it may carry an adapter
         # Each in a tensor of its own: what a backward pass saves of one would keep the others as well.
         biases = self.q_bias, self.zero_k_bias, self.v_bias
@@ -83,11 +86,7 @@ class Attention(nn.Module):
         )
         scale_H1 = self.scale_mul_1H11.clamp_max(MAX_LOG_ATTENTION_SCALE).exp()[0, :, :, 0]
         q_BlHd = (F.normalize(q_BlHd, dim=-1) * scale_H1).to(v_BlHd.dtype)
-        k_BLHd, v_BLHd = F.normalize(k_BlHd, dim=-1).to(v_BlHd.dtype), v_BlHd
-        if cache is not None:
-            k_BLHd, v_BLHd = cache.extend(layer, k_BLHd, v_BLHd)
-        out_BlHd = AttentionByScale.apply(q_BlHd, k_BLHd, v_BLHd, lengths)
-        return self.proj(rearrange(out_BlHd, "B l H d -> B l (H d)"))
+        return q_BlHd, F.normalize(k_BlHd, dim=-1).to(v_BlHd.dtype), v_BlHd
 
 
 class FeedForward(nn.Module):
@@ -100,7 +99,7 @@ class FeedForward(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-class Block(nn.Module):
+class Block(Fusible):
     """Attention and feed-forward, each scaled, shifted and gated by the condition (AdaLN)."""
 
     def __init__(self, config: VARSizes) -> None:
@@ -135,11 +134,31 @@ class Block(nn.Module):
         if cache is not None:
             cache.of_conditions[layer] = modulation
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
+        q_BlHd, k_BLHd, v_BLHd = self.fused(Block.before_attention, x_BlC, scale1, shift1)
+        if cache is not None:
+            k_BLHd, v_BLHd = cache.extend(layer, k_BLHd, v_BLHd)
+        attended_BlHd = AttentionByScale.apply(q_BlHd, k_BLHd, v_BLHd, lengths)
+        return self.fused(Block.after_attention, x_BlC, attended_BlHd, gamma1, gamma2, scale2, shift2)
+
+    def before_attention(self, x_BlC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> tuple[Tensor, ...]:
+        """(B, l, H, d) queries, keys and values."""
+        return self.attn.queries_keys_values(modulate(x_BlC, scale_B1C, shift_B1C, self.attn.proj.weight))
+
+    def after_attention(
+        self,
+        x_BlC: Tensor,
+        attended_BlHd: Tensor,
+        gamma1_B1C: Tensor,
+        gamma2_B1C: Tensor,
+        scale_B1C: Tensor,
+        shift_B1C: Tensor,
+    ) -> Tensor:
+        """(B, l, C) what the block adds up to."""
         # The residual stream stays float32: in bfloat16, sampling and teacher forcing would drift apart.
-        attended = self.attn(modulate(x_BlC, scale1, shift1, self.attn.proj.weight), lengths, cache, layer)
-        x_BlC = torch.addcmul(x_BlC, attended, gamma1)
-        fed = self.ffn(modulate(x_BlC, scale2, shift2, self.ffn.fc1.weight))
-        return torch.addcmul(x_BlC, fed, gamma2)
+        attended_BlC = self.attn.proj(rearrange(attended_BlHd, "B l H d -> B l (H d)"))
+        x_BlC = torch.addcmul(x_BlC, attended_BlC, gamma1_B1C)
+        fed_BlC = self.ffn(modulate(x_BlC, scale_B1C, shift_B1C, self.ffn.fc1.weight))
+        return torch.addcmul(x_BlC, fed_BlC, gamma2_B1C)
 
 
 class VARStack(NextScaleModel):

@@ -15,6 +15,7 @@ from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
+from nextscale.base.compiling import Fusible
 from nextscale.base.errors import ConfigError
 from nextscale.base.records import Record
 from nextscale.models.quantizer import MultiScaleQuantizer
@@ -167,7 +168,7 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
-class Decoder(nn.Module):
+class Decoder(Fusible):
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
         widths = [config.base_channels * m for m in config.channel_multipliers]
@@ -185,6 +186,9 @@ class Decoder(nn.Module):
         self.conv_out = _conv3(widths[0], 3)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.fused(Decoder.decoded, x, dynamic=None)
+
+    def decoded(self, x: Tensor) -> Tensor:
         x = self.mid(self.conv_in(x))
         for level in reversed(self.up):
             x = level(x)
