@@ -79,6 +79,7 @@ def test_any_number_of_processes_equals_one(make_pipeline: Callable[[], VARPipel
         "sharded-conditional": "conditional",
         "sharded-best": "best",
         "sharded-costly": "costly",
+        "sharded-compiled": "group",
         "sharded-refilled": "refilled",
     }
     for case, plain in alike.items():

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nextscale.base import compiling
 from nextscale.base.errors import ConfigError, RewardError
 from nextscale.evaluation import evaluate
 from nextscale.grpo import GRPOConfig
@@ -280,6 +281,44 @@ def test_gradient_checkpointing_gives_the_same_gradient(make_pipeline: MakePipel
         for flag in (False, True)
     )
     assert all(torch.equal(recomputed[name], expected) for name, expected in plain.items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_checkpointing": True, "mixed_precision": "bf16", "use_peft": True, "lora_r": 4},
+        {"credit": "contribution", "train_scales": 3},
+    ],
+    ids=["lora", "contribution"],
+)
+def test_what_is_compiled_gives_the_same_gradient(
+    make_pipeline: MakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Traced alone: the kernels that a compiler makes of it round in another way (tests/test_gpu.py)."""
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    gradients = []
+    for flag in (False, True):
+        pipe = make_pipeline()
+        trainer = make_trainer(pipe, tmp_path / str(flag), torch_compile=flag, **options)
+        gradients.append(gradient(trainer))
+        trainer.learner.close()
+        assert not any(getattr(each, "is_compiled", False) for each in pipe.transformer.modules())
+    plain, compiled = gradients
+    assert any(each.abs().max() > 0 for each in plain.values())
+    for name, expected in plain.items():
+        assert torch.allclose(compiled[name], expected, rtol=1e-4, atol=1e-6), name
+
+
+def test_what_cannot_be_compiled_is_told(
+    make_pipeline: MakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*given: Any) -> Any:
+        raise RuntimeError("no compiler on this machine")
+
+    monkeypatch.setattr(compiling, "BACKEND", fail)
+    trainer = make_trainer(make_pipeline(), tmp_path / "run", torch_compile=True)
+    with pytest.raises(ConfigError, match=r"no compiler on this machine.*set run.torch_compile to false"):
+        trainer.step(1)
 
 
 def test_a_group_does_not_depend_on_who_draws_it(make_pipeline: MakePipeline, tmp_path: Path) -> None:

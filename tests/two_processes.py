@@ -10,11 +10,13 @@ from accelerate import PartialState
 from torch.nn.parallel import DistributedDataParallel
 
 from conftest import random_pipeline
+from nextscale.base import compiling
 from nextscale.rewards import AtLeast, AtMost, Diversity, RewardSet
 from test_evaluation import Spread, embed
 from test_trainer import brightness, gradient, make_trainer, redness
 
 folder = Path(sys.argv[1])
+compiling.BACKEND = "aot_eager"  # traced alone
 
 
 def bounded() -> RewardSet:
@@ -88,6 +90,7 @@ IN_TWO: dict[str, tuple[Any, dict[str, Any]]] = {
     "sharded-conditional": (pair, {"fsdp": True, "trained_branches": "conditional"}),
     "sharded-best": (redness, {"fsdp": True, **CASES["best"][1]}),
     "sharded-costly": (pair, {"fsdp": True, **CASES["costly"][1]}),
+    "sharded-compiled": (pair, {"fsdp": True, "torch_compile": True}),
     "sharded-refilled": (red_of_some, {"max_resamplings": 2, "fsdp": True}),
 }
 trained: dict[str, Any] = {}

@@ -43,8 +43,9 @@ class Fusible(nn.Module):
         try:
             return _compiled(method, dynamic, BACKEND)(self, *given)
         except TorchDynamoException as error:
+            cause = getattr(error, "inner_exception", error)
             raise ConfigError(
-                f"torch.compile failed here ({first_sentence(error)}): set run.torch_compile to false, or "
+                f"torch.compile failed here ({first_sentence(cause)}): set run.torch_compile to false, or "
                 "install what it needs: a C++ compiler, and on a GPU Triton"
             ) from error
 

@@ -227,14 +227,28 @@ class SwittiBlock(Fusible):
         if cache is not None:
             cache.of_conditions[layer] = held
         gamma1, gamma2, scale1, scale2, shift1, shift2, k_BTHd, v_BTHd = held
-        q_BlHd, k_BLHd, v_BLHd = self.fused(SwittiBlock.before_attention, x_BlC, scale1, shift1, rope_2lp)
-        if cache is not None and self.is_causal:
-            k_BLHd, v_BLHd = cache.extend(layer, k_BLHd, v_BLHd)
-        attended_BlHd = AttentionByScale.apply(q_BlHd, k_BLHd, v_BLHd, lengths, self.is_causal)
+        attended_BlHd = self.attended(x_BlC, scale1, shift1, rope_2lp, lengths, cache, layer)
         x_BlC = self.fused(SwittiBlock.after_attention, x_BlC, attended_BlHd, gamma1)
         in_BlC = self.cross_attention_norm1(x_BlC).to(self.attn.proj.weight.dtype)
         crossed_BlC = self.cross_attn(in_BlC, k_BTHd, v_BTHd, bias_BT)
         return self.fused(SwittiBlock.after_text, x_BlC, crossed_BlC, gamma2, scale2, shift2)
+
+    def attended(
+        self,
+        x_BlC: Tensor,
+        scale_B1C: Tensor,
+        shift_B1C: Tensor,
+        rope_2lp: Tensor,
+        lengths: tuple[int, ...],
+        cache: KVCache | None,
+        layer: int,
+    ) -> Tensor:
+        """(B, l, H, d) what each token saw in its own scale, and in causal models in coarser ones."""
+        before = SwittiBlock.before_attention
+        q_BlHd, k_BLHd, v_BLHd = self.fused(before, x_BlC, scale_B1C, shift_B1C, rope_2lp)
+        if cache is not None and self.is_causal:
+            k_BLHd, v_BLHd = cache.extend(layer, k_BLHd, v_BLHd)
+        return AttentionByScale.apply(q_BlHd, k_BLHd, v_BLHd, lengths, self.is_causal)
 
     def before_attention(
         self, x_BlC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor, rope_2lp: Tensor

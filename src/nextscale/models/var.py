@@ -134,11 +134,23 @@ class Block(Fusible):
         if cache is not None:
             cache.of_conditions[layer] = modulation
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
-        q_BlHd, k_BLHd, v_BLHd = self.fused(Block.before_attention, x_BlC, scale1, shift1)
+        attended_BlHd = self.attended(x_BlC, scale1, shift1, lengths, cache, layer)
+        return self.fused(Block.after_attention, x_BlC, attended_BlHd, gamma1, gamma2, scale2, shift2)
+
+    def attended(
+        self,
+        x_BlC: Tensor,
+        scale_B1C: Tensor,
+        shift_B1C: Tensor,
+        lengths: tuple[int, ...],
+        cache: KVCache | None,
+        layer: int,
+    ) -> Tensor:
+        """(B, l, H, d) what each token saw in its own scale and in coarser ones."""
+        q_BlHd, k_BLHd, v_BLHd = self.fused(Block.before_attention, x_BlC, scale_B1C, shift_B1C)
         if cache is not None:
             k_BLHd, v_BLHd = cache.extend(layer, k_BLHd, v_BLHd)
-        attended_BlHd = AttentionByScale.apply(q_BlHd, k_BLHd, v_BLHd, lengths)
-        return self.fused(Block.after_attention, x_BlC, attended_BlHd, gamma1, gamma2, scale2, shift2)
+        return AttentionByScale.apply(q_BlHd, k_BLHd, v_BLHd, lengths)
 
     def before_attention(self, x_BlC: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> tuple[Tensor, ...]:
         """(B, l, H, d) queries, keys and values."""
