@@ -61,6 +61,24 @@ def test_a_notebook_shows_the_images_as_a_grid(tiny_pipeline):
         assert (np.asarray(grid)[8:, 8:] == 255).all()  # nine images: seven places of the last row stay white
 
 
+def test_images_come_in_the_type_that_is_asked_for(tiny_pipeline):
+    """As diffusers' pipelines give them, by name; a generator stands for a seed, and moves on."""
+    tensor = tiny_pipeline([0, 1], seed=3).images
+    array = tiny_pipeline([0, 1], seed=3, output_type="np")
+    pictures = tiny_pipeline([0, 1], seed=3, output_type="pil")
+    assert np.array_equal(array.images, tensor.permute(0, 2, 3, 1).numpy())
+    for each, other in zip(pictures.images, array.pil(), strict=True):
+        assert np.array_equal(np.asarray(each), np.asarray(other))
+    assert array._repr_png_() == pictures._repr_png_() == tiny_pipeline([0, 1], seed=3)._repr_png_()
+    with pytest.raises(ConfigError, match="output_type must be pt, np or pil, got 'latent'"):
+        tiny_pipeline([0], output_type="latent")
+
+    generator = torch.Generator().manual_seed(5)
+    first, second = (tiny_pipeline([0], generator=generator).tokens for _ in range(2))
+    again = tiny_pipeline([0], generator=torch.Generator().manual_seed(5)).tokens
+    assert torch.equal(first, again) and not torch.equal(first, second)
+
+
 def test_the_images_are_the_decoded_tokens(tiny_pipeline):
     out = tiny_pipeline([0, 1, 2, 3], 2)
     torch.testing.assert_close(out.images, tiny_pipeline.tokenizer.decode(out.tokens), rtol=0, atol=1e-5)

@@ -67,7 +67,8 @@ class Learner:
         check_tuning(tuning, transformer)
         pipe.to(accelerator.device)
         transformer.gradient_checkpointing = run.gradient_checkpointing
-        pipe.compile(run.torch_compile)
+        if run.torch_compile:
+            pipe.compile()
         self.uses_tf32 = run.mixed_precision == "bf16" and accelerator.device.type == "cuda"
         if self.uses_tf32:  # for the little that is not bfloat16
             self.precision_before = torch.get_float32_matmul_precision()
@@ -231,7 +232,8 @@ class Learner:
         if self.sharded is None:  # else one process alone failed, and the others would not help to gather
             self.release()
         self.pipe.transformer.gradient_checkpointing = False
-        self.pipe.compile(False)
+        if self.run.torch_compile:
+            self.pipe.compile(False)
         if self.uses_tf32:
             torch.set_float32_matmul_precision(self.precision_before)
 

@@ -5,14 +5,14 @@ Shapes: B images · L tokens of all scales · H W pixels
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -44,27 +44,31 @@ class VAROutput:
     """The images that a pipeline returns.
 
     Attributes:
-        images: (B, 3, H, W) float32 in [0, 1].
+        images: (B, 3, H, W) float32 in [0, 1], or what was asked for in its place: an array (B, H, W, 3) of
+            such numbers, or PIL images.
         tokens: (B, L) int64.
         log_probs: (B, L) float32, of each token under the sampling policy.
     """
 
-    images: Tensor
+    images: Any
     tokens: Tensor
     log_probs: Tensor
 
     def pil(self) -> list[Image.Image]:
         """The images as PIL images."""
-        return to_pil(self.images)
+        if isinstance(self.images, list):
+            return self.images
+        is_array = isinstance(self.images, np.ndarray)
+        return to_pil(torch.from_numpy(self.images).permute(0, 3, 1, 2) if is_array else self.images)
 
     def _repr_png_(self) -> bytes:
         """A notebook shows the images as a grid."""
-        columns = min(len(self.images), 8)
-        filled = torch.cat(
-            [self.images, self.images.new_ones(-len(self.images) % columns, *self.images.shape[1:])]
-        )
-        grid = rearrange(filled, "(rows columns) c h w -> 1 c (rows h) (columns w)", columns=columns)
-        to_pil(grid)[0].save(buffer := io.BytesIO(), "PNG")
+        images = self.pil()
+        columns, (width, height) = min(len(images), 8), images[0].size
+        grid = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+        for i, image in enumerate(images):
+            grid.paste(image, (i % columns * width, i // columns * height))
+        grid.save(buffer := io.BytesIO(), "PNG")
         return buffer.getvalue()
 
 
@@ -490,7 +494,9 @@ class VARPipeline:
         guidance_stop: int | None = None,
         unguided_temperature: float | None = None,
         seed: int = 0,
+        generator: torch.Generator | None = None,
         batch_size: int = 64,
+        output_type: Literal["pt", "np", "pil"] = "pt",
         callback_on_scale_end: Callable[["VARPipeline", int, Tensor], None] | None = None,
     ) -> VAROutput:
         """Draw images. The images of the i-th label or prompt depend on (seed, i) alone.
@@ -510,7 +516,9 @@ class VARPipeline:
                 longer is.
             unguided_temperature: divides the logits from `guidance_stop` on as well.
             seed: of the images.
+            generator: in place of a seed, what one is drawn from.
             batch_size: images run at once; it bounds the memory, and changes no token.
+            output_type: of the images: "pt" for a tensor, "np" for an array, "pil" for PIL images.
             callback_on_scale_end: gets the pipeline, the number of the scale, from 0, and `f_hat`, the
                 (B, D, h, w) latent of all scales up to it, of each batch; `pipe.tokenizer.latent_to_images`
                 decodes it.
@@ -519,6 +527,10 @@ class VARPipeline:
             ConfigError: no classes and no prompts, or both, or a class, prompt or setting that cannot be
                 used.
         """
+        if output_type not in ("pt", "np", "pil"):
+            raise ConfigError(f"output_type must be pt, np or pil, got {output_type!r}")
+        if generator is not None:
+            seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
         if class_labels is not None and prompts is not None:
             raise ConfigError("class_labels has no effect beside prompts: give one of them")
         if num_images_per_prompt is not None:
@@ -536,4 +548,8 @@ class VARPipeline:
         on_scale = partial(callback_on_scale_end, self) if callback_on_scale_end else None
         drawn_in = conditions, seeds, num_images_per_label, sampling, batch_size, None, None, on_scale
         drawn = Drawn.cat(list(self.draw_batches(*drawn_in)))
-        return VAROutput(drawn.images, drawn.tokens, drawn.log_probs)
+        output = VAROutput(drawn.images, drawn.tokens, drawn.log_probs)
+        if output_type == "pil":
+            return replace(output, images=output.pil())
+        as_array = output_type == "np"
+        return replace(output, images=drawn.images.permute(0, 2, 3, 1).cpu().numpy()) if as_array else output

@@ -14,6 +14,7 @@ from nextscale.evaluation import Embedder, Judges, SetMeasure
 from nextscale.grpo import check_grpo
 from nextscale.losses import find_loss, loss_weights
 from nextscale.models import zoo
+from nextscale.models.embedded import CLIPS
 from nextscale.objective import check_guidance
 from nextscale.pipeline import VARPipeline
 from nextscale.prompts import check_apart, read_prompts
@@ -122,8 +123,8 @@ def is_miniature(pipe: VARPipeline) -> bool:
 def is_prompted_miniature(pipe: VARPipeline) -> bool:
     """Whether a model draws the miniature world by prompts, and that world's judges and CLIP are at hand."""
     encoders = getattr(pipe.transformer.config, "text_encoders", None)
-    draws_it = encoders == ("toy",) and pipe.tokenizer.config.image_size == IMAGE_SIZE
-    return draws_it and zoo.TOY_ASSETS.is_dir()
+    reads_it = encoders is not None and CLIPS.keys() >= set(encoders)
+    return reads_it and pipe.tokenizer.config.image_size == IMAGE_SIZE and zoo.TOY_ASSETS.is_dir()
 
 
 def judges_for(pipe: VARPipeline) -> Judges | None:

@@ -46,7 +46,7 @@ class TextEncoder(ABC):
     """Prompts to the embeddings that one kind of model takes.
 
     Args:
-        names: of the networks; a folder or a hub repository each, or "toy".
+        names: of the networks; a folder or a hub repository each, or an embedded CLIP such as "toy-text".
         variant: whatever else its embeddings depend on.
     """
 

@@ -73,7 +73,7 @@ def train_all(
         )
         save_file(judge.half().state_dict(), output / "judges" / f"{attribute}.safetensors")
     train_prompt_clip(tokenizer, output / "clip_text", seed, steps["prompt_clip"], output / "clip", log=log)
-    encoder = TokensAndPooled([str(output / "clip")])
+    encoder = TokensAndPooled([str(output / "clip_text")])
     text = train_text_transformer(tokenizer, seed, steps["text"], encoder, log=log)
     VARPipeline(text, tokenizer).save_pretrained(output / "pipeline_text", torch.float16)
     (output / "pipeline_text" / TOKENIZER_FILE).unlink()  # that of pipeline/, which both use

@@ -35,7 +35,7 @@ TEXT_TRANSFORMER = SwittiConfig(
     codebook_width=TOKENIZER.codebook_width,
     scale_sizes=TOKENIZER.scale_sizes,
     is_causal=True,
-    text_encoders=("toy",),
+    text_encoders=("toy-text",),  # which tells the place: the text tower of "toy" never had to
 )
 PARTS = ((1.0, 1.0, 0.85, 0.0), (0.15, 0.5, 1.0, 0.0), (0.1, 0.25, 1.0, 0.12))
 """Of the training: steps and learning rates, as shares of the first part's; how many captions name the place;
