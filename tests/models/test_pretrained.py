@@ -12,7 +12,7 @@ from nextscale.base.errors import CheckpointError
 from nextscale.base.tensors import count_layers
 from nextscale.cli.evaluate import rewards_of_words
 from nextscale.cli.main import main
-from nextscale.models.pretrained import build_frozen
+from nextscale.models.pretrained import build_frozen, load_frozen
 from nextscale.rewards import Aesthetic, ClassProbability, ClipScore, HPSv2, ImageReward, PickScore
 
 HUB = "https://huggingface.co/"
@@ -95,3 +95,18 @@ def test_a_named_head_keeps_its_clip_on_the_command_line():
     words = ["aesthetic=toy", "aesthetic=head.pth", "clip_score=a {label}", "pick_score=a {label}"]
     rewards = rewards_of_words(words, "toy")
     assert [each.options().get("clip") for each in rewards.values()] == [None, "toy", "toy", None]
+
+
+def test_a_hub_out_of_reach_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One question for a repository that is not in the cache, and no network that would ask for each file."""
+    asked = []
+
+    def fail(*given: object, **options: object) -> None:
+        asked.append(given)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", fail)
+    told = r"CLIP 'nobody/nothing' cannot be loaded: .*nothing cannot be read \(no route to host\); if"
+    with pytest.raises(CheckpointError, match=told):
+        load_frozen(None, "CLIP", "nobody/nothing")
+    assert len(asked) == 1

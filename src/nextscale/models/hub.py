@@ -41,6 +41,24 @@ def find_cached(repository: str, names: Sequence[str], **access: Unpack[Access])
     return folder if all((folder / name).is_file() for name in names) else None
 
 
+def check_in_reach(repository: str) -> None:
+    """Ask once for a repository of which nothing is in the cache.
+
+    Whoever downloads it would ask for one file after the other, and try each several times.
+
+    Raises:
+        ConnectionError: the hub does not answer, or knows no such repository.
+    """
+    from huggingface_hub import HfApi
+
+    if find_cached(repository, []) is not None:
+        return
+    try:
+        HfApi().model_info(repository, timeout=TIMEOUT)
+    except Exception as error:  # the transport below huggingface_hub raises errors of its own
+        raise ConnectionError(f"{url(repository)} cannot be read ({first_sentence(error)})") from None
+
+
 def download(repository: str, names: Sequence[str], **access: Unpack[Access]) -> Path:
     """The folder with the newest version of these files of a repository.
 

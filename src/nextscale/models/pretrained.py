@@ -29,16 +29,18 @@ def loading(what: str, name: str | Path) -> Iterator[None]:
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    is_on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) and not Path(name).exists()
     try:
+        if is_on_hub and hub.is_repository(str(name)):
+            hub.check_in_reach(str(name))
         yield
     except CheckpointError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = first_sentence(error)
-        is_repository = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) and not Path(name).exists()
         hint = (
             f"; if the hub cannot be reached, give a folder with the files of {hub.url(str(name))}"
-            if is_repository
+            if is_on_hub
             else ""
         )
         raise CheckpointError(f"{what} '{name}' cannot be loaded: {reason}{hint}") from None
