@@ -9,7 +9,7 @@ PYTHON_NEEDED := 3.11
 
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo demo-text test lint format schema toy drill fuzz audit clean
+.PHONY: help demo demo-text test lint format docs schema toy drill fuzz audit clean
 
 help:
 	@echo "make demo    fine-tune the miniature model and write a report"
@@ -17,6 +17,7 @@ help:
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and pyright"
 	@echo "make format  let ruff format and sort"
+	@echo "make docs    the documentation as a site, in build/site"
 	@echo "make drill   kill runs at a hundred moments and resume them; takes an hour"
 	@echo "make fuzz    10,000 cases of damaged and hostile input"
 	@echo "make audit   licences and known faults of the pinned packages (asks a server)"
@@ -46,6 +47,10 @@ lint: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check --select I --fix
 	$(VENV)/bin/ruff format
+
+# Its links are checked as well.
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet --site-dir build/site
 
 # What --help, completion and overrides read in place of the records, whose import takes seconds.
 schema: $(VENV)/.installed

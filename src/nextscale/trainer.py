@@ -98,7 +98,7 @@ class GRPOTrainer:
 
     Raises:
         ConfigError: options that do not fit the model or each other, or a folder that is in use or holds a
-        run.
+            run.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class GRPOTrainer:
 
         Raises:
             ConfigError: another run is using it, or it holds a run that is neither to be resumed nor
-            replaced.
+                replaced.
         """
         run, process = self.run, self.accelerator
         with fail_together():
