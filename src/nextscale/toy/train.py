@@ -30,7 +30,7 @@ STEPS = {
     "clip": 2000,
     "aesthetic": 3000,
     "judge": 800,
-    "text": 2600,
+    "text": 2200,
     "prompt_clip": 500,
     "attribute_judge": 500,
 }

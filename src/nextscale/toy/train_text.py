@@ -46,7 +46,7 @@ NULL_RATE = 0.1  # fraction of captions replaced by the empty one, for classifie
 def train_text_transformer(
     tokenizer: VQVAE,
     seed: int,
-    num_steps: int = 2600,
+    num_steps: int = 2200,
     encoder: TextEncoder | None = None,
     batch_size: int = 32,
     pool_size: int = 12000,
