@@ -29,6 +29,7 @@ CASES = {
         ["toy-painting", "--run.seed", "42", "--optimizer.learning_rate", "8e-3"],
     ),
 }
+STYLES = ("-", "--", ":")
 ROWS = (
     ("reward", ("reward",)),
     ("judges: class, painting", ("eval_judge/class_accuracy", "eval_judge/style/painting")),
@@ -59,7 +60,7 @@ def main() -> None:
         lines = lines_of(given.runs / name)
         for row, (label, keys) in enumerate(ROWS):
             axis = axes[row][column]
-            for key, style in zip(keys, ("-", "--", ":"), strict=False):
+            for key, style in zip(keys, STYLES[: len(keys)], strict=True):
                 points = [(line["step"], line[key]) for line in lines if key in line]
                 steps, values = zip(*points, strict=True)
                 if key == "eval_diversity":

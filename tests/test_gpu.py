@@ -124,32 +124,31 @@ def test_the_miniature_trains_and_resumes_to_the_bit(tmp_path: Path, options: li
 
 
 @pytest.mark.parametrize(
-    ("depth", "precision", "more", "tolerance"),
+    ("depth", "precision", "recomputes", "use_peft"),
     [
-        (8, "no", {}, 0.1),
-        (16, "bf16", {}, 0.1),
-        (16, "bf16", {"gradient_checkpointing": True}, 0.1),
-        (16, "bf16", {"use_peft": True}, 0.2),  # too much is counted of it: benchmarks/NOTES.md
+        (8, "no", False, False),
+        (16, "bf16", False, False),
+        (16, "bf16", True, False),
+        (16, "bf16", False, True),
     ],
     ids=["d8", "d16", "recomputed", "lora"],
 )
 def test_the_plan_counts_what_a_step_takes(
-    tmp_path: Path, depth: int, precision: Any, more: dict[str, bool], tolerance: float
+    tmp_path: Path, depth: int, precision: Any, recomputes: bool, use_peft: bool
 ) -> None:
-    """Two backward passes an update: in the first, the gradients only come as activations go."""
+    """Within 10 %. On an H200 the last two were not, by 15 and 16 %: benchmarks/NOTES.md."""
     config = VARConfig(depth=depth, width=64 * depth, num_heads=depth)
-    use_peft = more.pop("use_peft", False) if (more := dict(more)) else False
     run = RunConfig(
         output_dir=str(tmp_path),
         max_steps=2,
         eval_steps=0,
         save_steps=0,
-        per_device_train_batch_size=8,
+        per_device_train_batch_size=16,
         per_device_eval_batch_size=16,
         mixed_precision=precision,
+        gradient_checkpointing=recomputes,
         report_to="none",
         disable_tqdm=True,
-        **more,
     )
     grpo = GRPOConfig(num_groups=2, num_generations=8, class_labels=(0, 1))
     tuning, sampling = TuningConfig(use_peft=use_peft), SamplingConfig(guidance_scale=1.5)
@@ -162,8 +161,8 @@ def test_the_plan_counts_what_a_step_takes(
     for step in (1, 2):
         trainer.step(step)
     measured = torch.cuda.max_memory_allocated() - before
-    print(f"d{depth} {precision} {more}: plan {plan.peak / 1e9:.2f} GB, measured {measured / 1e9:.2f} GB")
-    assert plan.peak == pytest.approx(measured, rel=tolerance)
+    print(f"d{depth} {precision}: plan {plan.peak / 1e9:.2f} GB, measured {measured / 1e9:.2f} GB")
+    assert plan.peak == pytest.approx(measured, rel=0.1)
 
 
 def test_compiled_layers_compute_the_same(tmp_path: Path) -> None:

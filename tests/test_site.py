@@ -23,7 +23,6 @@ def test_the_site_builds_without_a_warning_and_stays_at_home(tmp_path: Path) -> 
     for name, page in pages.items():
         assert not FETCHED.search(page), name
     shown = set(re.findall(r'id="nextscale\.[\w.]*?(\w+)"', pages["api"]))
-    classes = {"VARPipeline", "GRPOTrainer", "GRPOConfig", "SamplingConfig", "RunConfig", "log_probs"}
-    assert classes <= shown & set(nextscale.__all__)
+    assert set(nextscale.__all__) - {"rewards"} <= shown  # a module, which has a page of its own
     beside = "benchmarks/NOTES.md"  # a file that the site does not have is named, not linked
     assert beside in pages["planning"] and not re.search(rf'href="[^"]*{beside}', pages["planning"])

@@ -69,10 +69,6 @@ class Learner:
         transformer.gradient_checkpointing = run.gradient_checkpointing
         if run.torch_compile:
             pipe.compile()
-        self.uses_tf32 = run.mixed_precision == "bf16" and accelerator.device.type == "cuda"
-        if self.uses_tf32:  # for the little that is not bfloat16
-            self.precision_before = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("high")
         tune(transformer, tuning, run.seed)
         self.frozen = frozen_fingerprint(transformer)
 
@@ -103,6 +99,11 @@ class Learner:
             trained = (each for each in transformer.parameters() if each.requires_grad)
             self.average = Average(trained, tuning.ema_decay)
         self.num_skipped = 0
+        # Last, since it holds for the process: where something above fails, nothing is left behind.
+        self.uses_tf32 = run.mixed_precision == "bf16" and accelerator.device.type == "cuda"
+        if self.uses_tf32:  # for the little that is not bfloat16
+            self.precision_before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("high")
 
     # ---- an update
 
