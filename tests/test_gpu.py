@@ -98,8 +98,9 @@ def test_attention_and_its_gradient_equal_the_dense_formula(dtype: torch.dtype, 
         ["--tuning.use_peft", "true", "--tuning.ema_decay", "0.9"],
         ["--grpo.credit", "gradient"],
         ["--grpo.offload_reference", "true", "--run.gradient_checkpointing", "true"],
+        ["--run.gradient_checkpointing", "true", "--run.activation_offloading", "true"],
     ],
-    ids=["float32", "bf16", "lora", "gradient", "offloaded"],
+    ids=["float32", "bf16", "lora", "gradient", "offloaded reference", "offloaded activations"],
 )
 def test_the_miniature_trains_and_resumes_to_the_bit(tmp_path: Path, options: list[str]) -> None:
     """Straight through, and stopped at a checkpoint: the same weights in the end."""

@@ -4,6 +4,7 @@ import copy
 import json
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -276,11 +277,43 @@ def test_uneven_parts_do_not_change_what_is_logged(
 
 
 def test_gradient_checkpointing_gives_the_same_gradient(make_pipeline: MakePipeline, tmp_path: Path) -> None:
-    plain, recomputed = (
-        gradient(make_trainer(make_pipeline(), tmp_path / str(flag), gradient_checkpointing=flag))
-        for flag in (False, True)
+    plain, recomputed, offloaded = (
+        gradient(make_trainer(make_pipeline(), tmp_path / str(number), **options))
+        for number, options in enumerate(
+            (
+                {},
+                {"gradient_checkpointing": True},
+                {"gradient_checkpointing": True, "activation_offloading": True},
+            )
+        )
     )
     assert all(torch.equal(recomputed[name], expected) for name, expected in plain.items())
+    assert all(torch.equal(offloaded[name], expected) for name, expected in plain.items())
+
+
+def test_what_recomputed_blocks_start_from_goes_to_main_memory(
+    make_pipeline: MakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each block's input, once a microbatch; and the model is as before after the run."""
+    kept: list[tuple[int, ...]] = []
+
+    class Told(torch.autograd.graph.saved_tensors_hooks):
+        def __init__(self, pin_memory: bool) -> None:
+            assert not pin_memory  # there is no GPU
+            super().__init__(lambda tensor: (kept.append(tuple(tensor.shape)), tensor)[1], lambda tensor: tensor)
+
+    monkeypatch.setattr("nextscale.learner.save_on_cpu", Told)
+    pipe = make_pipeline()
+    trainer = make_trainer(
+        pipe, tmp_path / "run", gradient_checkpointing=True, activation_offloading=True, max_steps=1
+    )
+    trainer.train()
+    config, num_tokens = pipe.transformer.config, pipe.transformer.schedule.num_tokens
+    streams = [shape for shape in kept if shape[1:] == (num_tokens, config.width)]
+    assert sum(shape[0] for shape in streams) == 2 * 16 * config.depth  # both branches of all images
+    with pytest.raises(ConfigError, match="activation_offloading has no effect without"):
+        RunConfig(activation_offloading=True)
+    assert pipe.transformer.keeping_inputs is nullcontext
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What learns: the model in training, its loss, and its optimizer, in one process or spread over several."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.nn.parallel import DistributedDataParallel
 
 from nextscale.base.average import Average
@@ -67,6 +69,8 @@ class Learner:
         check_tuning(tuning, transformer)
         pipe.to(accelerator.device)
         transformer.gradient_checkpointing = run.gradient_checkpointing
+        if run.activation_offloading:
+            transformer.keeping_inputs = partial(save_on_cpu, pin_memory=accelerator.device.type == "cuda")
         if run.torch_compile:
             pipe.compile()
         tune(transformer, tuning, run.seed)
@@ -107,6 +111,23 @@ class Learner:
 
     # ---- an update
 
+    def parts(self, drawn: Drawn, advantages: Tensor) -> list[tuple[Microbatch, float, bool]]:
+        """This process's images in `microbatches`.
+
+        A reference that waits in main memory is brought here once for all of them, before there is a gradient
+        that needs the same room; what it makes of them is kept.
+        """
+        num_images, size = self.grpo.num_images, self.run.per_device_train_batch_size
+        parts = list(microbatches(drawn, advantages, num_images, size))
+        objective, reference = self.objective, self.objective.reference
+        if reference is None or not reference.is_offloaded:
+            return parts
+        with reference.brought_to(self.accelerator.device), self.autocast():
+            return [
+                (replace(batch, reference_features=objective.reference_features(batch)), weight, is_last)
+                for batch, weight, is_last in parts
+            ]
+
     def backward(
         self, batch: Microbatch, weight: float, coefficients: Coefficients, *, exchanges: bool
     ) -> LossOutput:
@@ -124,9 +145,7 @@ class Learner:
 
     def divergence(self, drawn: Drawn) -> tuple[Tensor, Tensor]:
         """`Objective.divergence` of this process's images, part by part. All processes call it."""
-        parts = microbatches(
-            drawn, drawn.log_probs, self.grpo.num_images, self.run.per_device_train_batch_size
-        )
+        parts = self.parts(drawn, drawn.log_probs)
         with self.autocast():
             found = [(self.objective.divergence(self.model, part), weight) for part, weight, _ in parts]
         log_ratios, kl = zip(*(each for each, weight in found if weight), strict=True)
@@ -233,6 +252,7 @@ class Learner:
         if self.sharded is None:  # else one process alone failed, and the others would not help to gather
             self.release()
         self.pipe.transformer.gradient_checkpointing = False
+        self.pipe.transformer.keeping_inputs = nullcontext
         if self.run.torch_compile:
             self.pipe.compile(False)
         if self.uses_tf32:

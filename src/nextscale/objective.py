@@ -146,7 +146,7 @@ class Objective:
         inputs_BLD = batch.inputs[:, : num_tokens - 1]
         features_BLC = batch.reference_features
         if self.reference is not None and features_BLC is None:
-            features_BLC = self.reference.features(batch.conditioning, inputs_BLD, self.reference_sampling)
+            features_BLC = self.reference_features(batch)
 
         # One teacher-forced pass gives the distribution that every token was drawn from, with gradient.
         coefficients = coefficients or Coefficients(self.config.beta)
@@ -203,13 +203,21 @@ class Objective:
                 kept["reference_features"] = features_BLC
         return LossOutput(output.loss, {name: each.detach() for name, each in values.items()}, kept)
 
+    def reference_features(self, batch: Microbatch) -> Tensor:
+        """What the reference makes of the trained tokens, as `Microbatch.reference_features`."""
+        assert self.reference is not None, "it is asked where there is one"
+        inputs_BlD = batch.inputs[:, : sum(self.lengths) - 1]
+        return self.reference.features(batch.conditioning, inputs_BlD, self.reference_sampling)
+
     @torch.no_grad()
     def divergence(self, model: nn.Module, batch: Microbatch) -> tuple[Tensor, Tensor]:
         """(B, L) log policy - log reference of the drawn tokens, and the exact KL of their distributions, in
         nats; of the trained tokens."""
         reference, inputs_BLD = self.reference, batch.inputs[:, : sum(self.lengths) - 1]
         assert reference is not None, "with beta there is a reference"
-        features_BLC = reference.features(batch.conditioning, inputs_BLD, self.reference_sampling)
+        features_BLC = batch.reference_features
+        if features_BLC is None:
+            features_BLC = self.reference_features(batch)
         ramp = Ramp.of(self.reference_sampling, self.schedule, inputs_BLD.device)
 
         def read(logits_BlV: Tensor, at: slice) -> dict[str, Tensor]:

@@ -34,7 +34,8 @@ class Reference:
             reference while it is entered, as by switching an adapter off.
         context: entered for each use of the model.
         is_offloaded: whether the weights wait in the memory they are in, and are brought to the device of the
-            inputs for `features` alone. The head, which the loss uses block by block, must be there already.
+            inputs for `features` alone, or while `brought_to` is entered. The head, which the loss uses block
+            by block, must be there already.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Reference:
     @torch.no_grad()
     def features(self, conditioning: Conditioning, inputs_BlD: Tensor, sampling: SamplingConfig) -> Tensor:
         """(B, l, C) features, or with guidance (2B, l, C): what `log_probs` needs of a rollout."""
-        place = self._brought_to(inputs_BlD.device) if self.is_offloaded else nullcontext()
+        place = self.brought_to(inputs_BlD.device) if self.is_offloaded else nullcontext()
         # Linear layers in bfloat16 need its autocast, whatever the run's precision is.
         is_bf16 = any(each.weight.dtype == torch.bfloat16 for each in rounded_layers(self.model))
         autocast = torch.autocast(inputs_BlD.device.type, torch.bfloat16) if is_bf16 else nullcontext()
@@ -100,8 +101,9 @@ class Reference:
             ours.lerp_(theirs.to(ours), share)
 
     @contextmanager
-    def _brought_to(self, device: torch.device) -> Iterator[None]:
-        """The weights on this device; afterwards they are where they were, and nothing is copied back."""
+    def brought_to(self, device: torch.device) -> Iterator[None]:
+        """The weights on this device; afterwards they are where they were, and nothing is copied back. Entered
+        within itself it does nothing."""
         tables: list[dict[str, Any]] = []
         for module in self.model.modules():
             tables += [module._parameters, module._buffers]

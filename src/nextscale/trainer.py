@@ -44,7 +44,7 @@ from nextscale.grpo import GRPOConfig, check_grpo
 from nextscale.learner import Learner, check_reference
 from nextscale.models.folder import write_folder
 from nextscale.models.lora import adapted_layers, merged
-from nextscale.objective import Coefficients, microbatches, per_token
+from nextscale.objective import Coefficients, per_token
 from nextscale.optimizer import OptimizerConfig
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
@@ -339,7 +339,7 @@ class GRPOTrainer:
         means, coefficients = Means(), self.coefficients()
         learner, num_skipped, num_images = self.learner, 0, self.grpo.num_images
         with clock("update"):
-            parts = list(microbatches(rollout, advantages, num_images, self.run.per_device_train_batch_size))
+            parts = learner.parts(rollout, advantages)
             for _ in range(self.grpo.num_iterations):
                 for i, (batch, weight, is_last) in enumerate(parts):
                     output = learner.backward(batch, weight, coefficients, exchanges=is_last)

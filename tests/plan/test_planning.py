@@ -12,6 +12,7 @@ from nextscale.config.recipe import load_recipe
 from nextscale.config.rehearsal import plan_recipe, rehearse
 from nextscale.grpo import GRPOConfig
 from nextscale.models import zoo
+from nextscale.models.scales import ScaleSchedule
 from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAEConfig
 from nextscale.models.zoo import TOY_ASSETS
@@ -130,7 +131,21 @@ def test_a_reference_in_bfloat16_or_in_main_memory():
     head = sum(each.nbytes for each in model.head.parameters())
     assert away.resident["reference"] == head
     assert away.phases["reference"] > whole.resident["reference"] - head
-    assert away.phases["update"] == whole.phases["update"]
+    assert away.kept == 4 * 8 * 21 * 2 * SMALL.width
+    assert away.phases["update"] == whole.phases["update"] + away.kept
+    assert away.needed("reference") == away.phases["reference"] - away.resident["gradients"]
+
+
+def test_offloaded_activations_are_not_on_the_gpu():
+    """What a recomputed block starts from, which each block but the one at work then has elsewhere."""
+    whole, away = (
+        small_plan(gradient_checkpointing=True, activation_offloading=flag) for flag in (False, True)
+    )
+    stream = whole.phases["update"] - away.phases["update"]
+    sequences = 2 * 8  # both branches
+    each = 4 * sequences * ScaleSchedule(SMALL.scale_sizes).num_tokens * SMALL.width
+    assert stream == pytest.approx((SMALL.depth - 1) * each, rel=0.02)
+    assert away.flops == whole.flops and away.resident == whole.resident
 
 
 def test_more_gpus_share_the_images():
@@ -173,8 +188,8 @@ def test_what_the_options_change():
     for name, flops in plain.flops.items():
         assert twice.flops[name] == flops * (2 if name == "update" else 1)
     # Of 8 images, both branches: the reference's features, and the log-probs.
-    assert twice.resident["kept for iterations"] == 4 * 8 * 21 * (2 * SMALL.width + 1)
-    assert plain.resident["kept for iterations"] == 0
+    assert twice.kept == 4 * 8 * 21 * (2 * SMALL.width + 1)
+    assert plain.kept == 0
     assert plain.flops["reference"] > 0
     without = make_plan(
         SMALL,

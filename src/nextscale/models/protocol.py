@@ -6,6 +6,7 @@ features · D codebook width · h w the full latent grid · H W pixels
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
@@ -103,6 +104,8 @@ class NextScaleModel(nn.Module, ABC):
         head: the module that makes logits of features, token by token.
         num_classes: of a class-conditional model; 0 of any other.
         gradient_checkpointing: recompute activations in the backward pass.
+        keeping_inputs: where what a recomputed block starts from waits for the backward pass: a context like
+            torch's `save_on_cpu`.
     """
 
     config: Any
@@ -117,6 +120,7 @@ class NextScaleModel(nn.Module, ABC):
 
     num_classes: int = 0
     gradient_checkpointing: bool = False
+    keeping_inputs: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @property
     def device(self) -> torch.device:
@@ -162,6 +166,14 @@ class NextScaleModel(nn.Module, ABC):
                 scale.
             cache: from `new_cache`; it grows by the scale.
         """
+
+    def _through(self, block: nn.Module, *arguments: Any, recomputes: bool) -> Tensor:
+        """What a block makes of its inputs; only they are kept for the backward pass if it is to be run again
+        there."""
+        if not recomputes:
+            return block(*arguments)
+        with self.keeping_inputs():
+            return checkpoint(block, *arguments, use_reentrant=False)
 
     def in_float32(self) -> list[nn.Module]:
         """The parts that run in float32 whatever autocast says: the head, and what a family adds."""

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from nextscale.base.compiling import Fusible
 from nextscale.base.conditions import Condition
@@ -444,10 +443,10 @@ class Switti(NextScaleModel):
         theta, size = self.config.rope_theta, self.config.rope_size
         rope_2lp = rope_table(scale_l, start, self.schedule, head_width, theta, size)
         of_text = conditioning["context"], conditioning["bias"]
-        recompute = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
+        recomputes = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(cast("Iterable[SwittiBlock]", self.blocks)):
             arguments = x_BlC, condition_BC, crop_BC, *of_text, rope_2lp, lengths, cache, layer
-            x_BlC = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
+            x_BlC = self._through(block, *arguments, recomputes=recomputes)
         if cache is not None:
             cache.num_tokens += x_BlC.shape[1]
         return self.head_nm(x_BlC, condition_BC)

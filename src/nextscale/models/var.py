@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from nextscale.base.compiling import Fusible
 from nextscale.base.conditions import Condition
@@ -238,10 +237,10 @@ class VARStack(NextScaleModel):
         if self.config.shared_adaln:
             six_BC = as_stored(self.shared_ada_lin, condition_BC)
             shared_B16C = rearrange(six_BC, "B (n C) -> B 1 n C", n=6)
-        recompute = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
+        recomputes = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
         for layer, block in enumerate(cast("Iterable[Block]", self.blocks)):
             arguments = x_BlC, condition_BC, shared_B16C, lengths, cache, layer
-            x_BlC = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
+            x_BlC = self._through(block, *arguments, recomputes=recomputes)
         if cache is not None:
             cache.num_tokens += x_BlC.shape[1]
         return self.head_nm(x_BlC, condition_BC)

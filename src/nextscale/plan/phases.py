@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import CLIPConfig, CLIPModel
 
 from nextscale.base.processes import share_of
@@ -132,6 +133,8 @@ class Phases:
         def run(model: Any) -> Count:
             objective, microbatch = self._objective(model, batch)
             model.gradient_checkpointing = self.run.gradient_checkpointing
+            if self.run.activation_offloading and self.as_on_gpu:
+                model.keeping_inputs = partial(saved_tensors_hooks, *_ELSEWHERE)
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.zeros_like(parameter)
@@ -158,12 +161,14 @@ class Phases:
         return self.num_images * (image + self._num_tokens * token)
 
     def kept_bytes(self) -> float:
-        """Bytes that the first iteration keeps for the others: log-probs, and the reference's features."""
-        if self.grpo.num_iterations == 1:
-            return 0.0
-        float32 = 4
+        """Bytes that an update keeps of all images: for later iterations their log-probs; for these, or where
+        an offloaded reference is to come but once, its features."""
+        float32, has_more = 4, self.grpo.num_iterations > 1
         sequences = (2 if self._reference_sampling.is_guided else 1) if self.grpo.needs_reference else 0
-        return float32 * self.num_images * self._num_trained * (1.0 + sequences * self.transformer.width)
+        if not has_more and not self.grpo.offload_reference:
+            return 0.0
+        numbers = has_more + sequences * self.transformer.width  # a token
+        return float32 * self.num_images * self._num_trained * numbers
 
     def cache_bytes(self) -> float:
         """Bytes of the keys and values that all blocks keep when the last scale is sampled."""
@@ -233,6 +238,10 @@ class Phases:
         with without_data(as_on_gpu=self.as_on_gpu):
             _leave_meta(model)
             return run(model)
+
+
+# What autograd saves in main memory: away from the GPU in between, and a tensor of its own when it comes back.
+_ELSEWHERE = (lambda tensor: (tensor.shape, tensor.dtype), lambda kept: torch.zeros(kept[0], dtype=kept[1]))
 
 
 def tuned_transformer(config: Record, tuning: TuningConfig) -> Any:

@@ -34,7 +34,7 @@ USABLE_MEMORY = 0.9
 FLOAT32 = 4  # bytes
 OF_AN_IMAGE = ("rollout", "decode", "reward")
 """Phases that an evaluation has too."""
-WITHOUT_GRADIENTS = (*OF_AN_IMAGE, "credit")
+WITHOUT_GRADIENTS = (*OF_AN_IMAGE, "credit", "reference")
 """Phases in which the gradients do not exist: they are freed after each optimizer step, but for those that
 DistributedDataParallel reduces in place."""
 
@@ -56,6 +56,7 @@ class Plan:
         phases: peak bytes that one process needs in addition, by phase.
         cache: the part of the rollout's bytes that holds keys and values.
         activations: the part of the update's bytes that is saved for the backward pass.
+        kept: the part that is kept of all images until the update is done.
         rate: assumed FLOP/s of all GPUs together.
         keeps_gradients: whether the gradients exist in all phases.
     """
@@ -73,6 +74,7 @@ class Plan:
     phases: dict[str, float]
     cache: float
     activations: float
+    kept: float
     rate: float
     keeps_gradients: bool = False
 
@@ -193,11 +195,11 @@ def make_plan(
         "tokenizer": sizes["tokenizer"].num_bytes,
         "rewards": sum(sizes[name].num_bytes for name in clips),
         "scored images": of.scored_bytes(),
-        "kept for iterations": of.kept_bytes(),
     }
-    phases = {name: counts[name].peak for name in (*WITHOUT_GRADIENTS, "update") if name in counts}
-    if waiting:
-        phases["reference"] = waiting + counts["reference"].peak
+    phases = {name: counts[name].peak for name in (*OF_AN_IMAGE, "credit") if name in counts}
+    if waiting:  # it comes once for all images, before there is a gradient
+        phases["reference"] = waiting + counts["reference"].peak + of.kept_bytes()
+    phases["update"] = counts["update"].peak + of.kept_bytes()
     if is_sharded:
         for name in OF_AN_IMAGE:
             phases[name] += FLOAT32 * weights.parameters  # gathered once for all scales and batches
@@ -223,6 +225,7 @@ def make_plan(
         phases=phases,
         cache=of.cache_bytes(),
         activations=counts["update"].saved,
+        kept=of.kept_bytes(),
         rate=peak_rate * UTILISATION * num_images / share,
         keeps_gradients=num_gpus > 1 and not is_sharded,
     )
@@ -239,6 +242,8 @@ def describe(plan: Plan) -> str:
     details: dict[str, str] = dict.fromkeys(WITHOUT_GRADIENTS, place)
     details["rollout"] = "; ".join(filter(None, [f"keys and values {_gigabytes(plan.cache)}", place]))
     details["update"] = f"activations {_gigabytes(plan.activations)}"
+    if plan.kept:
+        details["update"] += f"; kept of all images {_gigabytes(plan.kept)}"
     largest = max(plan.phases, key=plan.needed)
     rows = [(name, number, "") for name, number in plan.resident.items() if number]
     rows += [

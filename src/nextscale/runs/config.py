@@ -1,8 +1,8 @@
 """The options of a run."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from nextscale.base.records import FREE_ON_RESUME, Record
 
@@ -47,6 +47,9 @@ class RunConfig(Record):
     multiply in TF32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: saves memory, takes about a third longer."""
+    activation_offloading: bool = False
+    """Keep what each recomputed block starts from in main memory until the backward pass needs it: the gradient
+    is the same, and the GPU holds one of them at a time, for the price of two copies."""
     torch_compile: bool = False
     """Fuse the layers of model and decoder with torch.compile: for GPUs, where an update takes two thirds of
     the time and less memory, after a minute of compiling."""
@@ -61,6 +64,14 @@ class RunConfig(Record):
     """Trackers that get the metrics besides metrics.jsonl: one or several of Accelerate's, or "none"."""
     disable_tqdm: bool = Field(default=False, json_schema_extra=FREE_ON_RESUME)
     """Hide the progress bar."""
+
+    @model_validator(mode="after")
+    def _check_offloading(self) -> Self:
+        if self.activation_offloading and not self.gradient_checkpointing:
+            raise ValueError(
+                "activation_offloading has no effect without gradient_checkpointing: set it too, or remove this"
+            )
+        return self
 
 
 MAX_DRIFT = {"no": 0.01, "bf16": 0.05}
