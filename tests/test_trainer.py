@@ -300,7 +300,9 @@ def test_what_recomputed_blocks_start_from_goes_to_main_memory(
     class Told(torch.autograd.graph.saved_tensors_hooks):
         def __init__(self, pin_memory: bool) -> None:
             assert not pin_memory  # there is no GPU
-            super().__init__(lambda tensor: (kept.append(tuple(tensor.shape)), tensor)[1], lambda tensor: tensor)
+            super().__init__(
+                lambda tensor: (kept.append(tuple(tensor.shape)), tensor)[1], lambda tensor: tensor
+            )
 
     monkeypatch.setattr("nextscale.learner.save_on_cpu", Told)
     pipe = make_pipeline()

@@ -115,7 +115,7 @@ class Learner:
         """This process's images in `microbatches`.
 
         A reference that waits in main memory is brought here once for all of them, before there is a gradient
-        that needs the same room; what it makes of them is kept.
+        that needs the same room; what it makes of them waits in main memory as well.
         """
         num_images, size = self.grpo.num_images, self.run.per_device_train_batch_size
         parts = list(microbatches(drawn, advantages, num_images, size))
@@ -124,7 +124,11 @@ class Learner:
             return parts
         with reference.brought_to(self.accelerator.device), self.autocast():
             return [
-                (replace(batch, reference_features=objective.reference_features(batch)), weight, is_last)
+                (
+                    replace(batch, reference_features=objective.reference_features(batch).cpu()),
+                    weight,
+                    is_last,
+                )
                 for batch, weight, is_last in parts
             ]
 

@@ -44,7 +44,7 @@ class Microbatch:
         advantages: (B,), or (B, S), or (B, L): how much better than expected.
         old_log_probs: (B, l) float32, of the trained tokens under the model before its first update on them;
             None until that is known, which is in the first iteration.
-        reference_features: from `Reference.features`; None until they are known.
+        reference_features: from `Reference.features`, on any device; None until they are known.
     """
 
     conditioning: Conditioning
@@ -144,9 +144,7 @@ class Objective:
         # The reference runs first, while nothing is held for the backward pass, and once a rollout.
         num_tokens = sum(self.lengths)
         inputs_BLD = batch.inputs[:, : num_tokens - 1]
-        features_BLC = batch.reference_features
-        if self.reference is not None and features_BLC is None:
-            features_BLC = self.reference_features(batch)
+        features_BLC = None if self.reference is None else self.reference_features(batch)
 
         # One teacher-forced pass gives the distribution that every token was drawn from, with gradient.
         coefficients = coefficients or Coefficients(self.config.beta)
@@ -200,12 +198,15 @@ class Objective:
         if self.config.num_iterations > 1:
             kept = {"old_log_probs": old_BL}
             if features_BLC is not None:
-                kept["reference_features"] = features_BLC
+                known = batch.reference_features
+                kept["reference_features"] = features_BLC if known is None else known
         return LossOutput(output.loss, {name: each.detach() for name, each in values.items()}, kept)
 
     def reference_features(self, batch: Microbatch) -> Tensor:
-        """What the reference makes of the trained tokens, as `Microbatch.reference_features`."""
+        """What the reference makes of the trained tokens, unless it is known, where the microbatch is."""
         assert self.reference is not None, "it is asked where there is one"
+        if batch.reference_features is not None:
+            return batch.reference_features.to(batch.inputs.device)
         inputs_BlD = batch.inputs[:, : sum(self.lengths) - 1]
         return self.reference.features(batch.conditioning, inputs_BlD, self.reference_sampling)
 
@@ -215,9 +216,7 @@ class Objective:
         nats; of the trained tokens."""
         reference, inputs_BLD = self.reference, batch.inputs[:, : sum(self.lengths) - 1]
         assert reference is not None, "with beta there is a reference"
-        features_BLC = batch.reference_features
-        if features_BLC is None:
-            features_BLC = self.reference_features(batch)
+        features_BLC = self.reference_features(batch)
         ramp = Ramp.of(self.reference_sampling, self.schedule, inputs_BLD.device)
 
         def read(logits_BlV: Tensor, at: slice) -> dict[str, Tensor]:

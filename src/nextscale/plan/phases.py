@@ -161,14 +161,14 @@ class Phases:
         return self.num_images * (image + self._num_tokens * token)
 
     def kept_bytes(self) -> float:
-        """Bytes that an update keeps of all images: for later iterations their log-probs; for these, or where
-        an offloaded reference is to come but once, its features."""
-        float32, has_more = 4, self.grpo.num_iterations > 1
-        sequences = (2 if self._reference_sampling.is_guided else 1) if self.grpo.needs_reference else 0
-        if not has_more and not self.grpo.offload_reference:
+        """Bytes that the first iteration keeps for the others: log-probs, and the reference's features. Those of
+        an offloaded reference are kept in main memory."""
+        if self.grpo.num_iterations == 1:
             return 0.0
-        numbers = has_more + sequences * self.transformer.width  # a token
-        return float32 * self.num_images * self._num_trained * numbers
+        float32 = 4
+        keeps_features = self.grpo.needs_reference and not self.grpo.offload_reference
+        sequences = (2 if self._reference_sampling.is_guided else 1) if keeps_features else 0
+        return float32 * self.num_images * self._num_trained * (1.0 + sequences * self.transformer.width)
 
     def cache_bytes(self) -> float:
         """Bytes of the keys and values that all blocks keep when the last scale is sampled."""

@@ -198,7 +198,7 @@ def make_plan(
     }
     phases = {name: counts[name].peak for name in (*OF_AN_IMAGE, "credit") if name in counts}
     if waiting:  # it comes once for all images, before there is a gradient
-        phases["reference"] = waiting + counts["reference"].peak + of.kept_bytes()
+        phases["reference"] = waiting + counts["reference"].peak
     phases["update"] = counts["update"].peak + of.kept_bytes()
     if is_sharded:
         for name in OF_AN_IMAGE:

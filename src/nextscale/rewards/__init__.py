@@ -2,6 +2,7 @@
 
 from nextscale.rewards.aesthetic import Aesthetic
 from nextscale.rewards.class_probability import ClassProbability
+from nextscale.rewards.clip_class import ClipClass
 from nextscale.rewards.clip_score import ClipScore
 from nextscale.rewards.diversity import Diversity
 from nextscale.rewards.geneval import GenEval
@@ -24,6 +25,7 @@ __all__ = [
     "AtLeast",
     "AtMost",
     "ClassProbability",
+    "ClipClass",
     "ClipScore",
     "Diversity",
     "GenEval",

@@ -51,7 +51,7 @@ class ClipScoreConfig(RewardConfig):
 
     kind: Literal["clip_score"] = "clip_score"
     prompt: str | tuple[str, ...] = DEFAULT_PROMPT
-    """Prompt such as "a photo of a {label}"; for a clip_score, also a list whose mean score counts."""
+    """Prompt such as "a photo of a {label}"; for CLIP, also a list whose mean counts."""
     clip: str = DEFAULT_CLIP
     """CLIP: "toy", a folder or a hub repository; an aesthetic head comes with its own by default."""
     negative: str | tuple[str, ...] | None = None

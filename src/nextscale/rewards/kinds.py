@@ -10,6 +10,7 @@ from nextscale.base.errors import ConfigError
 from nextscale.base.records import Record, describe_validation_error, did_you_mean, unknown_key
 from nextscale.rewards.aesthetic import AestheticConfig
 from nextscale.rewards.class_probability import ClassProbabilityConfig
+from nextscale.rewards.clip_class import ClipClassConfig
 from nextscale.rewards.clip_score import ClipScoreConfig
 from nextscale.rewards.diversity import DiversityConfig
 from nextscale.rewards.geneval import GenEvalConfig
@@ -28,6 +29,7 @@ from nextscale.rewards.vlm_judge import VlmJudgeConfig
 RECORDS: tuple[type[RewardConfig], ...] = (
     AestheticConfig,
     ClipScoreConfig,
+    ClipClassConfig,
     PickScoreConfig,
     HPSv2Config,
     ImageRewardConfig,

@@ -18,7 +18,7 @@ class PreferenceConfig(RewardConfig):
     """What is made with these options."""
 
     prompt: str = DEFAULT_PROMPT
-    """Prompt such as "a photo of a {label}"; for a clip_score, also a list whose mean score counts."""
+    """Prompt such as "a photo of a {label}"; for CLIP, also a list whose mean counts."""
     checkpoint: str | None = None
     """Local folder (pick_score) or file (hps, image_reward) in place of the weights on the hub."""
     tokenizer: str = CLIP_H_TOKENIZER
