@@ -9,7 +9,7 @@ import pytest
 from nextscale.base.errors import ConfigError
 from nextscale.cli.main import main
 from nextscale.study.plan import Experiment, read_study, trials
-from nextscale.study.results import Row, draw, interval, table
+from nextscale.study.results import Row, at_kl, comparison, draw, images_until, interval, table
 
 TINY = """
 seeds: [3]
@@ -78,6 +78,25 @@ def test_the_table_has_a_line_for_each_variant_that_was_run() -> None:
     assert lines[0] == "| variant | seeds | class % | reward: mine | KL, nats an image |"
     assert lines[2] == "| plain | 1 2 | 95 ± 64 | 0.5 ± 0 | 100 ± 0 |"
     assert len(lines) == 3
+
+
+def test_variants_are_compared_at_equal_kl_and_by_the_images_they_took() -> None:
+    slow = Row("a", "plain", 1, {}, [(8.0, 1.0, 0.1, 10.0), (16.0, 2.0, 0.3, 30.0)])
+    fast = [
+        Row("a", "new", 1, {}, [(8.0, 1.0, 0.2, 60.0), (16.0, 2.0, 0.8, 40.0), (24.0, 3.0, 0.9, 140.0)]),
+        Row("a", "new", 2, {}, [(8.0, 1.0, 0.1, math.nan), (16.0, 2.0, 0.4, 30.0)]),
+    ]
+    assert at_kl(slow, 25.0) == pytest.approx(0.1 + 0.2 * 15 / 20)
+    assert at_kl(slow, 31.0) is None
+    assert at_kl(fast[0], 50.0) == 0.2  # from its first step on
+    assert at_kl(fast[0], 100.0) == pytest.approx(0.8 + 0.1 * 60 / 100)
+    assert at_kl(fast[1], 25.0) == 0.4  # before it there was no KL
+    assert images_until(slow, 0.3) == 16 and images_until(slow, 0.31) is None
+    experiment = Experiment(recipe="toy-painting", aim="mine", variants={"plain": {}, "new": {}})
+    head, _, plain, new = comparison([slow, *fast], experiment).splitlines()
+    assert head == "| mine, training | at 25 nats | at 50 nats | at 100 nats | images until 0.3 |"
+    assert plain == "| plain | 0.25 | - | - | 16 |"
+    assert new == "| new | 0.3 ± 1.3 | 0.2 (1 of 2) | 0.86 (1 of 2) | 16 ± 0 |"
 
 
 def test_a_study_runs_and_is_not_repeated(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -102,8 +102,8 @@ class Reference:
 
     @contextmanager
     def brought_to(self, device: torch.device) -> Iterator[None]:
-        """The weights on this device; afterwards they are where they were, and nothing is copied back. Entered
-        within itself it does nothing."""
+        """The weights on this device; afterwards they are where they were, and nothing is copied back. Within
+        itself it does nothing."""
         tables: list[dict[str, Any]] = []
         for module in self.model.modules():
             tables += [module._parameters, module._buffers]

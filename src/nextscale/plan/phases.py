@@ -161,8 +161,8 @@ class Phases:
         return self.num_images * (image + self._num_tokens * token)
 
     def kept_bytes(self) -> float:
-        """Bytes that the first iteration keeps for the others: log-probs, and the reference's features. Those of
-        an offloaded reference are kept in main memory."""
+        """Bytes that the first iteration keeps for the others: log-probs, and the reference's features, but
+        for those of an offloaded one, which are kept in main memory."""
         if self.grpo.num_iterations == 1:
             return 0.0
         float32 = 4
@@ -240,7 +240,7 @@ class Phases:
             return run(model)
 
 
-# What autograd saves in main memory: away from the GPU in between, and a tensor of its own when it comes back.
+# What autograd saves in main memory: away from the GPU in between, a tensor of its own when it comes back.
 _ELSEWHERE = (lambda tensor: (tensor.shape, tensor.dtype), lambda kept: torch.zeros(kept[0], dtype=kept[1]))
 
 

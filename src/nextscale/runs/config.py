@@ -48,8 +48,8 @@ class RunConfig(Record):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: saves memory, takes about a third longer."""
     activation_offloading: bool = False
-    """Keep what each recomputed block starts from in main memory until the backward pass needs it: the gradient
-    is the same, and the GPU holds one of them at a time, for the price of two copies."""
+    """Keep what each recomputed block starts from in main memory until the backward pass needs it: the
+    gradient is the same, and the GPU holds one of them at a time, for the price of two copies."""
     torch_compile: bool = False
     """Fuse the layers of model and decoder with torch.compile: for GPUs, where an update takes two thirds of
     the time and less memory, after a minute of compiling."""
@@ -69,7 +69,7 @@ class RunConfig(Record):
     def _check_offloading(self) -> Self:
         if self.activation_offloading and not self.gradient_checkpointing:
             raise ValueError(
-                "activation_offloading has no effect without gradient_checkpointing: set it too, or remove this"
+                "activation_offloading has no effect without gradient_checkpointing: set both or neither"
             )
         return self
 

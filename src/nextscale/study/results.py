@@ -30,6 +30,9 @@ COLUMNS: dict[str, tuple[str, float]] = {
 """Pattern of a measure's name to the heading of its column, and what it is multiplied by."""
 
 
+KL_LEVELS = (25.0, 50.0, 100.0, 200.0, 400.0)  # nats an image, at which variants are compared
+
+
 @dataclass(frozen=True)
 class Row:
     """One run.
@@ -61,6 +64,53 @@ def read_row(trial: Trial, aim: str = "reward") -> Row:
             curve.append((images, seconds, record[aim], record.get("kl_per_image", math.nan)))
     last = {"images": images, "seconds": seconds, "kl": curve[-1][3]}
     return Row(trial.experiment, trial.variant, trial.seed, measures | last, curve)
+
+
+def at_kl(row: Row, level: float) -> float | None:
+    """The aim where the KL of an image first comes to this level, between two steps in proportion; None for a
+    run that stays below it."""
+    before = None
+    for _, _, aim, kl in row.curve:
+        if kl >= level:
+            if before is None:
+                return aim
+            aim_before, kl_before = before
+            return aim_before + (aim - aim_before) * (level - kl_before) / (kl - kl_before)
+        if not math.isnan(kl):
+            before = aim, kl
+    return None
+
+
+def images_until(row: Row, aim: float) -> float | None:
+    """Images after which a run's rollouts first had this aim; None if they never did."""
+    return next((images for images, _, reached, _ in row.curve if reached >= aim), None)
+
+
+def comparison(rows: Sequence[Row], experiment: Experiment) -> str:
+    """A Markdown table of one experiment: the aim at equal KL, and the images it took until the aim was where
+    the runs of the first variant ended, in the mean."""
+    variants = list(experiment.variants)
+    levels = [each for each in KL_LEVELS if any(at_kl(row, each) is not None for row in rows)]
+    ends = [row.curve[-1][2] for row in rows if row.variant == variants[0]]
+    end = statistics.fmean(ends) if ends else math.nan
+    head = [f"{experiment.aim}, training", *(f"at {level:g} nats" for level in levels)]
+    head += [f"images until {end:.3g}"] if ends else []
+    lines = [" | ".join(head), " | ".join(["---"] * len(head))]
+    for variant in variants:
+        mine = [row for row in rows if row.variant == variant]
+        cells = [_of_those_that_did(mine, [at_kl(row, level) for row in mine]) for level in levels]
+        cells += [_of_those_that_did(mine, [images_until(row, end) for row in mine])] if ends else []
+        if mine:
+            lines.append(" | ".join([variant, *cells]))
+    return "\n".join(f"| {line} |" for line in lines) + "\n"
+
+
+def _of_those_that_did(rows: Sequence[Row], values: Sequence[float | None]) -> str:
+    """Mean and interval of the runs that came there, and how many did if not all."""
+    found = [each for each in values if each is not None]
+    if not found:
+        return "-"
+    return _cell(found) + (f" ({len(found)} of {len(rows)})" if len(found) < len(rows) else "")
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -110,7 +160,8 @@ def write_results(study: Study, done: Sequence[Trial], folder: Path) -> list[Pat
         mine = [row for row in rows if row.experiment == name]
         if not mine:
             continue
-        sections.append(f"## {name}\n\n{table(mine, list(experiment.variants))}\n![{name}]({name}.png)\n")
+        tables = table(mine, list(experiment.variants)) + "\n" + comparison(mine, experiment)
+        sections.append(f"## {name}\n\n{tables}\n![{name}]({name}.png)\n")
         paths.append(draw(mine, experiment, folder / f"{name}.png"))
     page.write_text("\n".join(sections), encoding="utf-8")
     return paths
