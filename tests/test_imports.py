@@ -26,6 +26,7 @@ FLOORS = (
         "contributions",
         "credit",
         "evaluation",
+        "fid",
         "measured",
     ),
     ("toy.*", "learner", "collector", "callbacks", "trainer"),

@@ -19,7 +19,7 @@ from nextscale.base.statistics import deviation, standard_error
 from nextscale.grpo import GRPOConfig
 from nextscale.models.protocol import NextScaleModel
 from nextscale.objective import Microbatch, Objective
-from nextscale.pipeline import VARPipeline
+from nextscale.pipeline import Drawn, VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.reference import Reference
 from nextscale.rewards.groups import GroupReward
@@ -96,7 +96,7 @@ class Extremes:
 @torch.no_grad()
 def evaluate(
     pipe: VARPipeline,
-    rewards: RewardSet,
+    rewards: RewardSet | None,
     sampling: SamplingConfig,
     num_images: int = 512,
     seed: int = 0,
@@ -117,6 +117,7 @@ def evaluate(
     all get the measures of the whole.
 
     Args:
+        rewards: None where only what else there is to measure is wanted.
         num_images: rounded up to equally many for each condition.
         conditions: what to draw, classes or prompts, by default all classes; a fixed choice of them where
             `num_images` does not suffice for one image of each, or for two where images are compared.
@@ -132,15 +133,16 @@ def evaluate(
         progress: called after every batch with the images that this process has drawn, and is to draw.
 
     Returns:
-        metrics `reward`, `reward_std`, `reward_sem`, `rewards/{name}/mean`, `/std`, `/sem`, `num_images`, and
-        where they apply `diversity`, what the judges say and what `measures` give. A standard deviation (std)
-        is over all images; the standard error of a mean (sem) counts those that were scored.
+        metrics `num_images`, and where they apply `reward`, `reward_std`, `reward_sem`,
+        `rewards/{name}/mean`, `/std` and `/sem`, `diversity`, what judges say and `measures` give. A standard
+        deviation (std) is over all images; the standard error of a mean (sem) counts those that were scored.
 
     Raises:
         RewardError: a reward that cannot be used, or that scored none of the images; in all processes.
         ConfigError: there are more processes than images.
     """
-    compares = embed is not None or any(isinstance(each, GroupReward) for each in rewards.rewards.values())
+    given = rewards.rewards if rewards else {}
+    compares = embed is not None or any(isinstance(each, GroupReward) for each in given.values())
     fewest = 2 if compares else 1  # images of a condition
     chosen = _spread(
         pipe.all_conditions() if conditions is None else conditions, max(num_images // fewest, 1), seed
@@ -160,62 +162,65 @@ def evaluate(
         places = [divmod(i, per_condition) for i in images]
         return [i for i, (row, column) in enumerate(places) if row < MAX_ROWS and column < columns]
 
-    scored, judged, embeddings, samples, tokens, moved = [], [], [], [], [], []
     to_base = Objective(GRPOConfig(), sampling, pipe.transformer.schedule, Reference(base)) if base else None
-    seen: list[list[dict[str, Tensor]]] = [[] for _ in measures]
-    # Only what is small is kept of each batch: memory does not grow with the number of images.
+
+    def found_in(batch: Drawn, images: range) -> dict[str, Tensor]:
+        """All that is kept of a batch, what kind it is before its name: no images but those of the grid."""
+        shown = in_grid(images)
+        found = {"grid/samples": batch.images[shown], "grid/tokens": batch.tokens[shown]}
+        if rewards is not None:
+            found |= _named("score", rewards.scores(batch.images, batch.conditions))
+        if to_base is not None:
+            parts = batch.conditioning, batch.tokens, batch.inputs, batch.log_probs, batch.log_probs
+            kl_BL = to_base.divergence(pipe.transformer, Microbatch(*parts))[1]
+            found["kl"] = kl_BL.sum(1).float()
+        if embed is not None:
+            found["embedding"] = embed(batch.images).float()
+        if judges is not None:
+            found |= _named("judge", judges(batch.images, batch.conditions))
+        for i, each in enumerate(measures):
+            features = each.features(batch.images, batch.conditions)
+            found |= _named(f"measure {i}", {name: value.float() for name, value in features.items()})
+        return {name: value.cpu() for name, value in found.items()}
+
     mine = my_share(total)
-    done = mine.start
+    done, parts = mine.start, []
     with fail_together():
         for batch in pipe.draw_batches(chosen, seeds, per_condition, sampling, batch_size, mine):
-            shown = in_grid(range(done, done + len(batch.images)))
-            samples.append(batch.images[shown].cpu())
-            tokens.append(batch.tokens[shown].cpu())
-            scored.append(rewards.scores(batch.images, batch.conditions))
-            if to_base is not None:
-                parts = batch.conditioning, batch.tokens, batch.inputs, batch.log_probs, batch.log_probs
-                kl_BL = to_base.divergence(pipe.transformer, Microbatch(*parts))[1]
-                moved.append({"kl_per_image": kl_BL.sum(1).float().cpu()})
-            if embed is not None:
-                embeddings.append({"embedding": embed(batch.images).float().cpu()})
-            if judges is not None:
-                judged.append(judges(batch.images, batch.conditions))
-            for parts, each in zip(seen, measures, strict=True):
-                features = each.features(batch.images, batch.conditions)
-                parts.append({name: value.float().cpu() for name, value in features.items()})
-            done += len(batch.images)
+            images = range(done, done + len(batch.images))
+            parts.append(found_in(batch, images))
+            done = images.stop
             if progress is not None:
                 progress(done - mine.start, len(mine))
 
     # From here on, all processes have the whole.
+    here = cat_by_name(parts)
     owners = [r for r in range(num_processes) if in_grid(share_of(total, r, num_processes))]
-    grid = torch.cat(from_owners(torch.cat(samples), owners)).unflatten(0, (-1, columns))
-    tokens_BL = torch.cat(from_owners(torch.cat(tokens), owners))
-    by_group = rewards.of_groups(gathered(cat_by_name(scored)), per_condition, num_compared)
-    flat = {name: each.flatten() for name, each in by_group.items()}
-    require_scores(flat)
-    reward = rewards.total(flat)
-    metrics = {
-        "reward": reward.nanmean().item(),
-        "reward_std": deviation(reward).item(),
-        "reward_sem": standard_error(reward).item(),
-        **score_metrics(flat),
-        **{f"rewards/{name}/sem": standard_error(each).item() for name, each in flat.items()},
-        "num_images": float(total),
-    }
-    embedded: Tensor | None = None
-    if embeddings:
-        embedded = gathered(cat_by_name(embeddings))["embedding"]
+    grid = torch.cat(from_owners(here.pop("grid/samples"), owners)).unflatten(0, (-1, columns))
+    tokens_BL = torch.cat(from_owners(here.pop("grid/tokens"), owners))
+    whole = gathered(here)
+    metrics: dict[str, float] = {}
+    scores: dict[str, Tensor] = {}
+    reward: Tensor | None = None
+    if rewards is not None:
+        by_group = rewards.of_groups(_of("score", whole), per_condition, num_compared)
+        flat = {name: each.flatten() for name, each in by_group.items()}
+        require_scores(flat)
+        reward = rewards.total(flat)
+        scores = {"reward": reward} | flat
+        metrics |= _reward_metrics(reward, flat)
+    metrics["num_images"] = float(total)
+    embedded = whole.get("embedding")
+    if embedded is not None:
         groups = embedded.split(per_condition)
         metrics["diversity"] = sum(map(mean_pairwise_distance, groups)) / len(groups)
-    if moved:
-        metrics["kl_per_image"] = gathered(cat_by_name(moved))["kl_per_image"].mean().item()
-    if judged:
-        metrics |= {name: each.float().mean().item() for name, each in gathered(cat_by_name(judged)).items()}
-    for parts, each in zip(seen, measures, strict=True):
-        metrics |= each.measure(gathered(cat_by_name(parts)), chosen)
+    if "kl" in whole:
+        metrics["kl_per_image"] = whole["kl"].mean().item()
+    metrics |= {name: each.float().mean().item() for name, each in _of("judge", whole).items()}
+    for i, each in enumerate(measures):
+        metrics |= each.measure(_of(f"measure {i}", whole), chosen)
     extremes: Extremes | None = None
-    if num_extremes and PartialState().is_main_process:
+    if num_extremes and reward is not None and PartialState().is_main_process:
         order = [i for i in reward.argsort(descending=True).tolist() if not reward[i].isnan()]
         middle = max((len(order) - num_extremes) // 2, 0)
         rows = [order[:num_extremes], order[middle : middle + num_extremes], order[-num_extremes:]]
@@ -236,7 +241,7 @@ def evaluate(
         grid,
         chosen[:MAX_ROWS],
         tokens_BL[::columns],
-        {"reward": reward} | flat,
+        scores,
         embedded,
         extremes,
     )
@@ -300,6 +305,29 @@ def mean_pairwise_distance(embeddings_GE: Tensor) -> float:
     num = len(embeddings_GE)
     cosines = embeddings_GE.float().sum(0).square().sum()  # of all with all; no product for autocast to round
     return ((num * num - cosines) / (num * (num - 1))).item()
+
+
+def _reward_metrics(reward: Tensor, scores: Mapping[str, Tensor]) -> dict[str, float]:
+    """What is reported of the reward and of each reward, of all images."""
+    return {
+        "reward": reward.nanmean().item(),
+        "reward_std": deviation(reward).item(),
+        "reward_sem": standard_error(reward).item(),
+        **score_metrics(scores),
+        **{f"rewards/{name}/sem": standard_error(each).item() for name, each in scores.items()},
+    }
+
+
+def _named(kind: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values with their kind before their names."""
+    return {f"{kind}/{name}": each for name, each in values.items()}
+
+
+def _of(kind: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values of a kind, by their names."""
+    return {
+        name.removeprefix(f"{kind}/"): each for name, each in values.items() if name.startswith(f"{kind}/")
+    }
 
 
 def _spread(conditions: Sequence[Condition], most: int, seed: int) -> list[Condition]:

@@ -12,12 +12,16 @@ from torch import Tensor
 from nextscale.base.distances import Gaussian, frechet_distance, maximum_mean_discrepancy
 from nextscale.base.numbers import number
 from nextscale.base.statistics import standard_error
+from nextscale.fid import OFFICIAL_IMAGES
 
 Z95 = 1.96
 """Standard errors of half a 95 % interval of a mean of many."""
+INTERVALS = "; ± is half of the 95 % interval of the mean over images."
 FEW = 2048
 """Images under which a Fréchet distance is labelled as one of few."""
 UNCERTAIN = ("reward_std", "reward_sem", "num_images")
+OFFICIAL = {"fid": "FID", "inception_score": "Inception Score"}
+"""Metrics that are published of 50,000 images, and what they are called."""
 
 
 @dataclass(frozen=True)
@@ -92,24 +96,32 @@ def table_rows(models: Sequence[Measured]) -> list[list[str]]:
             rows.append([f"  less {first.name}", "", *(_signed(each) for each in others)])
     names = dict.fromkeys(name for each in models for name in each.metrics)
     plain = [n for n in names if n not in UNCERTAIN and n != "reward" and not n.startswith("rewards/")]
-    rows.append([])
+    rows += [[]] if rows else []
+    images = int(first.metrics["num_images"])
+    few = f" of {images:,} images" if images < OFFICIAL_IMAGES else ""
     for name in plain:
         values = (each.metrics.get(name) for each in models)
-        rows.append([name, *("" if each is None else number(each) for each in values)])
+        label = f"{OFFICIAL[name]}{few}" if name in OFFICIAL else name
+        rows.append([label, *("" if each is None else number(each) for each in values)])
     return rows
 
 
 def notes(models: Sequence[Measured]) -> list[str]:
     """What a reader of the table has to know."""
     images = int(models[0].metrics["num_images"])
-    told = [f"{images:,} images of fixed seeds; ± is half of the 95 % interval of the mean over images."]
-    if len(models) > 1:
+    told = [f"{images:,} images of fixed seeds" + ("." if not models[0].scores else INTERVALS)]
+    if len(models) > 1 and models[0].scores:
         told.append("Differences are paired: image by image, of the same seeds.")
     measures_sets = any("frechet" in name or "cmmd" in name for name in models[0].metrics)
     if measures_sets and images < FEW:
         told.append(
             f"Distances of {images:,} images, fewer than {FEW:,}, are too large: compare them with those of "
             "equally many alone."
+        )
+    if "fid" in models[0].metrics and images < OFFICIAL_IMAGES:
+        told.append(
+            f"FID and Inception Score of {images:,} images cannot be compared with published ones, which are "
+            f"of {OFFICIAL_IMAGES:,}."
         )
     return told
 

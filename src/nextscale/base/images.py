@@ -12,8 +12,13 @@ from nextscale.base.errors import ConfigError
 
 def to_pil(images: Tensor) -> list[Image.Image]:
     """Convert images (B, 3, H, W) in [0, 1] to a list of B PIL images."""
-    pixels = images.detach().clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = to_bytes(images).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(each) for each in pixels]
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in [0, 1] as uint8 of the same shape, rounded, as files hold them."""
+    return images.detach().clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
 def read_image(path: Path) -> Tensor:

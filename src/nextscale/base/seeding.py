@@ -26,3 +26,9 @@ def group_uniforms(num_images: int, num_tokens: int, *path: int | str) -> torch.
         (num_images, num_tokens) float32 on the CPU.
     """
     return torch.rand(num_images, num_tokens, generator=generator_for(*path))
+
+
+def mixed_order(num: int) -> torch.Tensor:
+    """(num,) numbers below `num` in a random order, always the same: images of an evaluation come class by
+    class, and where they are cut into parts, each is to have all classes."""
+    return torch.randperm(num, generator=generator_for("mixed", num))

@@ -1,4 +1,4 @@
-"""`nextscale evaluate`: score models with rewards, judges and diversity, on the same seeds."""
+"""`nextscale evaluate`: score models with rewards, judges, diversity and FID, on the same seeds."""
 
 import json
 from argparse import Namespace
@@ -12,6 +12,8 @@ from nextscale.base.records import did_you_mean
 from nextscale.cli import arguments
 from nextscale.cli.parser import add_command, complete_with
 from nextscale.config.files import find_recipe, packaged_recipes
+
+NUM_IMAGES = 512  # where FID is not measured
 
 if TYPE_CHECKING:
     from nextscale.pipeline import VARPipeline
@@ -27,8 +29,9 @@ def add(commands: Any) -> None:
         "evaluate toy runs/a runs/b --format latex",
         "evaluate toy --json > before.json",
         "evaluate toy-text runs/toy-text-attributes --recipe toy-text-attributes",
+        "evaluate var-d16 --fid-statistics VIRTUAL_imagenet256_labeled.npz",
     ]
-    summary = "score models with rewards, judges and diversity, on images of the same fixed seeds"
+    summary = "score models with rewards, judges, diversity and FID, on images of the same fixed seeds"
     parser = add_command(commands, "evaluate", run, summary, examples)
     text = f"{arguments.MODEL}; of several, the others are compared with the first"
     parser.add_argument("models", metavar="MODEL", nargs="+", help=text)
@@ -45,13 +48,18 @@ def add(commands: Any) -> None:
     parser.option("--clip", str, text)
     text = "folder of images to measure the distance to, in CLIP embeddings; of several models, by default "
     parser.option("--real", Path, text + "the first model's images")
+    text = "measure FID and Inception Score against this file's mu and sigma, such as "
+    parser.option("--fid-statistics", Path, text + "VIRTUAL_imagenet256_labeled.npz of ADM")
+    text = "weights of FID's Inception network"
+    parser.option("--fid-weights", Path, text, shown="torch-fidelity's, downloaded once")
     parser.option("--base", str, "model to measure the KL to, and for --alpha to go on from")
     text = "strengths between the base (0) and the model (1), separated by commas: each is measured"
     parser.option("--alpha", str, text)
     parser.option("--plot", Path, "with --alpha, draw what is kept against the reward, to this file")
     parser.option("--classes", str, arguments.CLASSES, shown="those of the recipe, or all")
     arguments.add_prompts(parser)
-    parser.option("--num-images", int, "minimum number of images", 512)
+    shown = f"{NUM_IMAGES}; with --fid-statistics 50,000, which published values are of"
+    parser.option("--num-images", int, "minimum number of images", shown=shown)
     arguments.add_drawing_options(parser, "the recipe's, or the model's")
     text = "precision of all networks (default: the recipe's, or that of the run that trained the model)"
     parser.add_argument("--mixed-precision", choices=("no", "bf16"), help=text)
@@ -64,11 +72,13 @@ def add(commands: Any) -> None:
 
 
 def run(args: Namespace) -> int:
-    if args.num_images < 2:
+    if args.num_images is not None and args.num_images < 2:
         raise ConfigError(f"--num-images must be at least 2, got {args.num_images}")
     alphas = alphas_of(args)
     if args.adapter and len(args.models) > 1:
         raise ConfigError("--adapter is for one model: merge it with 'nextscale export' to compare it")
+    if args.fid_weights and not args.fid_statistics:
+        raise ConfigError("--fid-weights has no effect without --fid-statistics: give both, or neither")
     if args.recipe:
         find_recipe(args.recipe)  # a wrong name is answered before the seconds that importing torch takes
 
@@ -82,6 +92,7 @@ def run(args: Namespace) -> int:
     )
     from nextscale.config.build import is_miniature, load_pipeline, make_rewards
     from nextscale.config.recipe import load_recipe
+    from nextscale.fid import OFFICIAL_IMAGES, Fidelity, Inception, read_statistics
     from nextscale.measured import notes, table_rows
     from nextscale.report.tables import as_table
     from nextscale.runs.launch import join_processes
@@ -90,21 +101,26 @@ def run(args: Namespace) -> int:
     processes = join_processes(args.device)
     if processes.num_processes > 1:  # they share the images
         args.device = str(processes.device)
+    if args.num_images is None:
+        args.num_images = OFFICIAL_IMAGES if args.fid_statistics else NUM_IMAGES
+    reference = read_statistics(args.fid_statistics) if args.fid_statistics else None
+    measures = [Fidelity(reference, Inception(args.fid_weights))] if reference else []
     pipe = load_one(args, args.models[0])
+    recipe, rewards, clip = None, None, args.clip
     if args.reward:
         clip = args.clip or ("toy" if is_miniature(pipe) else None)
-        recipe, rewards = None, rewards_of_words(args.reward, clip)
+        rewards = rewards_of_words(args.reward, clip)
     elif args.recipe or is_miniature(pipe):
         recipe = load_recipe(args.recipe or "toy-combined")
         clip, rewards = args.clip or recipe.run.diversity_clip, recipe.rewards
-    else:
+    elif not measures or alphas:
         raise ConfigError("no rewards given: say which with --recipe or --reward")
     if args.real and not clip:
         raise ConfigError("--real compares CLIP embeddings: say of which CLIP with --clip")
     recipe = recipe if args.recipe else None  # else it was for its rewards alone: the model says the rest
-    reward_set = make_rewards(rewards)
+    reward_set = make_rewards(rewards) if rewards else None
     base = load_pipeline(args.base, device=str(pipe.device)) if args.base else None
-    measuring = partial(measure, args, reward_set, clip, recipe, base, processes.is_main_process)
+    measuring = partial(measure, args, reward_set, clip, recipe, base, measures, processes.is_main_process)
 
     found = []
     if alphas:
@@ -125,7 +141,7 @@ def run(args: Namespace) -> int:
     if not is_main:
         return 0
     measured = [each for each, _ in found]
-    kept = kept_measures(measured, reward_set.held_out)
+    kept = kept_measures(measured, reward_set.held_out if reward_set else ())
     marked = f"knee: {measured[knee_of(measured, kept)].name}" if alphas else ""
     text = json.dumps(as_json(measured, marked), indent=2)
     if args.output:

@@ -16,7 +16,7 @@ from nextscale.base.images import read_image
 from nextscale.cli import arguments
 from nextscale.config.build import embedder, judges_for, measures_for, read_conditions
 from nextscale.config.recipe import Recipe
-from nextscale.evaluation import evaluate
+from nextscale.evaluation import SetMeasure, evaluate
 from nextscale.measured import Measured, clip_distances, differences, knee
 from nextscale.pipeline import VARPipeline
 from nextscale.rewards.reward_set import RewardSet
@@ -28,10 +28,11 @@ IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp")
 
 def measure(
     args: Namespace,
-    rewards: RewardSet,
+    rewards: RewardSet | None,
     clip: str | None,
     recipe: Recipe | None,
     base: VARPipeline | None,
+    measures: Sequence[SetMeasure],
     is_main: bool,
     name: str,
     source: str,
@@ -57,7 +58,7 @@ def measure(
             seed=args.seed,
             conditions=conditions,
             judges=judges_for(pipe),
-            measures=measures_for(pipe),
+            measures=[*measures_for(pipe), *measures],
             embed=embedder(clip),
             batch_size=(recipe.run if recipe else RunConfig()).per_device_eval_batch_size,
             base=base.transformer if base else None,
@@ -67,6 +68,7 @@ def measure(
         "model": source,
         **({"adapter": args.adapter} if args.adapter else {}),
         **({"base": args.base} if args.base else {}),
+        **({"fid_statistics": str(args.fid_statistics)} if args.fid_statistics else {}),
         "sampling": sampling.told(),
         "mixed_precision": precision,
         "seed": args.seed,
