@@ -1,4 +1,4 @@
-"""Atomic replacement of files and folders."""
+"""Atomic replacement of files and folders; where the cache is."""
 
 import os
 import shutil
@@ -8,6 +8,11 @@ from pathlib import Path
 
 REPLACED = ".replaced-"
 """What stands before the name of a folder that is being replaced, until the new one is there."""
+
+
+def cache_folder(name: str) -> Path:
+    """Where what can be made again is kept: in NEXTSCALE_CACHE, or by default in ~/.cache/nextscale."""
+    return Path(os.environ.get("NEXTSCALE_CACHE") or Path.home() / ".cache" / "nextscale") / name
 
 
 @contextmanager
