@@ -1,6 +1,7 @@
 """Fixtures of all tests: the official code's data, and a random model small enough for a unit test."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,12 @@ from nextscale.pipeline import VARPipeline
 torch.set_num_threads(1)  # the models are tiny, and one thread gives the same bits on every machine
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What commands keep, of these tests alone."""
+    os.environ["NEXTSCALE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ from accelerate import PartialState
 from torch import Tensor
 
 from nextscale.base.conditions import Condition
-from nextscale.base.errors import ConfigError
+from nextscale.base.errors import ConfigError, RewardError
+from nextscale.base.parts import Parts
 from nextscale.base.processes import fail_together, from_owners, gathered, my_share, share_of
 from nextscale.base.seeding import generator_for
 from nextscale.base.statistics import deviation, standard_error
@@ -36,6 +37,10 @@ reported."""
 
 Embedder = Callable[[Tensor], Tensor]
 """Images (B, 3, H, W) to L2-normalised embeddings (B, E)."""
+
+
+KeepImages = Callable[[range, int, Tensor], None]
+"""Takes which images these are, of how many, and the images, (B, 3, H, W)."""
 
 
 class SetMeasure(Protocol):
@@ -110,6 +115,8 @@ def evaluate(
     num_extremes: int = 0,
     base: NextScaleModel | None = None,
     progress: Callable[[int, int], None] | None = None,
+    kept: Parts | None = None,
+    keep_images: KeepImages | None = None,
 ) -> Evaluation:
     """Measure a model on at least `num_images` images, the same seeds at every call.
 
@@ -131,6 +138,9 @@ def evaluate(
         base: a model to measure the KL to, in nats an image, under the same policy.
         num_extremes: images of each row of `Extremes`, which are drawn again by the first process.
         progress: called after every batch with the images that this process has drawn, and is to draw.
+        kept: where what is found of each batch is kept, and read if it is there: of an evaluation that was
+            stopped and is otherwise the same, by as many processes and in batches of the same size.
+        keep_images: is given the images of each batch that is drawn.
 
     Returns:
         metrics `num_images`, and where they apply `reward`, `reward_std`, `reward_sem`,
@@ -184,11 +194,19 @@ def evaluate(
         return {name: value.cpu() for name, value in found.items()}
 
     mine = my_share(total)
-    done, parts = mine.start, []
     with fail_together():
-        for batch in pipe.draw_batches(chosen, seeds, per_condition, sampling, batch_size, mine):
+        parts = [] if kept is None else kept.read(range(mine.start, mine.stop, batch_size))
+        done = min(mine.start + len(parts) * batch_size, mine.stop)
+        if parts and progress is not None:
+            progress(done - mine.start, len(mine))
+        rest = range(done, mine.stop)
+        for batch in pipe.draw_batches(chosen, seeds, per_condition, sampling, batch_size, rest):
             images = range(done, done + len(batch.images))
             parts.append(found_in(batch, images))
+            if keep_images is not None:
+                keep_images(images, total, batch.images)
+            if kept is not None:  # last: what is kept is not drawn again
+                kept.keep(images.start, parts[-1])
             done = images.stop
             if progress is not None:
                 progress(done - mine.start, len(mine))
@@ -205,7 +223,12 @@ def evaluate(
     if rewards is not None:
         by_group = rewards.of_groups(_of("score", whole), per_condition, num_compared)
         flat = {name: each.flatten() for name, each in by_group.items()}
-        require_scores(flat)
+        try:
+            require_scores(flat)
+        except RewardError:
+            if kept is not None:
+                kept.forget()  # or the next try would find the same
+            raise
         reward = rewards.total(flat)
         scores = {"reward": reward} | flat
         metrics |= _reward_metrics(reward, flat)

@@ -3,7 +3,6 @@
 import json
 from argparse import Namespace
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,14 @@ from nextscale.config.files import find_recipe, packaged_recipes
 NUM_IMAGES = 512  # where FID is not measured
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nextscale.cli.measuring import Measuring
+    from nextscale.measured import Measured
     from nextscale.pipeline import VARPipeline
     from nextscale.rewards.protocol import RewardConfig
+
+    Found = tuple[Measured, Tensor | None]
 
 
 def add(commands: Any) -> None:
@@ -52,13 +57,15 @@ def add(commands: Any) -> None:
     parser.option("--fid-statistics", Path, text + "VIRTUAL_imagenet256_labeled.npz of ADM")
     text = "weights of FID's Inception network"
     parser.option("--fid-weights", Path, text, shown="torch-fidelity's, downloaded once")
+    text = "write the images to this file, as ADM's evaluator reads them (arr_0), in a mixed order"
+    parser.option("--npz", Path, text)
     parser.option("--base", str, "model to measure the KL to, and for --alpha to go on from")
     text = "strengths between the base (0) and the model (1), separated by commas: each is measured"
     parser.option("--alpha", str, text)
     parser.option("--plot", Path, "with --alpha, draw what is kept against the reward, to this file")
     parser.option("--classes", str, arguments.CLASSES, shown="those of the recipe, or all")
     arguments.add_prompts(parser)
-    shown = f"{NUM_IMAGES}; with --fid-statistics 50,000, which published values are of"
+    shown = f"{NUM_IMAGES}; with --fid-statistics or --npz 50,000, as published values are of"
     parser.option("--num-images", int, "minimum number of images", shown=shown)
     arguments.add_drawing_options(parser, "the recipe's, or the model's")
     text = "precision of all networks (default: the recipe's, or that of the run that trained the model)"
@@ -79,30 +86,27 @@ def run(args: Namespace) -> int:
         raise ConfigError("--adapter is for one model: merge it with 'nextscale export' to compare it")
     if args.fid_weights and not args.fid_statistics:
         raise ConfigError("--fid-weights has no effect without --fid-statistics: give both, or neither")
+    if args.npz and (len(args.models) > 1 or alphas):
+        raise ConfigError("--npz is for one model: give each its own file")
+    if args.npz and args.npz.is_dir():
+        raise ConfigError(f"--npz '{args.npz}' is a folder: give a file to write")
     if args.recipe:
         find_recipe(args.recipe)  # a wrong name is answered before the seconds that importing torch takes
 
-    from nextscale.cli.measuring import (
-        add_distances,
-        as_json,
-        kept_measures,
-        knee_of,
-        measure,
-        plot_strengths,
-    )
+    from nextscale.cli.kept import weights_of, with_files
+    from nextscale.cli.measuring import Measuring
     from nextscale.config.build import is_miniature, load_pipeline, make_rewards
     from nextscale.config.recipe import load_recipe
     from nextscale.fid import OFFICIAL_IMAGES, Fidelity, Inception, read_statistics
-    from nextscale.measured import notes, table_rows
-    from nextscale.report.tables import as_table
     from nextscale.runs.launch import join_processes
-    from nextscale.tuning import interpolated
 
     processes = join_processes(args.device)
     if processes.num_processes > 1:  # they share the images
         args.device = str(processes.device)
     if args.num_images is None:
-        args.num_images = OFFICIAL_IMAGES if args.fid_statistics else NUM_IMAGES
+        args.num_images = OFFICIAL_IMAGES if args.fid_statistics or args.npz else NUM_IMAGES
+    if args.npz:
+        args.npz.parent.mkdir(parents=True, exist_ok=True)
     reference = read_statistics(args.fid_statistics) if args.fid_statistics else None
     measures = [Fidelity(reference, Inception(args.fid_weights))] if reference else []
     pipe = load_one(args, args.models[0])
@@ -113,35 +117,65 @@ def run(args: Namespace) -> int:
     elif args.recipe or is_miniature(pipe):
         recipe = load_recipe(args.recipe or "toy-combined")
         clip, rewards = args.clip or recipe.run.diversity_clip, recipe.rewards
-    elif not measures or alphas:
+    elif not (measures or args.npz) or alphas:
         raise ConfigError("no rewards given: say which with --recipe or --reward")
     if args.real and not clip:
         raise ConfigError("--real compares CLIP embeddings: say of which CLIP with --clip")
     recipe = recipe if args.recipe else None  # else it was for its rewards alone: the model says the rest
     reward_set = make_rewards(rewards) if rewards else None
     base = load_pipeline(args.base, device=str(pipe.device)) if args.base else None
-    measuring = partial(measure, args, reward_set, clip, recipe, base, measures, processes.is_main_process)
+    what = {
+        "rewards": with_files({name: each.model_dump() for name, each in (rewards or {}).items()}),
+        "clip": with_files(clip),
+        "fid": with_files(args.fid_weights) if measures else False,
+        "base": weights_of(base) if base else None,
+    }
+    measuring = Measuring(args, reward_set, clip, recipe, base, measures, what)
+    try:
+        found = _measure_all(measuring, alphas, pipe)
+        processes.destroy_process_group()
+        if processes.is_main_process:
+            _tell(measuring, alphas, found)
+            for each in measuring.kept:
+                each.discard()
+    finally:
+        for each in measuring.kept:
+            each.release()
+    return 0
 
-    found = []
+
+def _measure_all(measuring: "Measuring", alphas: list[float], pipe: "VARPipeline") -> "list[Found]":
+    """Every model, or every strength, one after the other."""
+    from nextscale.cli.measuring import add_distances, embeddings_of
+    from nextscale.tuning import interpolated
+
+    args, base, clip, found = measuring.args, measuring.base, measuring.clip, []
+    # First, so that a file that is no image is told before anything is drawn.
+    real = embeddings_of(args.real, clip, str(pipe.device)) if clip and args.real else None
     if alphas:
         assert base is not None
         tuned = pipe.transformer
         for alpha in alphas:
             pipe.transformer = interpolated(base.transformer, tuned, alpha)
-            found.append(measuring(f"alpha {alpha:g}", args.models[0], pipe))
+            found.append(measuring.measure(f"alpha {alpha:g}", args.models[0], pipe))
     else:
         for name, source in named(args.models).items():
             if found:
                 pipe = load_like(args, source, pipe)
-            found.append(measuring(name, source, pipe))
-    if clip:
-        add_distances(args, clip, found, str(pipe.device))
-    is_main = processes.is_main_process
-    processes.destroy_process_group()
-    if not is_main:
-        return 0
+            found.append(measuring.measure(name, source, pipe))
+    add_distances(found, real)
+    return found
+
+
+def _tell(measuring: "Measuring", alphas: list[float], found: "list[Found]") -> None:
+    """Print and write what was found."""
+    from nextscale.cli.measuring import as_json, kept_measures, knee_of, plot_strengths
+    from nextscale.measured import notes, table_rows
+    from nextscale.report.tables import as_table
+
+    args, held_out = measuring.args, measuring.rewards.held_out if measuring.rewards else ()
     measured = [each for each, _ in found]
-    kept = kept_measures(measured, reward_set.held_out if reward_set else ())
+    kept = kept_measures(measured, held_out)
     marked = f"knee: {measured[knee_of(measured, kept)].name}" if alphas else ""
     text = json.dumps(as_json(measured, marked), indent=2)
     if args.output:
@@ -152,7 +186,7 @@ def run(args: Namespace) -> int:
     form = "json" if args.json else args.format
     if form == "json":
         print(text)
-        return 0
+        return
     if form == "table":
         settings = measured[0].settings
         drawn = ", ".join(f"{name} {value:g}" for name, value in settings["sampling"].items())
@@ -160,10 +194,11 @@ def run(args: Namespace) -> int:
             if name != "model" or len(measured) == 1:
                 print(f"{name:16}  {value}")
         print()
-    print(as_table(["", *(each.name for each in measured)], table_rows(measured), form))
+    if rows := table_rows(measured):
+        print(as_table(["", *(each.name for each in measured)], rows, form))
     if form == "table":
-        print("\n" + "\n".join([*notes(measured), *([marked] if marked else [])]))
-    return 0
+        lines = [*notes(measured), *([marked] if marked else [])]
+        print(("\n" if rows else "") + "\n".join(lines))
 
 
 def alphas_of(args: Namespace) -> list[float]:

@@ -1,11 +1,14 @@
 """What `nextscale evaluate` does with models: measures them one after the other, and puts it together."""
 
+import signal
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -13,7 +16,9 @@ from tqdm.auto import tqdm
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError
 from nextscale.base.images import read_image
+from nextscale.base.interrupt import Interrupted
 from nextscale.cli import arguments
+from nextscale.cli.kept import Kept, told_conditions, weights_of
 from nextscale.config.build import embedder, judges_for, measures_for, read_conditions
 from nextscale.config.recipe import Recipe
 from nextscale.evaluation import SetMeasure, evaluate
@@ -26,62 +31,91 @@ from nextscale.runs.reader import find_run, read_run
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def measure(
-    args: Namespace,
-    rewards: RewardSet | None,
-    clip: str | None,
-    recipe: Recipe | None,
-    base: VARPipeline | None,
-    measures: Sequence[SetMeasure],
-    is_main: bool,
-    name: str,
-    source: str,
-    pipe: VARPipeline,
-) -> tuple[Measured, Tensor | None]:
-    """What one model's images score, and their embeddings."""
-    given = recipe.sampling.model_dump(exclude_unset=True) if recipe else {}
-    sampling = pipe.sampling.replace(**given | arguments.given_sampling(args))
-    conditions = _conditions(args, recipe, pipe)
-    precision = _precision(args, source, recipe)
-    bar = tqdm(desc=name, unit="image", leave=False, disable=None if is_main else True)
+@dataclass(frozen=True)
+class Measuring:
+    """What all models of a command are measured by.
 
-    def progress(num_done: int, num_images: int) -> None:
-        bar.total = num_images
-        bar.update(num_done - bar.n)
+    Attributes:
+        what: the rewards and networks in words, by which an evaluation that was stopped is known again.
+        kept: of each model so far, until the command ends.
+    """
 
-    with bar, torch.autocast(pipe.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        result = evaluate(
-            pipe,
-            rewards,
-            sampling,
-            num_images=args.num_images,
-            seed=args.seed,
-            conditions=conditions,
-            judges=judges_for(pipe),
-            measures=[*measures_for(pipe), *measures],
-            embed=embedder(clip),
-            batch_size=(recipe.run if recipe else RunConfig()).per_device_eval_batch_size,
-            base=base.transformer if base else None,
-            progress=progress,
+    args: Namespace
+    rewards: RewardSet | None
+    clip: str | None
+    recipe: Recipe | None
+    base: VARPipeline | None
+    measures: Sequence[SetMeasure]
+    what: Mapping[str, Any]
+    kept: list[Kept] = field(default_factory=list)
+
+    def measure(self, name: str, source: str, pipe: VARPipeline) -> tuple[Measured, Tensor | None]:
+        """What one model's images score, and their embeddings.
+
+        Raises:
+            Interrupted: Ctrl-C; it says that the same command goes on from there.
+        """
+        args, recipe = self.args, self.recipe
+        given = recipe.sampling.model_dump(exclude_unset=True) if recipe else {}
+        sampling = pipe.sampling.replace(**given | arguments.given_sampling(args))
+        conditions = _conditions(args, recipe, pipe)
+        settings = {
+            "model": source,
+            **({"adapter": args.adapter} if args.adapter else {}),
+            **({"base": args.base} if args.base else {}),
+            **({"fid_statistics": str(args.fid_statistics)} if args.fid_statistics else {}),
+            **({"npz": str(args.npz)} if args.npz else {}),
+            "sampling": sampling.told(),
+            "mixed_precision": _precision(args, source, recipe),
+            "seed": args.seed,
+        }
+        batch_size = (recipe.run if recipe else RunConfig()).per_device_eval_batch_size
+        what = dict(self.what) | {key: settings[key] for key in ("sampling", "mixed_precision", "seed")}
+        what |= {"weights": weights_of(pipe), "conditions": told_conditions(conditions)}
+        what |= {"num_images": args.num_images, "batch_size": batch_size, "device": pipe.device.type}
+        kept = Kept(what, args.npz, pipe.tokenizer.config.image_size)
+        self.kept.append(kept)
+        is_main = PartialState().is_main_process
+        bar = tqdm(desc=name, unit="image", leave=False, disable=None if is_main else True)
+
+        def progress(num_done: int, num_images: int) -> None:
+            if bar.total is None:
+                bar.total = num_images
+                bar.initial = bar.n = num_done if kept.goes_on else 0  # or it would tell too fast a rate
+            bar.update(num_done - bar.n)
+
+        autocast = torch.autocast(
+            pipe.device.type, torch.bfloat16, enabled=settings["mixed_precision"] == "bf16"
         )
-    settings = {
-        "model": source,
-        **({"adapter": args.adapter} if args.adapter else {}),
-        **({"base": args.base} if args.base else {}),
-        **({"fid_statistics": str(args.fid_statistics)} if args.fid_statistics else {}),
-        "sampling": sampling.told(),
-        "mixed_precision": precision,
-        "seed": args.seed,
-    }
-    return Measured(name, settings, result.metrics, result.scores), result.embeddings
+        try:
+            with bar, autocast:
+                result = evaluate(
+                    pipe,
+                    self.rewards,
+                    sampling,
+                    num_images=args.num_images,
+                    seed=args.seed,
+                    conditions=conditions,
+                    judges=judges_for(pipe),
+                    measures=[*measures_for(pipe), *self.measures],
+                    embed=embedder(self.clip),
+                    batch_size=batch_size,
+                    base=self.base.transformer if self.base else None,
+                    progress=progress,
+                    kept=kept.parts,
+                    keep_images=kept.keep_images,
+                )
+        except KeyboardInterrupt:
+            raise Interrupted(kept.told, signal.SIGINT) from None
+        if is_main:
+            kept.finish(int(result.metrics["num_images"]))
+        return Measured(name, settings, result.metrics, result.scores), result.embeddings
 
 
-def add_distances(
-    args: Namespace, clip: str, found: list[tuple[Measured, Tensor | None]], device: str
-) -> None:
+def add_distances(found: Sequence[tuple[Measured, Tensor | None]], real: Tensor | None) -> None:
     """Add to the metrics the distances in CLIP embeddings: to real images, or to those of the first model."""
-    reference = embeddings_of(args.real, clip, device) if args.real else found[0][1]
-    for measured, embeddings in found if args.real else found[1:]:
+    reference = found[0][1] if real is None else real
+    for measured, embeddings in found[1:] if real is None else found:
         if embeddings is not None and reference is not None:
             measured.metrics.update(clip_distances(reference, embeddings))
 

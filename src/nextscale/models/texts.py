@@ -1,6 +1,6 @@
 """Text encoders of text-conditional models: prompts to embeddings, each computed once and kept.
 
-An embedding is kept in memory, and on disk in the folder of `cache_folder`. The networks come with the first
+An embedding is kept in memory, and on disk in `cache_folder`. The networks come with the first
 prompt that is not there; on a GPU they are only while they run, and on the CPU otherwise.
 
 Shapes: N texts · T tokens of a text · E width of an embedding
@@ -9,7 +9,6 @@ Shapes: N texts · T tokens of a text · E width of an embedding
 import contextlib
 import hashlib
 import logging
-import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nextscale.base.files import replacing
+from nextscale.base.files import cache_folder, replacing
 from nextscale.base.tensors import save_tensors
 from nextscale.models.embedded import CLIPS
 from nextscale.models.pretrained import load_frozen, loading
@@ -35,11 +34,6 @@ MEMORY_BYTES = 2**29
 """Most bytes of the embeddings that one encoder keeps in memory; the oldest leave first."""
 
 Embeddings = dict[str, Tensor]
-
-
-def cache_folder() -> Path:
-    """Where embeddings are kept: NEXTSCALE_CACHE, or by default ~/.cache/nextscale."""
-    return Path(os.environ.get("NEXTSCALE_CACHE") or Path.home() / ".cache" / "nextscale") / "texts"
 
 
 class TextEncoder(ABC):
@@ -129,7 +123,7 @@ class TextEncoder(ABC):
             return None
         about = repr((type(self).__name__, self.names, self._variant))
         folder, name = (hashlib.sha256(each.encode()).hexdigest()[:32] for each in (about, text))
-        return cache_folder() / folder / f"{name}.safetensors"
+        return cache_folder("texts") / folder / f"{name}.safetensors"
 
     def _read(self, text: str) -> Embeddings | None:
         if text in self._kept:
