@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from nextscale.base.files import cache_folder
+from nextscale.base.files import cache_folder, with_files
 from nextscale.base.images import to_bytes
 from nextscale.base.seeding import mixed_order
 from nextscale.base.tensors import fingerprint
-from nextscale.cli.kept import with_files
 from nextscale.cli.main import main
 from nextscale.pipeline import VARPipeline
 
@@ -110,7 +109,7 @@ def test_it_goes_on_after_a_kill_with_its_images_in_the_file(
     (tmp_path / "stop").write_text("3 kill")
     environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "nextscale", *words, "--npz", str(path)]
-    done = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=300)
     assert done.returncode == -signal.SIGKILL and not path.exists()
     assert evaluated("--npz", str(path))[3] == 2
     assert [each.name for each in path.parent.iterdir()] == ["images.npz"] and list(cache.iterdir()) == []

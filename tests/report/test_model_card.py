@@ -317,6 +317,40 @@ def test_export_pushes_what_it_wrote(trained, pushed, tmp_path, capsys):
     assert b'from_pretrained("someone/bright")' in written["README.md"]
 
 
+def test_a_push_that_failed_is_tried_again(trained, pushed, tmp_path, monkeypatch, capsys):
+    """Also under another name; without writing the tensors anew, and of the same export alone."""
+    words = ["export", str(trained), "--output", str(tmp_path / "out"), "--push-to-hub", "someone/bright"]
+    upload = huggingface_hub.HfApi.upload_folder
+
+    def fails(*_, **__):
+        raise OSError("Connection reset by peer")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", fails)
+    for _ in range(2):
+        assert main(words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "'someone/bright' was not pushed to the hub (Connection reset by peer)" in line
+        assert line.endswith(f"by the same command again: nextscale {' '.join(words)}")
+    times = {each.name: each.stat().st_mtime_ns for each in (tmp_path / "out").glob("*.safetensors")}
+    for more in (["--dtype", "bfloat16"], ["--format", "official"]):
+        assert main([*words, *more]) == 2
+        assert "holds another export, whose push is not done" in capsys.readouterr().err
+    assert main(words[:-2]) == 2
+    assert "exists and is not an empty folder" in capsys.readouterr().err
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
+    assert main([*words[:-1], "someone/brighter"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "https://huggingface.co/someone/brighter"
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert pushed[-1] == ("upload", "someone/brighter", written)
+    assert b'from_pretrained("someone/brighter")' in written["README.md"]
+    assert {"config.json", *times} <= set(written) and len(times) == 2
+    for name, time in times.items():
+        assert (tmp_path / "out" / name).stat().st_mtime_ns == time
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+    assert main(words) == 2  # once it is pushed, it is a folder like any other
+    assert "exists and is not an empty folder" in capsys.readouterr().err
+
+
 def test_a_hub_that_refuses(tiny_pipeline, monkeypatch):
     class HfApi:
         def __init__(self, token):

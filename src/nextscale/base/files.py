@@ -1,10 +1,11 @@
-"""Atomic replacement of files and folders; where the cache is."""
+"""Atomic replacement of files and folders; where the cache is; what tells a file that was changed."""
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 REPLACED = ".replaced-"
 """What stands before the name of a folder that is being replaced, until the new one is there."""
@@ -13,6 +14,24 @@ REPLACED = ".replaced-"
 def cache_folder(name: str) -> Path:
     """Where what can be made again is kept: in NEXTSCALE_CACHE, or by default in ~/.cache/nextscale."""
     return Path(os.environ.get("NEXTSCALE_CACHE") or Path.home() / ".cache" / "nextscale") / name
+
+
+def with_files(value: Any) -> Any:
+    """Options with the size and time of each file that they name: one that was changed is another."""
+    if isinstance(value, Mapping):
+        return {str(key): with_files(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [with_files(each) for each in value]
+    text = str(value)
+    path = next((each for each in (text, text.rpartition(":")[0]) if os.path.exists(each)), None)
+    if path is None:
+        return value if isinstance(value, int | float | None) else text
+    files = (
+        [Path(path)]
+        if os.path.isfile(path)
+        else sorted(each for each in Path(path).iterdir() if each.is_file())
+    )
+    return [text, *([each.name, each.stat().st_size, each.stat().st_mtime_ns] for each in files)]
 
 
 @contextmanager

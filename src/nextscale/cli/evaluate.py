@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextscale.base.errors import ConfigError
+from nextscale.base.files import with_files
 from nextscale.base.records import did_you_mean
 from nextscale.cli import arguments
 from nextscale.cli.parser import add_command, complete_with
@@ -93,7 +94,7 @@ def run(args: Namespace) -> int:
     if args.recipe:
         find_recipe(args.recipe)  # a wrong name is answered before the seconds that importing torch takes
 
-    from nextscale.cli.kept import weights_of, with_files
+    from nextscale.cli.kept import weights_of
     from nextscale.cli.measuring import Measuring
     from nextscale.config.build import is_miniature, load_pipeline, make_rewards
     from nextscale.config.recipe import load_recipe

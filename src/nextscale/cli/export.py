@@ -1,10 +1,13 @@
 """`nextscale export`: write a model for others to load."""
 
+import json
+import shlex
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from nextscale.base.errors import ConfigError
+from nextscale.base.errors import CheckpointError, ConfigError
+from nextscale.base.files import with_files, write_text_aside
 from nextscale.cli.arguments import MODEL, add_adapter, add_vae
 from nextscale.cli.parser import add_command
 
@@ -32,7 +35,9 @@ def add(commands: Any) -> None:
 
 
 def run(args: Namespace) -> int:
-    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+    is_written = args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir()))
+    pending = args.output.with_name(f".pushing-{args.output.name}.json")  # there while a push is not done
+    if is_written and not (args.push_to_hub and pending.is_file()):
         raise ConfigError(f"'{args.output}' exists and is not an empty folder: choose another --output")
     import torch
 
@@ -44,11 +49,17 @@ def run(args: Namespace) -> int:
     run, model = find_run(args.model)
     if args.adapter:  # of a run's final/ or of anyone
         run, _ = find_run(str(Path(args.adapter).parent))
+    what = json.dumps(with_files([model, args.vae, args.adapter, args.format, args.dtype]))
+    if is_written and pending.read_text(encoding="utf-8") != what:
+        raise ConfigError(
+            f"'{args.output}' holds another export, whose push is not done: choose another --output"
+        )
     pipe = load_pipeline(model, args.vae, adapter=args.adapter)
     dtype = getattr(torch, args.dtype) if args.dtype else None
     is_official = args.format == "official"
     save = pipe.save_official if is_official else pipe.save_pretrained
-    save(args.output, dtype)
+    if not is_written:
+        save(args.output, dtype)
     write_model_card(
         args.output,
         run,
@@ -59,5 +70,13 @@ def run(args: Namespace) -> int:
     )
     print(args.output)
     if args.push_to_hub:
-        print(hub.upload(args.push_to_hub, args.output, args.private))
+        write_text_aside(pending, what)
+        try:
+            print(hub.upload(args.push_to_hub, args.output, args.private))
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; then push what is written in '{args.output}' by the same command again: "
+                f"{shlex.join(args.words)}"
+            ) from None
+        pending.unlink(missing_ok=True)
     return 0

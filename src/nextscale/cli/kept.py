@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from accelerate import PartialState
 import nextscale
 from nextscale.base.archive import ImageArchive
 from nextscale.base.conditions import Condition
-from nextscale.base.files import cache_folder
+from nextscale.base.files import cache_folder, with_files
 from nextscale.base.parts import Parts
 from nextscale.base.processes import from_owners
 from nextscale.base.seeding import mixed_order
@@ -29,24 +28,6 @@ def weights_of(pipe: VARPipeline) -> str:
     return fingerprint(
         {f"{name}.{key}": each for name in networks for key, each in networks[name].state_dict().items()}
     )
-
-
-def with_files(value: Any) -> Any:
-    """Options with the size and time of each file that they name: one that was changed is another."""
-    if isinstance(value, Mapping):
-        return {str(key): with_files(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [with_files(each) for each in value]
-    text = str(value)
-    path = next((each for each in (text, text.rpartition(":")[0]) if os.path.exists(each)), None)
-    if path is None:
-        return value if isinstance(value, int | float | None) else text
-    files = (
-        [Path(path)]
-        if os.path.isfile(path)
-        else sorted(each for each in Path(path).iterdir() if each.is_file())
-    )
-    return [text, *([each.name, each.stat().st_size, each.stat().st_mtime_ns] for each in files)]
 
 
 class Kept:
