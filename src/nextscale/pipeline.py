@@ -6,7 +6,6 @@ Shapes: B images · L tokens of all scales · H W pixels
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -21,6 +20,7 @@ from nextscale.base.compiling import compile_parts
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import CheckpointError, ConfigError
 from nextscale.base.images import to_pil
+from nextscale.base.progress import bar_of
 from nextscale.base.seeding import group_uniforms
 from nextscale.base.tensors import to_dtype
 from nextscale.models import hub, official, zoo
@@ -160,9 +160,15 @@ class VARPipeline:
         Raises:
             ConfigError: the device cannot be used.
         """
+        networks = self.transformer, self.tokenizer
+        layers = [each for network in networks for each in network.modules() if not any(each.children())]
         try:
-            self.transformer.to(device)
-            self.tokenizer.to(device)
+            with bar_of(len(layers), f"to {device}", "layer") as bar:
+                for layer in layers:  # one by one, since big ones are read from the disk only now
+                    layer.to(device)
+                    bar.update()
+            for network in networks:
+                network.to(device)
         except (RuntimeError, AssertionError) as error:  # torch raises either, by device and build
             reason = str(error).splitlines()[0]
             raise ConfigError(f"device '{device}' cannot be used: {reason}") from None
@@ -545,9 +551,17 @@ class VARPipeline:
         is_prompted = prompts is not None or (class_labels is None and not self.num_classes)
         conditions = self.prompted(prompts or []) if is_prompted else self.conditions(class_labels)
         seeds = [("sample", seed, i) for i in range(len(conditions))]
-        on_scale = partial(callback_on_scale_end, self) if callback_on_scale_end else None
+        num_scales = self.transformer.schedule.num_scales
+        num_batches = -(-len(conditions) * num_images_per_label // batch_size)
+
+        def on_scale(scale: int, latent_BDhw: Tensor) -> None:
+            bar.update()
+            if callback_on_scale_end is not None:
+                callback_on_scale_end(self, scale, latent_BDhw)
+
         drawn_in = conditions, seeds, num_images_per_label, sampling, batch_size, None, None, on_scale
-        drawn = Drawn.cat(list(self.draw_batches(*drawn_in)))
+        with bar_of(num_batches * num_scales, "sampling", "scale") as bar:
+            drawn = Drawn.cat(list(self.draw_batches(*drawn_in)))
         output = VAROutput(drawn.images, drawn.tokens, drawn.log_probs)
         if output_type == "pil":
             return replace(output, images=output.pil())

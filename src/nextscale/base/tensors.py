@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nextscale.base.errors import CheckpointError, ConfigError, first_sentence
 from nextscale.base.files import replacing
+from nextscale.base.progress import bar_of
 
 StateDict = dict[str, Tensor]
 Model = TypeVar("Model", bound=nn.Module)
@@ -77,11 +78,13 @@ def read_state_dict(
             content = content[key]
     if not isinstance(content, dict) or not content:
         raise CheckpointError(f"'{path}' holds {type(content).__name__}, expected a state dict of tensors")
-    for key, value in content.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"'{path}': entry '{key}' is {type(value).__name__}, expected a tensor")
-        wanted = torch.float32 if key in keep_float32 else dtype
-        content[key] = value.to(wanted) if value.is_floating_point() else value
+    with bar_of(len(content), f"reading {path.name}", "tensor") as bar:
+        for key, value in content.items():
+            if not isinstance(value, Tensor):
+                raise CheckpointError(f"'{path}': entry '{key}' is {type(value).__name__}, expected a tensor")
+            wanted = torch.float32 if key in keep_float32 else dtype
+            content[key] = value.to(wanted) if value.is_floating_point() else value
+            bar.update()
     return content
 
 
@@ -98,11 +101,13 @@ def _read_each(path: Path, dtype: torch.dtype, keep_float32: Collection[str]) ->
     with safe_open(path, "pt") as file:
         keys = list(file.keys())
     state = {}
-    for key in keys:
-        with safe_open(path, "pt") as file:  # a separate mapping, freed with the tensor
-            value = file.get_tensor(key)
-        wanted = torch.float32 if key in keep_float32 else dtype
-        state[key] = value.to(wanted if value.is_floating_point() else value.dtype, copy=True)
+    with bar_of(len(keys), f"reading {path.name}", "tensor") as bar:
+        for key in keys:
+            with safe_open(path, "pt") as file:  # a separate mapping, freed with the tensor
+                value = file.get_tensor(key)
+            wanted = torch.float32 if key in keep_float32 else dtype
+            state[key] = value.to(wanted if value.is_floating_point() else value.dtype, copy=True)
+            bar.update()
     return state
 
 
@@ -205,10 +210,12 @@ def save_tensors(tensors: StateDict, path: Path, metadata: dict[str, str] | None
 def fingerprint(state: StateDict) -> str:
     """What tells these tensors from any others: a hash of their names, shapes and bits; 1 or 2 s a GB."""
     digest = hashlib.sha256()
-    for key, value in state.items():
-        digest.update(f"{key} {tuple(value.shape)} {value.dtype}\n".encode())
-        numbers = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        digest.update(numbers.data)
+    with bar_of(len(state), "hashing weights", "tensor") as bar:
+        for key, value in state.items():
+            digest.update(f"{key} {tuple(value.shape)} {value.dtype}\n".encode())
+            numbers = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            digest.update(numbers.data)
+            bar.update()
     return digest.hexdigest()
 
 

@@ -1,6 +1,7 @@
 """Pretrained networks: downloaded once, loaded strictly, frozen."""
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,11 @@ from typing import Any, TypeVar, cast
 from urllib.parse import unquote, urlsplit
 
 import torch
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -21,14 +27,17 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 @contextmanager
 def loading(what: str, name: str | Path) -> Iterator[None]:
-    """Silence transformers, and turn what it raises into one sentence.
+    """Silence transformers but for its downloads, and turn what it raises into one sentence.
 
     Raises:
         CheckpointError: a file, the network connection or a configuration failed inside the block.
     """
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
+    shows_downloads = not are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()
+    if shows_downloads:  # which that has switched off too; one may take minutes
+        enable_progress_bars()
     is_on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) and not Path(name).exists()
     try:
         if is_on_hub and hub.is_repository(str(name)):
@@ -47,6 +56,8 @@ def loading(what: str, name: str | Path) -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity(level)
         transformers_logging.enable_progress_bar()
+        if not shows_downloads:
+            disable_progress_bars()
 
 
 def load_frozen(model_class: Any, what: str, name: str | Path, **options: Any) -> Any:
@@ -138,7 +149,7 @@ def web_file(url: str, sha256: str | None, option: str) -> Path:
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=sys.stderr.isatty())
         except OSError as error:
             raise CheckpointError(
                 f"'{path.name}' is not in the cache and cannot be downloaded ({first_sentence(error)}): "
