@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from nextscale.studio.app import build
+from nextscale.studio.app import LOOK, build
 from nextscale.studio.models import Models
 
 MODELS: list[str] = []  # such as "you/your-model"
@@ -15,4 +15,4 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 demo = build(Models(Path("runs").resolve(), MODELS, device))
 
 if __name__ == "__main__":
-    demo.queue(default_concurrency_limit=4).launch()
+    demo.queue(default_concurrency_limit=4).launch(**LOOK)

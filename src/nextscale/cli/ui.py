@@ -32,14 +32,14 @@ def run(args: Namespace) -> int:
         raise ConfigError("the studio needs Gradio: pip install 'nextscale[ui]'") from None
     import torch
 
-    from nextscale.studio.app import build
+    from nextscale.studio.app import LOOK, build
     from nextscale.studio.models import Models
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     page = build(Models(args.runs.resolve(), args.models, device))
     try:
         page.queue(default_concurrency_limit=4).launch(
-            server_name=args.host, server_port=args.port, inbrowser=args.open, quiet=False
+            server_name=args.host, server_port=args.port, inbrowser=args.open, **LOOK
         )
     except OSError as error:
         raise ConfigError(f"the studio cannot listen at {args.host}:{args.port}: {error}") from None

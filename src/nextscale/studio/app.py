@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 import pandas as pd
+from gradio.themes import Default
 from PIL import Image
 from torch import Tensor
 
@@ -22,6 +23,16 @@ from nextscale.studio.training import Training, start
 
 PROMPT = "a painting of a {label}"
 CURVES = ("reward", "eval_reward", "eval_diversity")
+# Gradio's own orange and greys have too little contrast for small print (WCAG asks for 4.5 to 1). No theme
+# can give the chosen tab another colour in dark mode, hence the CSS.
+THEME = Default(primary_hue="blue").set(
+    body_text_color_subdued="*neutral_500",
+    color_accent="*primary_600",
+    button_primary_background_fill="*primary_600",
+    button_primary_background_fill_hover="*primary_700",
+)
+LOOK: dict[str, Any] = {"theme": THEME, "css": ".dark { --color-accent: var(--primary-400); }"}
+"""What the page looks like, for its `launch`."""
 
 
 def told(function: Any) -> Any:
@@ -69,6 +80,11 @@ def build(models: Models) -> gr.Blocks:
     return page
 
 
+def picture_of(label: str, alt: str) -> gr.Image:
+    """Where a picture will be shown; `alt` says what it is of to those who cannot see it."""
+    return gr.Image(label=label, type="pil", format="png", interactive=False, alt_text=alt)
+
+
 # ---- draw
 
 
@@ -95,8 +111,8 @@ def draw_tab(page: gr.Blocks, models: Models) -> None:
         with gr.Column(scale=3):
             with gr.Row():
                 first, second = (
-                    gr.Image(label=name, type="pil", format="png", interactive=False)
-                    for name in ("The model", "Beside it")
+                    picture_of(label, f"Images of {model}, a row for each class")
+                    for label, model in (("The model", "the model"), ("Beside it", "the model beside it"))
                 )
             with gr.Row():
                 first_score, second_score = gr.Markdown(), gr.Markdown()
@@ -223,7 +239,9 @@ def tune_tab(models: Models) -> None:
         with gr.Column(scale=3):
             status = gr.Markdown("Nothing runs yet.")
             curve = gr.LinePlot(x="step", y="value", color="metric", label="Reward and diversity", height=320)
-            picture = gr.Image(label="Samples", type="pil", format="png", interactive=False)
+            picture = picture_of(
+                "Samples", "Samples of the newest evaluation, a row for each class or prompt"
+            )
 
     def go(
         running: Training | None, model: str, prompt: str, clip: str, steps: float, rate: float, name: str
