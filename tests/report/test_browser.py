@@ -1,5 +1,5 @@
 """Report and studio in a real browser: no error in the console, no request that leaves the machine, and what
-one clicks does what it says."""
+one clicks does what it says; and axe-core finds nothing that would shut anyone out."""
 
 import os
 import shutil
@@ -45,6 +45,26 @@ def page(browser: Any) -> Iterator[Any]:
     assert errors == [] and [each for each in requests if not each.startswith(local)] == []
 
 
+# What Gradio writes and nobody who uses it can change: the rule, and how the element begins.
+OF_GRADIO = {
+    "aria-prohibited-attr": '<div aria-label="Empty value"'
+}  # a name for an empty place, without a role
+
+
+def faults(page: Any) -> list[str]:
+    """What axe-core holds to be a serious or critical fault of the page as it is shown now."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-core is not installed")
+    found = axe.Axe().run(page).response
+    assert len(found["passes"]) > 15  # it has looked
+    return [
+        f"{rule['id']}: {node['html']} {node['failureSummary']}"
+        for rule in found["violations"]
+        for node in rule["nodes"]
+        if rule["impact"] in ("serious", "critical")
+        and not node["html"].startswith(OF_GRADIO.get(rule["id"], "none"))
+    ]
+
+
 def place(element: Any) -> list[float]:
     """Where an element is in the page, however far that is scrolled, and how large."""
     box = element.evaluate("each => each.getBoundingClientRect().toJSON()")
@@ -72,8 +92,67 @@ def test_the_report_wipes_and_enlarges(page, tmp_path):
 
     chart = page.locator(".chart").first
     narrow = chart.bounding_box()["width"]
-    chart.get_by_role("button").click()
+    chart.get_by_role("button", name="Enlarge").click()
     assert chart.bounding_box()["width"] > 2 * narrow and chart.get_by_text("Shrink").is_visible()
+
+
+def texts_at(chart: Any, ticks: str) -> list[tuple[str, float, float]]:
+    """The labels of ticks, and where they begin to the right and below, in the units of the drawing."""
+    place = "each => [each.textContent, Number(each.getAttribute('x')), Number(each.getAttribute('y'))]"
+    return [tuple(each.evaluate(place)) for each in chart.locator(f"{ticks} text").all()]
+
+
+def test_a_chart_tells_values_and_zooms(page, tmp_path):
+    lines = metrics()
+    page.goto(write_report(make_run(tmp_path / "run", lines)).as_uri())
+    chart = page.locator(".chart").first
+    plot, curve = chart.locator(".plot"), chart.locator("[data-curve='0'] > path").last
+    as_drawn, box = curve.get_attribute("d"), place(plot)
+    plot.scroll_into_view_if_needed()
+    scale = box[2] / 259.2
+    at = {text: box[0] + x * scale for text, x, _ in texts_at(chart, ".tick.x")}
+    height = plot.bounding_box()["y"] + 60 * scale
+
+    page.mouse.move((at["10"] + at["20"]) / 2, height)
+    trained, evaluated = lines[15]["reward"], lines[15]["eval_reward"]
+    told = ["step 15", f"training {trained:.4g}", f"evaluation, fixed seeds {evaluated:.4g}"]
+    assert chart.locator(".tip").inner_text().split("\n") == told
+    page.mouse.move(at["10"] - 1, height)
+    page.mouse.down()
+    page.mouse.move(at["20"] + 1, height, steps=3)
+    page.mouse.up()
+    ticks = texts_at(chart, ".ticks")
+    assert [text for text, *_ in ticks][:6] == ["10", "12", "14", "16", "18", "20"]
+    assert not chart.locator(".tick").first.is_visible()
+    # Step 15 is where its tick would be, and as high as the ticks say.
+    (_, x_10, _), (_, x_20, _) = ticks[0], ticks[5]
+    (first, _, y_first), (last, _, y_last) = ticks[6], ticks[-1]
+    points = [tuple(map(float, pair.split()[-2:])) for pair in curve.get_attribute("d").split("L")]
+    x, y = points[14]
+    assert x == pytest.approx((x_10 + x_20) / 2, abs=0.5)
+    found = float(first) + (y + 3.6 - y_first) / (y_last - y_first) * (float(last) - float(first))
+    assert found == pytest.approx(trained, abs=2e-3)
+
+    chart.get_by_role("button", name="Show all").click()
+    assert curve.get_attribute("d") == as_drawn and chart.locator(".tick").first.is_visible()
+    for key in ("ArrowRight", "ArrowRight", "+"):
+        page.keyboard.press(key)  # the chart has the focus
+    assert "step 1" in chart.locator(".tip").inner_text() and chart.locator(".whole").is_visible()
+    page.keyboard.press("Escape")
+    assert curve.get_attribute("d") == as_drawn and not chart.locator(".whole").is_visible()
+    chart.get_by_role("button", name="training").click()
+    assert not curve.is_visible()
+    page.mouse.move((at["10"] + at["20"]) / 2, height)
+    assert "training" not in chart.locator(".tip").inner_text()
+
+
+def test_a_name_hides_its_run_in_all_charts(page, tmp_path):
+    folders = [make_run(tmp_path / name, metrics()) for name in ("a", "b")]
+    page.goto(write_comparison(folders, tmp_path / "both.html").as_uri())
+    page.get_by_role("button", name="b", exact=True).click()
+    curves = page.locator("[data-curve]")
+    hidden = [each for each in curves.all() if not each.is_visible()]
+    assert len(hidden) == curves.count() // 2 == page.locator(".chart").count()
 
 
 @pytest.mark.parametrize("width", [1200, 390])
@@ -90,6 +169,16 @@ def test_pages_fit_a_desktop_and_a_phone(page, tmp_path, width, scheme):
         dark, light = "rgb(29, 31, 35)", "rgb(232, 232, 234)"
         assert colour == (light if scheme == "dark" else dark)
         assert all(image.get_attribute("alt") for image in page.locator("img").all())
+        page.evaluate("document.querySelectorAll('details').forEach(each => { each.open = true; })")
+        if path != both or (scheme == "light") == (width == 1200):  # a second each: two of four do
+            assert faults(page) == []
+
+
+def test_axe_sees_pale_text_and_a_picture_without_words(page, tmp_path):
+    page.goto(write_report(make_run(tmp_path / "run", metrics())).as_uri())
+    page.evaluate("document.querySelector('.verdict').style.color = '#bbb'")
+    page.evaluate("document.querySelector('img').removeAttribute('alt')")
+    assert [fault.partition(":")[0] for fault in faults(page)] == ["color-contrast", "image-alt"]
 
 
 @pytest.fixture
@@ -133,3 +222,13 @@ def test_images_appear_and_a_run_ends_with_a_report(studio, page):  # which is c
     page.get_by_role("tab", name="Runs").click()
     page.get_by_role("button", name="Look again").click()
     page.frame_locator("iframe").get_by_role("heading", name="mine").wait_for(timeout=60_000)
+
+    for scheme, width in (("light", 1200), ("dark", 390)):
+        page.emulate_media(color_scheme=scheme)
+        page.set_viewport_size({"width": width, "height": 900})
+        for tab in ("Draw", "Score", "Tune", "Runs"):
+            page.get_by_role("tab", name=tab).click()
+            page.get_by_role("tab", name=tab, selected=True).wait_for()
+            if tab == "Runs":
+                page.frame_locator("iframe").get_by_role("heading", name="mine").wait_for(timeout=60_000)
+            assert faults(page) == []

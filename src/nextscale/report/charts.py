@@ -1,15 +1,20 @@
-"""The charts of a report: which of them a run has figures for, and each drawn as SVG."""
+"""The charts of a report: which of them a run has figures for, and each drawn as SVG.
+
+Matplotlib draws them. Each takes its figures along, by which templates/charts.js lets a reader zoom.
+"""
 
 import io
+import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -33,7 +38,9 @@ STYLE: dict[Any, Any] = {
     **dict.fromkeys(("xtick.major.size", "ytick.major.size", "ytick.minor.size"), 0),
     **{"svg.fonttype": "none", "svg.hashsalt": "nextscale", "font.size": 9.5, "axes.axisbelow": True},
     **{"axes.grid": True, "axes.formatter.useoffset": False, "lines.linewidth": 1.6, "lines.markersize": 4},
+    "path.simplify": False,  # what is left out would show where one zooms in
 }
+WIDTH, HEIGHT = 259.2, 151.2  # of a chart, in points
 
 
 @dataclass(frozen=True)
@@ -161,26 +168,28 @@ def draw_chart(run: Run, chart: Chart) -> dict[str, Any]:
 def _draw(run: Run, chart: Chart) -> Markup:
     """The curves of a chart as the inside of an svg element."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(3.6, 2.1), layout="constrained")
-        axes = figure.add_subplot(xlabel="step")
+        axes = _axes("step")
         floor: Any = 0.0
-        common = np.array([])  # the steps that the layers of a stack share
+        common, curves = np.array([]), []  # the steps that the layers of a stack share; what is drawn
         for i, line in enumerate(chart.lines):
             steps, values, low, high = _thin(*run.series(line.key))
+            style = [*DASHES][i % len(DASHES)]
+            curves.append(Curve(steps, values, line.colour, style, line.label))
             if chart.kind == "stacked":
                 common = common if len(common) else steps
                 top = floor + np.interp(common, steps, values)
-                axes.fill_between(common, floor, top, color=line.colour, linewidth=0)
+                _fill(axes, i, common, floor + 0 * common, top, 1.0, line.colour)
                 floor = top
                 continue
             if line.band and len(run.values(line.band)) == len(run.values(line.key)):
                 spread = _thin(*run.series(line.band))[1]
                 low, high = values - spread, values + spread
             if not line.measured:
-                axes.fill_between(steps, low, high, color=line.colour, alpha=0.16, linewidth=0)
+                _fill(axes, i, steps, low, high, 0.16, line.colour)
             marker = "o" if line.measured or len(values) == 1 else ""
-            style = [*DASHES.values()][i % len(DASHES)]
-            axes.plot(steps, values, marker=marker, linestyle=style, color=line.colour)
+            axes.plot(
+                steps, values, gid=f"curve-{i}", marker=marker, linestyle=DASHES[style], color=line.colour
+            )
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         if chart.kind == "log" and all(min(run.values(line.key)) > 0 for line in chart.lines):
             axes.set_yscale("log")
@@ -188,9 +197,7 @@ def _draw(run: Run, chart: Chart) -> Markup:
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
         if not any(any(run.values(line.key)) for line in chart.lines):
             axes.set_ylim(0, 1)  # a flat zero lies on the ground
-        axes.margins(x=0.02)
-        figure.savefig(buffer := io.StringIO(), format="svg", transparent=True)
-    return _inner_svg(buffer.getvalue())
+        return _as_svg(axes, curves, chart.kind)
 
 
 @dataclass(frozen=True)
@@ -201,32 +208,70 @@ class Curve:
     y: np.ndarray
     colour: str
     style: str
+    """One of DASHES."""
+    label: str
 
 
 def draw_curves(curves: Sequence[Curve], xlabel: str) -> Markup:
     """Curves of several runs as the inside of an svg element."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(3.6, 2.1), layout="constrained")
-        axes = figure.add_subplot(xlabel=xlabel)
-        for each in curves:
-            x, y, _, _ = _thin(each.x, each.y)
-            marker = "o" if len(y) <= 12 else ""
-            axes.plot(x, y, marker=marker, markersize=3, linestyle=each.style, color=each.colour)
+        axes = _axes(xlabel)
+        thinned = [replace(each, x=x, y=y) for each in curves for x, y, _, _ in [_thin(each.x, each.y)]]
+        for i, each in enumerate(thinned):
+            marker = "o" if len(each.y) <= 12 else ""
+            looks = {"marker": marker, "markersize": 3, "linestyle": DASHES[each.style], "color": each.colour}
+            axes.plot(each.x, each.y, gid=f"curve-{i}", **looks)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.margins(x=0.02)
-        figure.savefig(buffer := io.StringIO(), format="svg", transparent=True)
-    return _inner_svg(buffer.getvalue())
+        return _as_svg(axes, thinned)
 
 
-def _inner_svg(text: str) -> Markup:
-    """The inside of the svg element, in the page's font and colours, without metadata."""
+def _axes(xlabel: str) -> Axes:
+    figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), layout="constrained")
+    return figure.add_subplot(xlabel=xlabel)
+
+
+def _fill(
+    axes: Axes, i: int, x: np.ndarray, low: np.ndarray, high: np.ndarray, alpha: float, colour: str
+) -> None:
+    """The area between two curves, as one path."""
+    outline = np.append(x, x[::-1]), np.append(low, high[::-1])
+    axes.fill(*outline, gid=f"curve-{i}", color=colour, alpha=alpha, linewidth=0)
+
+
+def _as_svg(axes: Axes, curves: Sequence[Curve], kind: str = "") -> Markup:
+    """The inside of an svg element, in the page's font and colours; its metadata has the figures, as JSON."""
+    axes.margins(x=0.02)
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.savefig(buffer := io.StringIO(), format="svg", transparent=True)
+    text = buffer.getvalue()
     text = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL).replace("xlink:href", "href")
+    text = re.sub(r'<g id="curve-(\d+)"', r'<g data-curve="\1"', text)
+    text = re.sub(r'<g id="([xy])tick_\d+"', r'<g class="tick \1"', text)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
-    text = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 var(--sans)", text)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", text)
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
-    return Markup(text)
+    (left, bottom), (right, top) = axes.get_position().get_points()
+    plot = {
+        "box": [WIDTH * left, HEIGHT * (1 - top), WIDTH * right, HEIGHT * (1 - bottom)],
+        "x": axes.get_xlim(),
+        "y": axes.get_ylim(),
+        "unit": axes.get_xlabel(),
+        "kind": "log" if axes.get_yscale() == "log" else "" if kind == "log" else kind,
+        "curves": [
+            {"label": each.label, "colour": VARIABLES[each.colour]}
+            | {"x": _rounded(each.x), "y": _rounded(each.y)}
+            for each in curves
+        ],
+    }
+    return Markup(text) + Markup("<metadata>{}</metadata>").format(json.dumps(plot))
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    """To what a reader can use, so that the page stays small."""
+    return [float(f"{value:.5g}") for value in values]
 
 
 def piece_length(length: int) -> int:

@@ -15,7 +15,7 @@ from nextscale.base.files import write_text_aside
 from nextscale.base.numbers import duration, number, percent
 from nextscale.report import pictures
 from nextscale.report.charts import COLOURS, DASHES, VARIABLES, Curve, draw_curves
-from nextscale.report.page import flatten, templates
+from nextscale.report.page import flatten, inline_script, templates
 from nextscale.runs.reader import Run, images_of, read_run
 from nextscale.runs.result import NOT_SHOWN
 
@@ -36,7 +36,10 @@ def write_comparison(folders: Sequence[Path], output: Path) -> Path:
         {"colour": VARIABLES[COLOURS[i]], "label": name, "value": "", "dash": [*DASHES][i % len(DASHES)]}
         for i, name in enumerate(runs)
     ]
+    script, script_hash = inline_script("charts.js")
     page = templates().get_template("comparison.html").render(
+        script=script,
+        script_hash=script_hash,
         names=list(runs),
         keys=keys,
         ends=[
@@ -76,15 +79,18 @@ def _charts(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
     for key in ["reward", "eval_reward", *_metrics(runs), "kl_per_image"]:
         for unit in ("images", "seconds"):
             curves = []
-            for i, run in enumerate(runs.values()):
+            for i, (name, run) in enumerate(runs.items()):
                 steps, values = run.series(key)
                 places = {record["step"]: x for record, x in zip(run.records, _spent(run)[unit], strict=True)}
                 if len(values):
                     x = np.array([places[step] for step in steps])
-                    curves.append(Curve(x, values, COLOURS[i], [*DASHES.values()][i % len(DASHES)]))
+                    curves.append(Curve(x, values, COLOURS[i], [*DASHES][i % len(DASHES)], name))
             if len(curves) > 1:
                 title = f"{_title(key)}, over {unit}"
-                found.append({"title": title, "alt": title, "svg": draw_curves(curves, unit)})
+                svg = draw_curves(curves, unit)
+                told = [f"{each.label} from {number(each.y[0])} to {number(each.y[-1])}" for each in curves]
+                alt = f"{title}: {'; '.join(told)}"
+                found.append({"title": title, "says": "", "keys": [], "alt": alt, "svg": svg})
     return found
 
 

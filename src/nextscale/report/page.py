@@ -49,12 +49,12 @@ def render_report(folder: Path, *, refresh: int | None = None) -> str:
     """
     run = read_run(Path(folder))
     ends, between = pictures.ends_and_between(run)
-    script = _script()
+    script, script_hash = inline_script("page.js", "charts.js")
     page = templates().get_template("page.html").render(
         name=run.name,
         refresh=refresh,
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        script=script,
+        script_hash=script_hash,
         verdict=story.verdict(run),
         description=run.config.get("description") or _opening_comment(run.config_text),
         warnings=story.warnings(run),
@@ -174,10 +174,12 @@ def _changed(config: dict[str, Any]) -> dict[str, str]:
 
 
 @cache
-def _script() -> str:
-    """The page's script, as it stands between its tags: the hash that lets it run is over every character."""
-    path = files("nextscale.report") / "templates" / "page.js"
-    return "\n" + path.read_text(encoding="utf-8").strip() + "\n"
+def inline_script(*names: str) -> tuple[Markup, str]:
+    """Scripts of templates/ as one, as it stands between its tags, and the hash that lets it run: it is over
+    every character."""
+    folder = files("nextscale.report") / "templates"
+    script = "".join(f"\n{(folder / name).read_text(encoding='utf-8').strip()}\n" for name in names)
+    return Markup(script), base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, str]:

@@ -1,5 +1,5 @@
 "use strict";
-// The page is whole without this: it lays the two grids over each other, and enlarges charts.
+// The page is whole without this: it lays the two grids over each other.
 const pair = document.getElementById("pair");
 const controls = document.getElementById("controls");
 if (pair && controls) {
@@ -17,12 +17,4 @@ if (pair && controls) {
   });
   at.addEventListener("input", move);
   controls.hidden = false;
-}
-for (const button of document.querySelectorAll(".zoom")) {
-  button.hidden = false;
-  button.addEventListener("click", () => {
-    const isLarge = button.closest(".chart").classList.toggle("large");
-    button.setAttribute("aria-pressed", String(isLarge));
-    button.firstChild.textContent = isLarge ? "Shrink" : "Enlarge";
-  });
 }
