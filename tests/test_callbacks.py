@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import nextscale as ns
@@ -100,9 +101,15 @@ def test_a_callback_stops_a_run_as_whole_as_any(make_pipeline: MakePipeline, tmp
         def on_step_end(self, trainer: Any, metrics: Mapping[str, float]) -> None:
             trainer.should_stop = trainer.step_done == 1
 
-    trainer = make_trainer(make_pipeline(), tmp_path / "run", max_steps=5)
+    options: dict[str, Any] = {"max_steps": 5, "eval_steps": 3, "eval_num_images": 20}
+    trainer = make_trainer(make_pipeline(num_classes=20), tmp_path / "run", **options)
     trainer.callbacks.append(Stop())
     assert trainer.train().step == 1
+    assert "eval_reward" in metrics_of(tmp_path / "run")[-1]  # the final model is measured
+    for step in (0, 1):  # the grid has 16 rows
+        with Image.open(tmp_path / "run" / "samples" / f"all-step-{step:06d}.png") as picture:
+            assert picture.size == (8, 20 * 8)
+    assert "The grids have the first 16 of 20 rows" in (tmp_path / "run" / "report.html").read_text("utf-8")
     assert VARPipeline.from_pretrained(tmp_path / "run" / "final").sampling == trainer.sampling
 
 
@@ -148,6 +155,14 @@ def test_a_run_that_gets_no_better_ends_and_stays_ended(
     trainer = make_trainer(make_pipeline(), tmp_path / "run", **options)
     assert scored(trainer, 5.0, 4.0, 4.5, 4.2).train().step == 3
     assert "Stopped early after step 3: eval_mine was best after step 1" in capsys.readouterr().err
+    # The report has the pictures of this end, though another was planned; none of those between are kept.
+    for kind in ("scales", "extremes"):
+        kept = sorted(each.name for each in (tmp_path / "run" / "samples").glob(f"{kind}-*"))
+        assert kept == [
+            f"{kind}-step-00000{step}.{kind_of}" for step in (0, 3) for kind_of in ("json", "png")
+        ]
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert page.count("<figcaption>After 3 steps</figcaption>") == 3 and "After 9 steps" not in page
     again = make_trainer(make_pipeline(), tmp_path / "run", resume="auto", **options)
     assert scored(again).train().step == 3
     assert [each["step"] for each in metrics_of(tmp_path / "run")] == [0, 1, 2, 3]

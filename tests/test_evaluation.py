@@ -39,6 +39,22 @@ def test_the_standard_error_counts_the_images_that_were_scored(tiny_pipeline: VA
     assert metrics["reward_sem"] == pytest.approx(metrics["reward_std"] / math.sqrt(32))
 
 
+def test_the_extremes_are_those_of_all_images(make_pipeline: Callable[..., VARPipeline]) -> None:
+    pipe, images = make_pipeline(), []
+
+    def reward(batch: Tensor, conditions: list) -> Tensor:
+        images.append(batch.cpu())
+        return redness(batch, conditions)
+
+    rewards = RewardSet({"red": reward})
+    found = evaluate(pipe, rewards, SamplingConfig(), num_images=20, batch_size=7, num_extremes=2).extremes
+    assert found is not None
+    order = redness(torch.cat(images), []).sort(descending=True)
+    expected = [0, 1, 9, 10, 18, 19]  # the best, those in the middle, the worst
+    torch.testing.assert_close(torch.tensor(found.rewards).flatten(), order.values[expected])
+    torch.testing.assert_close(found.images.flatten(0, 1), torch.cat(images)[order.indices[expected]])
+
+
 def redness(images: Tensor, conditions: list) -> Tensor:
     return images[:, 0].mean((1, 2))
 
@@ -80,6 +96,8 @@ def test_batches_are_full_across_conditions(
     expected = torch.cat([each.images for each in alone])
     torch.testing.assert_close(torch.cat(images_seen), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(found.samples, expected[:16, None], rtol=0, atol=1e-5)
+    more = evaluate(pipe, RewardSet({"reward": redness}), SamplingConfig(), 40, max_pixels=20 * 8 * 8)
+    assert torch.equal(more.samples[:16], found.samples) and len(more.samples) == len(more.conditions) == 20
     assert [each.label for each in found.conditions] == list(range(16))
 
 

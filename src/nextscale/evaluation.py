@@ -29,7 +29,7 @@ from nextscale.rewards.reward_set import RewardSet
 from nextscale.rollout import cat_by_name
 from nextscale.runs.config import RunConfig
 
-MAX_ROWS = 16  # of a grid of samples
+MAX_ROWS = 16  # of a grid of samples, where no more are asked for
 
 Judges = Callable[[Tensor, Sequence[Condition]], dict[str, Tensor]]
 """(images (B, 3, H, W), their conditions) to named (B,) values, such as `judge/class_accuracy`; means are
@@ -68,7 +68,7 @@ class Evaluation:
         metrics: names without the prefix `eval_`.
         samples: (rows, columns, 3, H, W), the first images of the first conditions, for a grid.
         conditions: of the rows.
-        first_tokens: (rows, L) of the first image of each row.
+        first_tokens: (MAX_ROWS, L) of the first image of each of the first rows.
         scores: the reward, and each reward by its name, of all images; NaN for one that was not scored.
         embeddings: (N G, E) of all images, where they were embedded.
         extremes: the best, the middle and the worst images, where they were asked for.
@@ -112,6 +112,7 @@ def evaluate(
     batch_size: int = 64,
     num_compared: int | None = None,
     num_columns: int = 8,
+    max_pixels: int = 0,
     num_extremes: int = 0,
     base: NextScaleModel | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -135,8 +136,9 @@ def evaluate(
         num_compared: images that a reward of groups compares, by default all of a condition: as many as in
             training, where its scores depend on how many there are.
         num_columns: images of each row of `Evaluation.samples`.
+        max_pixels: `Evaluation.samples` may have more rows than MAX_ROWS, of so many pixels in all.
         base: a model to measure the KL to, in nats an image, under the same policy.
-        num_extremes: images of each row of `Extremes`, which are drawn again by the first process.
+        num_extremes: images of each row of `Extremes`.
         progress: called after every batch with the images that this process has drawn, and is to draw.
         kept: where what is found of each batch is kept, and read if it is there: of an evaluation that was
             stopped and is otherwise the same, by as many processes and in batches of the same size.
@@ -160,6 +162,7 @@ def evaluate(
     per_condition = max(-(-num_images // len(chosen)), fewest)
     seeds = [("evaluate", seed, condition.key) for condition in chosen]
     columns, total = min(num_columns, per_condition), len(chosen) * per_condition
+    max_rows = max(MAX_ROWS, max_pixels // (columns * pipe.tokenizer.config.image_size**2))
     num_processes = PartialState().num_processes
     if total < num_processes:
         raise ConfigError(
@@ -170,14 +173,14 @@ def evaluate(
     def in_grid(images: range) -> list[int]:
         """Which of these images are in the grid of samples, counted from the first of them."""
         places = [divmod(i, per_condition) for i in images]
-        return [i for i, (row, column) in enumerate(places) if row < MAX_ROWS and column < columns]
+        return [i for i, (row, column) in enumerate(places) if row < max_rows and column < columns]
 
     to_base = Objective(GRPOConfig(), sampling, pipe.transformer.schedule, Reference(base)) if base else None
 
     def found_in(batch: Drawn, images: range) -> dict[str, Tensor]:
         """All that is kept of a batch, what kind it is before its name: no images but those of the grid."""
         shown = in_grid(images)
-        found = {"grid/samples": batch.images[shown], "grid/tokens": batch.tokens[shown]}
+        found = {"grid": batch.images[shown], "tokens": batch.tokens.int()}
         if rewards is not None:
             found |= _named("score", rewards.scores(batch.images, batch.conditions))
         if to_base is not None:
@@ -214,9 +217,9 @@ def evaluate(
     # From here on, all processes have the whole.
     here = cat_by_name(parts)
     owners = [r for r in range(num_processes) if in_grid(share_of(total, r, num_processes))]
-    grid = torch.cat(from_owners(here.pop("grid/samples"), owners)).unflatten(0, (-1, columns))
-    tokens_BL = torch.cat(from_owners(here.pop("grid/tokens"), owners))
+    grid = torch.cat(from_owners(here.pop("grid"), owners)).unflatten(0, (-1, columns))
     whole = gathered(here)
+    tokens_BL = whole["tokens"].long()
     metrics: dict[str, float] = {}
     scores: dict[str, Tensor] = {}
     reward: Tensor | None = None
@@ -243,31 +246,30 @@ def evaluate(
     for i, each in enumerate(measures):
         metrics |= each.measure(_of(f"measure {i}", whole), chosen)
     extremes: Extremes | None = None
-    if num_extremes and reward is not None and PartialState().is_main_process:
+    if num_extremes and reward is not None:
         order = [i for i in reward.argsort(descending=True).tolist() if not reward[i].isnan()]
         middle = max((len(order) - num_extremes) // 2, 0)
         rows = [order[:num_extremes], order[middle : middle + num_extremes], order[-num_extremes:]]
-        again = [
-            [
-                next(iter(pipe.draw_batches(chosen, seeds, per_condition, sampling, 1, range(i, i + 1))))
-                for i in row
-            ]
-            for row in rows
-        ]
         extremes = Extremes(
-            torch.stack([torch.cat([each.images.cpu() for each in row]) for row in again]),
+            torch.stack([decoded(pipe, tokens_BL[row]) for row in rows]),
             [[reward[i].item() for i in row] for row in rows],
             [[chosen[i // per_condition] for i in row] for row in rows],
         )
     return Evaluation(
         metrics,
         grid,
-        chosen[:MAX_ROWS],
-        tokens_BL[::columns],
+        chosen[:max_rows],
+        tokens_BL[::per_condition][:MAX_ROWS],
         scores,
         embedded,
         extremes,
     )
+
+
+@torch.no_grad()
+def decoded(pipe: VARPipeline, tokens_BL: Tensor) -> Tensor:
+    """(B, 3, H, W) the images of these tokens, one at a time, on the CPU."""
+    return torch.cat([pipe.tokenizer.decode(each[None].to(pipe.device)).cpu() for each in tokens_BL])
 
 
 @torch.no_grad()

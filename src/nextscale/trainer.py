@@ -31,6 +31,7 @@ from nextscale.collector import Collector
 from nextscale.controllers import AdaptiveKL, Constraints, Controller, EntropyFloor
 from nextscale.credit import Scored, credit_source, find_credit
 from nextscale.evaluation import (
+    MAX_ROWS,
     Embedder,
     Evaluation,
     Judges,
@@ -69,6 +70,7 @@ from nextscale.runs.writer import RunFolder
 from nextscale.tuning import TuningConfig
 
 NUM_SHOWN = 6  # images of each kind that the report shows of the first and the last evaluation
+MAX_PIXELS = 2**25  # of all images of an evaluation that are kept to be shown: 128 of 512 pixels, 8,192 of 64
 
 
 class GRPOTrainer:
@@ -263,7 +265,11 @@ class GRPOTrainer:
                 while not (signal_number := max(gather_object([stop.requested]))):
                     if self.evaluation_is_due and self.step_evaluated != self.step_done:
                         self.log(self.step_done, self.evaluate())
-                    if self.step_done >= run.max_steps or any(gather_object([self.should_stop])):
+                    if self.step_done >= run.max_steps:
+                        break
+                    if any(gather_object([self.should_stop])):
+                        if run.eval_steps and self.step_evaluated != self.step_done:
+                            self.log(self.step_done, self.evaluate())
                         break
                     metrics = self.step(self.step_done + 1)
                     self.finish_step(metrics)
@@ -476,7 +482,6 @@ class GRPOTrainer:
     def evaluate(self) -> dict[str, float]:
         """Measure the model on fixed seeds and write its sample grid; metrics with the prefix `eval_`."""
         begin = time.perf_counter()
-        is_end = self.step_done in (0, self.run.max_steps)  # of which the report shows more
         with self.learner.as_evaluated(), self.learner.whole(), self.learner.autocast():
             result = evaluate(
                 self.pipe,
@@ -490,7 +495,8 @@ class GRPOTrainer:
                 embed=self.embed,
                 batch_size=self.run.per_device_eval_batch_size,
                 num_compared=self.grpo.num_generations,
-                num_extremes=NUM_SHOWN if is_end else 0,
+                max_pixels=MAX_PIXELS,
+                num_extremes=NUM_SHOWN,
                 progress=partial(self.tell, "on_prediction_step"),
             )
         with fail_together():
@@ -510,9 +516,12 @@ class GRPOTrainer:
         return metrics
 
     def _save_pictures(self, result: Evaluation) -> None:
-        """The grid of an evaluation, and of the first and the last one what the report shows besides."""
+        """The grid of an evaluation, and what the report shows of the first and the last one besides; a run
+        may end after any."""
         step, names = self.step_done, [each.text for each in result.conditions]
-        self.folder.save_grid(step, result.samples, names)
+        self.folder.save_grid(step, result.samples[:MAX_ROWS], names[:MAX_ROWS])
+        if len(names) > MAX_ROWS:
+            self.folder.save_all(step, result.samples, names)
         if (shown := result.extremes) is not None:
             texts = [[each.text for each in row] for row in shown.conditions]
             self.folder.save_extremes(step, shown.images, shown.rewards, texts)

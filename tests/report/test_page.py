@@ -270,6 +270,30 @@ def test_scales_and_extremes_are_shown_with_what_they_are(tmp_path):
         write_report(folder)
 
 
+def test_a_run_that_was_stopped_says_so_above_its_last_pictures(tmp_path):
+    page = Page(write_report(make_run(tmp_path / "run", metrics()[:14], grids=(0, 10))))
+    assert "Before training" in page.text and "After 10 steps, of 13 done" in page.text
+    assert page.images[1]["alt"].startswith("After 10 steps, of 13 done")
+
+
+def test_all_prompts_can_be_seen(tmp_path):
+    folder = make_run(tmp_path / "run", metrics())
+    names = [f"prompt {i}" for i in range(40)]
+    for step in (0, 30):
+        draw_grid(folder / "samples" / f"all-step-{step:06d}.png", step, rows=40, columns=2)
+        index = json.dumps({"names": names, "num_columns": 2})
+        (folder / "samples" / f"all-step-{step:06d}.json").write_text(index)
+    page = Page(write_report(folder))
+    assert "the first 4 of 40 rows" in page.text and "All 40, one by one" in page.text
+    panels = [each for each in page.images if each["alt"].startswith("prompt ")]
+    assert [each["alt"].partition(":")[0] for each in panels] == names
+    ends = [np.asarray(Image.open(folder / "samples" / f"all-step-{step:06d}.png")) for step in (0, 30)]
+    rows = [each[16 * 39 : 16 * 40] for each in ends]  # of the last prompt, with a gap between
+    assert (
+        np.asarray(picture_of(panels[39])) == np.concatenate([rows[0], 255 + 0 * rows[0][:1], rows[1]])
+    ).all()
+
+
 def test_the_script_is_the_one_that_the_page_allows(tmp_path):
     raw = Page(write_report(make_run(tmp_path / "run", metrics()))).raw
     (script,) = re.findall(r"<script>(.*?)</script>", raw, re.DOTALL)

@@ -13,6 +13,7 @@ from PIL import Image
 
 from nextscale.base.errors import ConfigError
 from nextscale.base.numbers import count, number
+from nextscale.runs.paths import by_step
 from nextscale.runs.reader import Run, read_object
 
 MAX_STRIP = 8  # grids shown between the first and the last
@@ -20,6 +21,7 @@ MAX_FILM = 10  # steps of the film
 FILM_ROWS = 6
 TILE = 96  # CSS pixels that a small image is enlarged to at most
 BYTES = 1_000_000  # of a picture; a larger one becomes the largest JPEG that is not
+PANEL_BYTES = 3_000_000  # of all panels together
 
 Shown = dict[str, Any]
 """A picture as the page's template takes it."""
@@ -31,8 +33,11 @@ def ends_and_between(run: Run) -> tuple[list[Shown], list[Shown]]:
     steps, between, columns = list(grids), list(grids)[1:-1], _num_columns(run)
     ends = []
     for step in dict.fromkeys((steps[0], steps[-1]) if steps else ()):
-        alt = f"{_when(step)}: a grid of sampled images, a row for each class"
-        ends.append(_shown(_open(grids[step]), _when(step), alt, columns, BYTES, grids[step]))
+        title = _when(step)
+        if step and step == steps[-1] < run.num_steps:  # it was stopped, or goes on
+            title += f", of {run.num_steps:,} done"
+        alt = f"{title}: a grid of sampled images, a row for each class or prompt"
+        ends.append(_shown(_open(grids[step]), title, alt, columns, BYTES, grids[step]))
     chosen = np.linspace(0, len(between) - 1, min(MAX_STRIP, len(between))).round().astype(int)
     titles = {between[i]: f"Step {between[i]}" for i in chosen}
     strip = [
@@ -43,16 +48,22 @@ def ends_and_between(run: Run) -> tuple[list[Shown], list[Shown]]:
 
 
 def class_panels(run: Run) -> list[Shown]:
-    """For each row of the grids, its name, and its images before and after, one above the other."""
-    grids, names = run.paths.grids(), run.row_names()
-    if len(grids) < 2 or not names:
+    """For each class or prompt, its name, and its images before and after, one above the other: of all that
+    were kept, or else of the rows of the grids."""
+    files, names, columns = run.paths.grids(), run.row_names(), _num_columns(run)
+    kept = by_step(run.paths.samples, ".png", "all-")
+    if len(kept) > 1:
+        first, last = (read_object(kept[step].with_suffix(".json")) for step in (min(kept), max(kept)))
+        if first == last and isinstance(first.get("names"), list):  # else they are of different prompts
+            files, names, columns = kept, list(map(str, first["names"])), int(first.get("num_columns", 0))
+    if len(files) < 2 or not names:
         return []
-    first, last = (_open(grids[step]) for step in (min(grids), max(grids)))
-    panels = []
+    ends, panels = [_open(files[step]) for step in (min(files), max(files))], []
     for i, name in enumerate(names):
-        rows = [_row(each, i, len(names)) for each in (first, last)]
+        rows = [_row(each, i, len(names)) for each in ends]
         alt = f"{name}: images of the same seeds, before training above, after it below"
-        panels.append(_shown(_stacked(rows), name, alt, _num_columns(run), BYTES // 8))
+        most = min(BYTES // 8, PANEL_BYTES // len(names))
+        panels.append(_shown(_stacked(rows), name, alt, columns, most))
     return panels
 
 
@@ -81,7 +92,7 @@ def film(run: Run) -> Shown | None:
 def scale_by_scale(run: Run) -> list[Shown]:
     """How images came to be, before and after training."""
     found = []
-    for step in _first_and_last(run, "scales-step-*.png"):
+    for step in _first_and_last(run, "scales-"):
         path = run.paths.scales(step)
         picture, rows = _open(path), read_object(path.with_suffix(".json")).get("names")
         if not isinstance(rows, list) or not rows:
@@ -96,7 +107,7 @@ def scale_by_scale(run: Run) -> list[Shown]:
 def by_reward(run: Run) -> list[Shown]:
     """The best, the middle and the worst images by reward, before and after training."""
     found = []
-    for step in _first_and_last(run, "extremes-step-*.png"):
+    for step in _first_and_last(run, "extremes-"):
         path = run.paths.extremes(step)
         rewards = read_object(path.with_suffix(".json")).get("rewards")
         if not isinstance(rewards, list) or len(rewards) != 3 or not all(rewards):
@@ -108,8 +119,8 @@ def by_reward(run: Run) -> list[Shown]:
     return found
 
 
-def _first_and_last(run: Run, pattern: str) -> list[int]:
-    steps = sorted(int(each.stem.rpartition("-")[2]) for each in run.paths.samples.glob(pattern))
+def _first_and_last(run: Run, before: str) -> list[int]:
+    steps = list(by_step(run.paths.samples, ".png", before))
     return list(dict.fromkeys((steps[0], steps[-1]))) if steps else []
 
 

@@ -29,6 +29,10 @@ class RunPaths:
         """How some images came to be, scale by scale, after `step` steps."""
         return self.samples / f"scales-{step_name(step)}.png"
 
+    def all_samples(self, step: int) -> Path:
+        """More rows than the grid has, after `step` steps; what the rows are is beside, as JSON."""
+        return self.samples / f"all-{step_name(step)}.png"
+
     def extremes(self, step: int) -> Path:
         """The best, middle and worst images by reward after `step` steps; their index is beside, as JSON."""
         return self.samples / f"extremes-{step_name(step)}.png"
