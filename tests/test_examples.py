@@ -51,3 +51,20 @@ def test_the_space_shows_the_studio(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.chdir(tmp_path)
     example = runpy.run_path(str(EXAMPLES / "app.py"))  # as another name than __main__: it does not launch
     assert isinstance(example["demo"], gradio.Blocks) and not list(tmp_path.iterdir())
+
+
+def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+    pytest.importorskip("ipykernel", reason="ipykernel is not installed")
+    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    committed = [cell.source for cell in notebook.cells if cell.get("outputs")]
+    where = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
+    outputs = {cell.source: cell.outputs for cell in notebook.cells if cell.get("outputs")}
+    assert set(committed) <= set(outputs)  # a reader sees what it shows without running it
+    pictures = [each for found in outputs.values() for each in found if "image/png" in each.get("data", {})]
+    (said,) = [found[0].text for source, found in outputs.items() if source.startswith("after = ")]
+    before, after = map(float, said.removeprefix("a painting: ").split(" -> "))
+    assert len(pictures) == 2 and after > before + 0.1
+    assert (tmp_path / "runs" / "quickstart" / "report.html").is_file()
