@@ -23,7 +23,7 @@ from playwright.sync_api import Page, sync_playwright
 from nextscale.report.page import write_report
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-SIZE = {"width": 1100, "height": 850}
+SIZE = {"width": 1100, "height": 1100}
 
 
 def keep(page: Page, name: str) -> None:
