@@ -213,7 +213,20 @@ def test_images_appear_and_a_run_ends_with_a_report(studio, page):  # which is c
     page.get_by_role("button", name="Draw", exact=True).click()
     page.get_by_text("dragon'").first.wait_for(timeout=30_000)  # what is wrong with it
 
+    model = page.get_by_label("Model", exact=True)
+    model.first.click()
+    page.get_by_role("option", name="toy-text", exact=True).first.click()
+    assert page.get_by_label("Prompts").first.input_value().startswith("a photo of a red star")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.get_by_text("Reward: mean").wait_for(timeout=60_000)
+
     page.get_by_role("tab", name="Tune").click()
+    model.last.click()
+    page.get_by_role("option", name="toy-text", exact=True).last.click()
+    page.get_by_label("Prompts to train on").wait_for(timeout=30_000)
+    model.last.click()
+    page.get_by_role("option", name="toy", exact=True).last.click()
+    page.get_by_label("Prompts to train on").wait_for(state="hidden", timeout=30_000)
     page.get_by_label("Steps").fill("1")
     page.get_by_label("Name of the run").fill("mine")
     page.get_by_role("button", name="Start").click()

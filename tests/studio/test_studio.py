@@ -13,6 +13,8 @@ from nextscale.base.errors import ConfigError
 from nextscale.config.recipe import load_recipe
 from nextscale.models.zoo import TOY_ASSETS
 from nextscale.pipeline import VARPipeline
+from nextscale.prompts import read_prompts
+from nextscale.rewards.clip_score import ClipScore
 from nextscale.studio import training
 from nextscale.studio.models import MAX_KEPT, Frame, Models, draw, score
 from test_trainer import make_trainer
@@ -48,6 +50,38 @@ def test_what_can_be_chosen(models, tmp_path):
     assert given.load(given.given[0]).num_classes == 4
 
 
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """A studio's folders, one outside them, a link to it from within, and one whose name is like a hub's."""
+    for name in ("runs/mine", "given", "outside", "owner/name"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "runs" / "link").symlink_to(tmp_path / "outside")
+    monkeypatch.chdir(tmp_path)
+    return Models(tmp_path / "runs", ["you/your-model"], clips=["given"])
+
+
+ELSEWHERE = "/etc . .. ../etc outside runs/link runs/../outside owner/name owner/.. no-such-thing file:///etc"
+
+
+@pytest.mark.parametrize("name", [*ELSEWHERE.split(), "\0", "x" * 5000])
+def test_no_clip_is_opened_outside_the_studios_folders(folders, tmp_path, name):
+    page = app.build(folders)
+    (run,) = (fn.fn for fn in page.fns.values() if fn.api_name == "score")
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    with pytest.raises(ConfigError, match=r"there is no CLIP '.*' to choose here: name toy or toy-text"):
+        folders.clip(name)
+    with pytest.raises(gr.Error) as caught:
+        run([str(tmp_path / "image.png")], "star", "a photo of a {label}", name)
+    assert "or a folder that the studio was started with" in caught.value.message
+
+
+def test_clips_that_can_be_chosen(folders, tmp_path):
+    for name in ("toy", "toy-text", "given", "runs/mine", "openai/clip-vit-base-patch32", "anyone/clip"):
+        assert folders.clip(f" {name} ") == name
+    assert folders.clips()[:3] == ["toy", "toy-text", "given"]
+    assert folders.clip(str(tmp_path / "given")) == str(tmp_path / "given")
+
+
 def test_only_the_last_few_models_are_kept(models, tmp_path):
     copies = [str(models.load("runs: done").save_pretrained(tmp_path / f"copy{i}")) for i in range(5)]
     several = Models(tmp_path / "runs", copies)
@@ -76,6 +110,31 @@ def test_a_model_at_some_strength(models):
         models.between("toy", "runs: done", 0.5)
     same = models.between("toy", "toy", 0.25)
     assert torch.allclose(same([0], seed=1).images, base([0], seed=1).images, atol=1e-4)
+
+
+@needs_toy
+def test_prompts_are_drawn_in_place_of_classes(tmp_path):
+    models = Models(tmp_path)
+    assert models.is_prompted("toy-text") and models.is_prompted("switti-512")
+    assert not models.is_prompted("toy") and not models.is_prompted("var-d16")
+    prompts = ["a photo of a red star on clay in the middle", "a photo of a blue fish, on sand"]
+    options = (2, 5, True, 0, 1, 0, 1, "{text}", "")
+    wanted = "\n\n".join(prompts)
+    *frames, last = app._draw_both(models, "toy-text", "toy-text", 1.0, wanted, *options)
+    assert frames[0][2] == "scale 1 of 6" and last[0].tobytes() == last[1].tobytes()
+    pipe = models.load("toy-text")
+    images = pipe(prompts=prompts, num_images_per_prompt=2, seed=5).images
+    assert last[0].tobytes() == app.grid_of(images, 2).tobytes()
+    conditions = [Condition(None, each) for each in prompts for _ in range(2)]
+    scores = ClipScore("{text}", clip="toy-text")(images, conditions)
+    assert f"mean **{float(scores.mean()):.3f}**" in last[2]
+    for beside, wanted, says in (
+        ("toy", "star", "of 'toy-text' and 'toy', one draws classes and the other by prompts"),
+        ("", " \n ", "no prompts given: give at least one"),
+        ("", "\n".join(map(str, range(40))), "40 prompts of 2 images are 80: draw at most 64 at once"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            list(app._draw_both(models, "toy-text", beside, 1.0, wanted, *options))
 
 
 @needs_toy
@@ -126,6 +185,30 @@ def test_text_from_the_page_stays_text(tmp_path):
     assert content["run"]["output_dir"] == str(tmp_path)
     (tmp_path / "recipe.yaml").write_text(training.recipe_of(folder=tmp_path, **OPTIONS))
     assert load_recipe(str(tmp_path / "recipe.yaml")).run.max_steps == 2
+
+
+TEXT = {**OPTIONS, "model": "toy-text", "prompt": "{text}", "clip": "toy-text", "is_prompted": True}
+
+
+def test_a_model_of_prompts_is_tuned_on_the_miniatures_or_on_those_that_were_written(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(training.recipe_of(folder=tmp_path, **TEXT))
+    recipe, packaged = load_recipe(str(tmp_path / "recipe.yaml")), load_recipe("toy-text-attributes")
+    assert (recipe.prompts, recipe.eval_prompts) == (packaged.prompts, packaged.eval_prompts)
+    assert recipe.rewards == packaged.rewards and recipe.grpo == packaged.grpo
+    prompts = training.prompts_of(" a red  star\n\na blue fish\n", needs_some=True)
+    found = training.start(tmp_path, "mine", **TEXT, prompts=prompts)
+    found.process.kill()
+    recipe = load_recipe(str(tmp_path / "mine" / "recipe.yaml"))
+    assert recipe.eval_prompts is None and recipe.run.max_steps == 2
+    assert recipe.prompts is not None
+    assert [each.text for each in read_prompts(recipe.prompts)] == ["a red star", "a blue fish"]
+    with pytest.raises(ConfigError, match="the prompt 'a b' stands there 2 times"):
+        training.prompts_of("a b\na  b", needs_some=False)
+    with pytest.raises(ConfigError, match="write the prompts to train on, one a line"):
+        training.prompts_of(" \n", needs_some=True)
+    with pytest.raises(ConfigError, match=r"prompt '\{txt\}' may hold the field"):
+        training.start(tmp_path, "other", **{**TEXT, "prompt": "{txt}"})
+    assert not (tmp_path / "other").exists()
 
 
 def wait_for(condition, seconds: float = 120) -> None:

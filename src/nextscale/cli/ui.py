@@ -14,6 +14,8 @@ def add(commands: Any) -> None:
     parser = add_command(commands, "ui", run, summary, examples)
     text = "models to offer besides the miniature, the published ones and those of the runs"
     parser.add_argument("models", metavar="MODEL", nargs="*", help=text)
+    text = "CLIP to offer besides the miniature's and those of the hub: a folder; can be given several times"
+    parser.add_argument("--clip", metavar="FOLDER", action="append", default=[], help=text)
     parser.option(
         "--runs", Path, "folder of runs: shown, offered, and where new ones are written", Path("runs")
     )
@@ -36,7 +38,7 @@ def run(args: Namespace) -> int:
     from nextscale.studio.models import Models
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    page = build(Models(args.runs.resolve(), args.models, device))
+    page = build(Models(args.runs.resolve(), args.models, device, args.clip))
     try:
         page.queue(default_concurrency_limit=4).launch(
             server_name=args.host, server_port=args.port, inbrowser=args.open, **LOOK

@@ -8,6 +8,7 @@ import torch
 
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError, NextscaleError
+from nextscale.base.records import Record
 from nextscale.config.recipe import Recipe, to_yaml
 from nextscale.config.resume import check_folder
 from nextscale.evaluation import Embedder, Judges, SetMeasure
@@ -15,6 +16,7 @@ from nextscale.grpo import check_grpo
 from nextscale.losses import find_loss, loss_weights
 from nextscale.models import zoo
 from nextscale.models.embedded import CLIPS
+from nextscale.models.vqvae import VQVAEConfig
 from nextscale.objective import check_guidance
 from nextscale.pipeline import VARPipeline
 from nextscale.prompts import check_apart, read_prompts
@@ -122,9 +124,14 @@ def is_miniature(pipe: VARPipeline) -> bool:
 
 def is_prompted_miniature(pipe: VARPipeline) -> bool:
     """Whether a model draws the miniature world by prompts, and that world's judges and CLIP are at hand."""
-    encoders = getattr(pipe.transformer.config, "text_encoders", None)
+    return reads_miniature(pipe.transformer.config, pipe.tokenizer.config)
+
+
+def reads_miniature(transformer: Record, tokenizer: VQVAEConfig) -> bool:
+    """The same of a model by its sizes."""
+    encoders = getattr(transformer, "text_encoders", None)
     reads_it = encoders is not None and CLIPS.keys() >= set(encoders)
-    return reads_it and pipe.tokenizer.config.image_size == IMAGE_SIZE and zoo.TOY_ASSETS.is_dir()
+    return reads_it and tokenizer.image_size == IMAGE_SIZE and zoo.TOY_ASSETS.is_dir()
 
 
 def judges_for(pipe: VARPipeline) -> Judges | None:

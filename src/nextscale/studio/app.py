@@ -18,10 +18,34 @@ from nextscale.base.errors import ConfigError, NextscaleError
 from nextscale.base.images import read_image
 from nextscale.report.page import render_report, summarize
 from nextscale.runs.reader import read_run
-from nextscale.studio.models import Frame, Models, clip_for, draw, grid_of, score
-from nextscale.studio.training import Training, start
+from nextscale.studio.models import (
+    Frame,
+    Models,
+    clip_for,
+    conditions_of,
+    draw,
+    grid_of,
+    score,
+    words_of,
+)
+from nextscale.studio.training import Training, prompts_of, start
 
 PROMPT = "a painting of a {label}"
+WANTED: dict[bool, dict[str, Any]] = {
+    False: {"label": "Classes", "info": "names or numbers", "value": "star, heart, house, fish"},
+    True: {
+        "label": "Prompts",
+        "info": "one a line",
+        "value": "a photo of a red star on clay in the middle\na photo of a blue fish on sand off centre",
+    },
+}
+"""Whether a model draws by prompts to the field that says what it is to draw."""
+SCORED: dict[bool, dict[str, Any]] = {
+    False: {"value": PROMPT, "info": "{label} is the class"},
+    True: {"value": "{text}", "info": "{text} is the prompt that was drawn"},
+}
+"""The same to the prompt of a reward."""
+CLIP = "of the list, a repository of the hub, or a folder that the studio was started with"
 CURVES = ("reward", "eval_reward", "eval_diversity")
 # Gradio's own orange and greys have too little contrast for small print (WCAG asks for 4.5 to 1). No theme
 # can give the chosen tab another colour in dark mode, hence the CSS.
@@ -95,7 +119,7 @@ def draw_tab(page: gr.Blocks, models: Models) -> None:
             base = gr.Dropdown(models.names(), value="toy", label="Model")
             tuned = gr.Dropdown(["", *models.names()], value="", label="Beside it")
             alpha = gr.Slider(0, 1, 1, step=0.05, label="Strength of the second", info="0 is the first model")
-            classes = gr.Textbox("star, heart, house, fish", label="Classes", info="names or numbers")
+            wanted = gr.Textbox(**WANTED[False], lines=2, max_lines=12)
             number = gr.Slider(1, 8, 4, step=1, label="Images of each")
             seed = gr.Number(0, label="Seed", precision=0)
             with gr.Accordion("Sampling", open=False):
@@ -105,8 +129,8 @@ def draw_tab(page: gr.Blocks, models: Models) -> None:
                 top_k = gr.Number(0, label="Top-k", info="0 keeps all", precision=0)
                 top_p = gr.Slider(0, 1, 1, step=0.01, label="Top-p", info="1 keeps all")
             with gr.Accordion("Reward", open=False):
-                prompt = gr.Textbox(PROMPT, label="Prompt to score with", info="{label} is the class")
-                clip = gr.Textbox("", label="CLIP", info="empty for the miniature's")
+                prompt = gr.Textbox(**SCORED[False], label="Prompt to score with")
+                clip = clip_field(models, "", "empty for the miniature's; " + CLIP)
             button = gr.Button("Draw", variant="primary")
         with gr.Column(scale=3):
             with gr.Row():
@@ -120,7 +144,7 @@ def draw_tab(page: gr.Blocks, models: Models) -> None:
         base,
         tuned,
         alpha,
-        classes,
+        wanted,
         number,
         seed,
         own,
@@ -142,6 +166,26 @@ def draw_tab(page: gr.Blocks, models: Models) -> None:
         return gr.update(choices=models.names()), gr.update(choices=["", *models.names()])
 
     page.load(names, None, [base, tuned], api_visibility="private")
+    kind = gr.State(False)  # whether the page asks for prompts
+
+    def turn(name: str, was_prompted: bool) -> tuple[Any, Any, Any]:
+        is_prompted = models.is_prompted(name)
+        if is_prompted == was_prompted:  # what was written stays
+            return gr.skip(), gr.skip(), gr.skip()
+        return is_prompted, gr.update(**WANTED[is_prompted]), gr.update(**SCORED[is_prompted])
+
+    base.change(told(turn), [base, kind], [kind, wanted, prompt], api_visibility="private")
+
+
+def clip_field(models: Models, value: str, info: str) -> gr.Dropdown:
+    """Which CLIP scores; what is typed is checked where it is used."""
+    return gr.Dropdown(
+        ["", *models.clips()] if not value else models.clips(),
+        value=value,
+        label="CLIP",
+        info=info,
+        allow_custom_value=True,
+    )
 
 
 def _draw_both(
@@ -149,7 +193,7 @@ def _draw_both(
     base: str,
     tuned: str,
     alpha: float,
-    classes: str,
+    wanted: str,
     number: float,
     seed: float | None,
     own: bool,
@@ -161,7 +205,10 @@ def _draw_both(
     clip: str,
 ) -> Iterator[tuple[Any, ...]]:
     """The pictures of both models and what they score, scale by scale."""
-    words = [word.strip() for word in classes.split(",") if word.strip()]
+    if tuned and models.is_prompted(base) != models.is_prompted(tuned):
+        raise ConfigError(
+            f"of '{base}' and '{tuned}', one draws classes and the other by prompts: choose two of one kind"
+        )
     if seed is None:
         raise ConfigError("the seed must be a whole number")
     options: dict[str, Any] = {"seed": int(seed)}
@@ -172,21 +219,23 @@ def _draw_both(
     pictures: list[Any] = [None, None]
     texts = ["", ""]
     for i, pipe in enumerate(pipes):
-        conditions = [each for each in pipe.conditions(words) for _ in range(int(number))]
+        words = words_of(pipe, wanted)
+        conditions = [each for each in conditions_of(pipe, words) for _ in range(int(number))]
+        scored_by = clip_for(models, pipe, clip) if prompt.strip() else None
         for found in draw(pipe, words, int(number), options):
             if isinstance(found, Frame):
                 pictures[i] = found.picture
                 texts[i] = f"scale {found.scale} of {found.num_scales}"
             else:
                 pictures[i] = grid_of(found, len(words))
-                texts[i] = _scores(pipe, prompt, clip, found, conditions)
+                texts[i] = _scores(prompt, scored_by, found, conditions)
             yield (*pictures, *texts)
 
 
-def _scores(pipe: Any, prompt: str, clip: str, images: Tensor, conditions: list[Condition]) -> str:
-    if not prompt.strip():
+def _scores(prompt: str, clip: str | None, images: Tensor, conditions: list[Condition]) -> str:
+    if clip is None:
         return ""
-    scores = score(prompt, clip_for(pipe, clip), images, conditions)
+    scores = score(prompt, clip, images, conditions)
     return f"Reward: mean **{np.mean(scores):.3f}**, from {min(scores):.3f} to {max(scores):.3f}"
 
 
@@ -200,19 +249,19 @@ def score_tab(models: Models) -> None:
             files = gr.File(
                 label="Images", file_count="multiple", file_types=[".png", ".jpg", ".jpeg", ".webp"]
             )
-            label = gr.Textbox("star", label="What they show", info="stands for {label}")
+            label = gr.Textbox("star", label="What they show", info="stands for {label} or {text}")
             prompt = gr.Textbox(PROMPT, label="Prompt")
-            clip = gr.Textbox("toy", label="CLIP", info="toy, a folder, or a hub repository")
+            clip = clip_field(models, "toy", CLIP)
             button = gr.Button("Score", variant="primary")
         table = gr.Dataframe(headers=["image", "score"], interactive=False, scale=2)
 
     def run(paths: list[str] | None, label: str, prompt: str, clip: str) -> list[list[Any]]:
         if not paths:
             raise ConfigError("choose at least one image to score")
-        rows = []
+        rows, clip = [], models.clip(clip or "toy")
         for path in paths:
             image = read_image(Path(path))[None]
-            (found,) = score(prompt, clip.strip() or "toy", image, [Condition(None, label)])
+            (found,) = score(prompt, clip, image, [Condition(None, label)])
             rows.append([Path(path).name, round(found, 4)])
         return sorted(rows, key=lambda row: -row[1])
 
@@ -227,9 +276,13 @@ def tune_tab(models: Models) -> None:
     state = gr.State(None)  # of this visitor alone
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
-            model = gr.Dropdown(["toy", *models.given], value="toy", label="Model")
-            prompt = gr.Textbox(PROMPT, label="Prompt", info="{label} is the class")
-            clip = gr.Textbox("toy", label="CLIP", info="toy, a folder, or a hub repository")
+            model = gr.Dropdown(models.tunable(), value="toy", label="Model")
+            text = "one a line; empty for the miniature's, which has others held out to measure on"
+            trained = gr.Textbox(
+                "", label="Prompts to train on", info=text, lines=3, max_lines=12, visible=False
+            )
+            prompt = gr.Textbox(**SCORED[False], label="Prompt")
+            clip = clip_field(models, "toy", CLIP)
             steps = gr.Number(16, label="Steps", precision=0)
             rate = gr.Number(8e-4, label="Learning rate", info="for real models 1e-5 to 1e-4")
             name = gr.Textbox("", label="Name of the run", info="empty for the time")
@@ -244,16 +297,33 @@ def tune_tab(models: Models) -> None:
             )
 
     def go(
-        running: Training | None, model: str, prompt: str, clip: str, steps: float, rate: float, name: str
+        running: Training | None,
+        model: str,
+        trained: str,
+        prompt: str,
+        clip: str,
+        steps: float,
+        rate: float,
+        name: str,
     ) -> tuple[Training, str]:
         if running is not None and running.is_running:
             raise ConfigError("your run goes on: stop it before you start another")
-        if model not in ("toy", *models.given):
+        if model not in models.tunable():
             raise ConfigError(f"there is no model '{model}' to choose here: take one from the list")
-        chosen = {"model": model, "prompt": prompt, "clip": clip.strip() or "toy"}
+        chosen: dict[str, Any] = {"model": model, "prompt": prompt, "clip": models.clip(clip or "toy")}
+        if is_prompted := models.is_prompted(model):
+            prompts = prompts_of(trained, needs_some=not models.reads_miniature(model))
+            chosen |= {"is_prompted": is_prompted, "prompts": prompts}
         numbers = {"steps": int(steps or 0), "learning_rate": float(rate or 0)}
         found = start(models.runs, name, **chosen, **numbers)
         return found, found.status()
+
+    def turn(model: str, was_prompted: bool) -> tuple[Any, Any, Any, Any]:
+        is_prompted = models.is_prompted(model)
+        if is_prompted == was_prompted:
+            return gr.skip(), gr.skip(), gr.skip(), gr.skip()
+        clip = "toy-text" if is_prompted else "toy"
+        return is_prompted, gr.update(visible=is_prompted), gr.update(**SCORED[is_prompted]), clip
 
     def halt(running: Training | None) -> str:
         if running is None or not running.is_running:
@@ -267,7 +337,9 @@ def tune_tab(models: Models) -> None:
         table, grid = look_at(running.paths.path)
         return running.status(), table, grid
 
-    inputs = [state, model, prompt, clip, steps, rate, name]
+    kind = gr.State(False)  # whether the page asks for prompts
+    model.change(told(turn), [model, kind], [kind, trained, prompt, clip], api_visibility="private")
+    inputs = [state, model, trained, prompt, clip, steps, rate, name]
     begin.click(told(go), inputs, [state, status], api_name="tune")
     end.click(told(halt), state, status, api_visibility="private")
     gr.Timer(2).tick(look, state, [status, curve, picture], show_progress="hidden", api_visibility="private")

@@ -6,16 +6,21 @@ import re
 import signal
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from nextscale.base.errors import ConfigError
-from nextscale.config.files import dump_yaml, read_mapping
+from nextscale.config.files import RECIPES, dump_yaml, read_mapping
+from nextscale.models.embedded import CLIPS
+from nextscale.rewards.networks.prompts import check_prompts
 from nextscale.runs.paths import RunPaths
 
 MAX_STEPS = 1000
+PROMPTS = "prompts.txt"  # of a run that was started with prompts of its own
 
 
 @dataclass
@@ -53,8 +58,22 @@ class Training:
         return f"Ended early: {said[-1] if said else f'exit status {code}'}"
 
 
-def recipe_of(model: str, prompt: str, clip: str, steps: int, learning_rate: float, folder: Path) -> str:
-    """The recipe of a fine-tuning towards a prompt: that of toy-painting, with what the page asks for.
+def recipe_of(
+    model: str,
+    prompt: str,
+    clip: str,
+    steps: int,
+    learning_rate: float,
+    folder: Path,
+    *,
+    is_prompted: bool = False,
+    prompts: Sequence[str] = (),
+) -> str:
+    """The recipe of a fine-tuning towards a prompt: that of toy-painting, or for a model that draws by
+    prompts that of toy-text-attributes, with what the page asks for.
+
+    Args:
+        prompts: to train on, which `start` writes into the folder; by default the miniature's.
 
     Raises:
         ConfigError: an empty prompt, or a number that is out of range.
@@ -65,29 +84,53 @@ def recipe_of(model: str, prompt: str, clip: str, steps: int, learning_rate: flo
         raise ConfigError(f"steps must be between 1 and {MAX_STEPS}, got {steps}")
     if not 0 < learning_rate < 1:
         raise ConfigError(f"the learning rate must be above 0 and below 1, got {learning_rate}")
-    content = read_mapping("toy-painting")
+    content = read_mapping("toy-text-attributes" if is_prompted else "toy-painting")
     del content["sampling"]  # as the model is sampled
     content |= {"description": f"Started from the studio, towards: {prompt.strip()}", "model": model}
-    content["rewards"]["painting"] |= {"clip_score": prompt.strip(), "clip": clip}
-    content["rewards"]["diversity"] |= {"clip": clip}
+    content["rewards"]["follows" if is_prompted else "painting"] |= {
+        "clip_score": prompt.strip(),
+        "clip": clip,
+    }
+    if clip not in CLIPS:  # diversity of the miniature's images is told by "toy" in all of its recipes
+        content["rewards"]["diversity"] |= {"clip": clip}
+        content["run"] |= {"diversity_clip": clip}
+    if prompts:
+        content |= {"prompts": str(folder / PROMPTS)}
+        del content["eval_prompts"]
+    elif is_prompted:
+        content |= {key: str(RECIPES / content[key]) for key in ("prompts", "eval_prompts")}
     content["optimizer"] |= {"learning_rate": learning_rate}
     content["run"] |= {
         "output_dir": str(folder),
         "max_steps": steps,
         "eval_steps": max(1, min(10, steps // 3)),
         "eval_num_images": 128,
-        "diversity_clip": clip,
         "report_to": "none",
     }
     return dump_yaml(content)
 
 
-def start(runs: Path, name: str, **options: Any) -> Training:
+def prompts_of(text: str, needs_some: bool) -> list[str]:
+    """The prompts of a field of the page, one a line.
+
+    Raises:
+        ConfigError: one stands there twice, or there are none where some are needed.
+    """
+    found = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    for prompt, number in Counter(found).items():
+        if number > 1:
+            raise ConfigError(f"the prompt '{prompt}' stands there {number} times: give it once")
+    if needs_some and not found:
+        raise ConfigError("write the prompts to train on, one a line")
+    return found
+
+
+def start(runs: Path, name: str, *, prompt: str, prompts: Sequence[str] = (), **options: Any) -> Training:
     """Start a fine-tuning in a new folder of `runs`.
 
     Args:
         name: of the folder; by default the time.
-        options: of `recipe_of`.
+        prompt, prompts, options: of `recipe_of`.
 
     Raises:
         ConfigError: a name that is none or taken, or an option that cannot be used.
@@ -98,8 +141,11 @@ def start(runs: Path, name: str, **options: Any) -> Training:
     folder = runs / name
     if folder.exists():
         raise ConfigError(f"there is a run '{name}' already: choose another name")
-    text = recipe_of(folder=folder, **options)
+    text = recipe_of(folder=folder, prompt=prompt, prompts=prompts, **options)
+    check_prompts(prompt.strip())
     folder.mkdir(parents=True)
+    if prompts:
+        (folder / PROMPTS).write_text("\n".join(prompts) + "\n", encoding="utf-8")
     recipe, log = folder / "recipe.yaml", folder / "log.txt"
     recipe.write_text(text, encoding="utf-8")
     command = [sys.executable, "-m", "nextscale", "train", str(recipe), "--run.disable_tqdm", "true"]
