@@ -19,6 +19,8 @@ PLACES = {
     "var-d16": (("rtx-4090-24gb", 1),),
     "var-d30": (("a100-80gb", 1), ("h100-80gb", 1)),
     "var-d36": (("h100-80gb", 8),),
+    "switti-512": (("rtx-4090-24gb", 1), ("h100-80gb", 1)),
+    "var-clip": (("h100-80gb", 1),),
     "var-d30-combined-lora": (("a100-40gb", 1),),
 }
 RECIPES = PAGE.parents[1] / "src" / "nextscale" / "recipes"

@@ -29,8 +29,8 @@ def rehearse(recipe: Recipe, num_processes: int) -> list[str]:
         NextscaleError: something cannot be loaded, or does not fit together.
     """
     recipe.grpo.check_processes(num_processes)
-    backbones = {name: config.backbone for name, config in recipe.rewards.items()}
-    names = [recipe.model, *backbones.values(), recipe.run.diversity_clip]
+    networks = [each for config in recipe.rewards.values() for each in config.networks]
+    names = [recipe.model, *networks, recipe.run.diversity_clip]
     missing = [name for name in dict.fromkeys(names) if name and _needs_download(name)]
     if not missing:
         find_credit(recipe.grpo.credit, build_parts(recipe).rewards)
@@ -43,7 +43,7 @@ def rehearse(recipe: Recipe, num_processes: int) -> list[str]:
     check_fit(recipe, pipe)
     read_conditions(recipe, pipe)
     for name, config in recipe.rewards.items():
-        if backbones[name] not in missing:
+        if not set(config.networks) & set(missing):
             make_reward(name, config)
     return missing
 
@@ -55,6 +55,16 @@ def _needs_download(name: str) -> bool:
         return any(hub.find_cached(repository, files) is None for repository, files in needed)
     # Of a network under a reward, whatever is cached will do: not all repositories have a config.json.
     return hub.is_repository(name) and not Path(name).exists() and hub.find_cached(name, []) is None
+
+
+def _networks(recipe: Recipe, *, held_out: bool) -> dict[str, str | None]:
+    """Each network that rewards run; a reward's second one has a name of its own."""
+    return {
+        f"{name}, {network}" if i else name: network
+        for name, config in recipe.rewards.items()
+        if config.held_out == held_out
+        for i, network in enumerate(config.networks)
+    }
 
 
 def plan_recipe(
@@ -69,8 +79,7 @@ def plan_recipe(
     Raises:
         NextscaleError: an unknown GPU or model, or groups that the GPUs cannot share.
     """
-    trained = {name: each.backbone for name, each in recipe.rewards.items() if not each.held_out}
-    evaluated = {name: each.backbone for name, each in recipe.rewards.items() if each.held_out}
+    trained, evaluated = (_networks(recipe, held_out=each) for each in (False, True))
     if recipe.run.diversity_clip:
         evaluated["run.diversity_clip"] = recipe.run.diversity_clip
     model, recipe = zoo.describe(recipe.model, recipe.vae), resolve(recipe)

@@ -85,6 +85,10 @@ class TextEncoder(ABC):
         """The network in a folder or hub repository, frozen, in float32."""
 
     @abstractmethod
+    def build(self, config: Any) -> Any:
+        """A network of a CLIP of these sizes, its weights not those of any file; for plans."""
+
+    @abstractmethod
     def encode(self, text: str, networks: list[tuple[Any, Any]]) -> Embeddings:
         """The embeddings of one text, without an axis of texts.
 
@@ -152,6 +156,11 @@ class TokensAndPooled(TextEncoder):
 
         return load_frozen(CLIPTextModel, "text encoder", source)
 
+    def build(self, config: Any) -> Any:
+        from transformers import CLIPTextModel
+
+        return CLIPTextModel(config.text_config)
+
     def encode(self, text: str, networks: list[tuple[Any, Any]]) -> Embeddings:
         states, pooled, mask = [], None, None
         for network, tokenizer in networks:
@@ -183,10 +192,19 @@ class Projected(TextEncoder):
 
         with loading("text encoder", source):
             whole: Any = AutoConfig.from_pretrained(source)
+        config = self._of_text(whole)
+        return load_frozen(CLIPTextModelWithProjection, "text encoder", source, config=config)
+
+    def build(self, config: Any) -> Any:
+        from transformers import CLIPTextModelWithProjection
+
+        return CLIPTextModelWithProjection(self._of_text(config))
+
+    def _of_text(self, whole: Any) -> Any:
         config = getattr(whole, "text_config", whole)  # of a full CLIP, whose files say the width once
         config.projection_dim = whole.projection_dim
         config.hidden_act = self.activation or config.hidden_act
-        return load_frozen(CLIPTextModelWithProjection, "text encoder", source, config=config)
+        return config
 
     def encode(self, text: str, networks: list[tuple[Any, Any]]) -> Embeddings:
         [(network, tokenizer)] = networks

@@ -26,6 +26,7 @@ from nextscale.models.vqvae import VQVAE, VQVAEConfig
 from nextscale.objective import Microbatch, Objective
 from nextscale.pipeline import decoded_at_once
 from nextscale.plan.counting import Count, count, without_data
+from nextscale.plan.networks import Network
 from nextscale.policy import SamplingConfig
 from nextscale.reference import Reference, cast, reference_dtype
 from nextscale.rollout import branches_of
@@ -82,15 +83,22 @@ class Phases:
             latent = tokenizer.quantize.empty_latent(batch)
             return self._count(lambda: tokenizer.latent_to_images(latent), batch)
 
-    def reward(self, clips: Sequence[CLIPConfig]) -> Count:
-        """The image towers of all rewards, one after the other."""
-        total, batch = Count(), self._drawn_at_once
-        for config in clips:
+    def texts(self, networks: Sequence[Callable[[], nn.Module]]) -> float:
+        """Most bytes that the encoding of one prompt takes besides the networks, which are float32."""
+        peaks = []
+        for build in networks:
             with without_data(as_on_gpu=self.as_on_gpu), torch.no_grad():
-                vision: Any = config.vision_config  # transformers types its sizes loosely
-                tower, size = CLIPModel(config).vision_model, vision.image_size
-                pixels = torch.zeros(batch, 3, size, size)
-                each = self._count(partial(tower, pixel_values=pixels), batch)
+                network: Any = build().eval()
+                tokens = torch.zeros(1, network.config.max_position_embeddings, dtype=torch.long)
+                peaks.append(count(partial(network, tokens)).peak)
+        return max(peaks, default=0.0)
+
+    def reward(self, networks: Sequence[Network]) -> Count:
+        """The networks of all rewards, one after the other."""
+        total, batch = Count(), self._drawn_at_once
+        for network in networks:
+            with without_data(as_on_gpu=self.as_on_gpu), torch.no_grad():
+                each = self._count(network.run(batch, self.tokenizer.image_size), batch)
             total = Count(total.flops + each.flops, forward_peak=max(total.peak, each.peak))
         return total
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CLIPModel
 
 from nextscale.base.numbers import duration
 from nextscale.base.processes import share_of
@@ -20,10 +19,10 @@ from nextscale.models.scales import ScaleSchedule
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
 from nextscale.plan.counting import Count
 from nextscale.plan.gpus import GPU, find_gpu
+from nextscale.plan.networks import ClipNetwork, find_network, text_networks
 from nextscale.plan.phases import Phases, tuned_transformer
 from nextscale.policy import SamplingConfig
 from nextscale.reference import cast, reference_dtype
-from nextscale.rewards.networks.backbones import backbone_config
 from nextscale.runs.config import RunConfig
 from nextscale.tuning import TuningConfig
 
@@ -34,7 +33,7 @@ USABLE_MEMORY = 0.9
 FLOAT32 = 4  # bytes
 OF_AN_IMAGE = ("rollout", "decode", "reward")
 """Phases that an evaluation has too."""
-WITHOUT_GRADIENTS = (*OF_AN_IMAGE, "credit", "reference")
+WITHOUT_GRADIENTS = ("texts", *OF_AN_IMAGE, "credit", "reference")
 """Phases in which the gradients do not exist: they are freed after each optimizer step, but for those that
 DistributedDataParallel reduces in place."""
 
@@ -159,12 +158,15 @@ def make_plan(
         sizes["reference"] = _size(cast(tuned_transformer(transformer, tuning), dtype))
     sizes["tokenizer"] = _size(_on_meta(lambda: VQVAE(tokenizer)))
     named = {**backbones, **(evaluated or {})}
-    clips = {name: config for name in named.values() if name and (config := backbone_config(name))}
-    sizes |= {name: _size(_on_meta(lambda c=config: CLIPModel(c))) for name, config in clips.items()}
+    networks = {name: each for name in named.values() if name and (each := find_network(name))}
+    sizes |= {name: _size(_on_meta(each.build)) for name, each in networks.items()}
+    encoders = text_networks(getattr(tuned, "text_encoder", None))
+    of_texts = {f"text of {name}": build for name, build in encoders.items() if build}
+    sizes |= {name: _size(_on_meta(build)) for name, build in of_texts.items()}
 
     share = len(share_of(num_images, 0, num_gpus))  # the largest, which all wait for
     of = Phases(transformer, tokenizer, grpo, sampling, run, share, tuning, as_on_gpu)
-    scored_by = [clips[name] for name in backbones.values() if name in clips]
+    scored_by = [networks[name] for name in backbones.values() if name in networks]
     counts = {
         "rollout": of.rollout(),
         "decode": of.decode(),
@@ -173,7 +175,7 @@ def make_plan(
         "update": of.update(),
     }
     if grpo.credit in WITH_SLOPES:
-        counts["credit"] = of.credit(scored_by)
+        counts["credit"] = of.credit([each.config for each in scored_by if isinstance(each, ClipNetwork)])
     flops = {name: each.flops * num_images / share for name, each in counts.items()}
     flops["update"] -= flops["reference"]  # which runs inside the loss, once a rollout
     flops["update"] *= grpo.num_iterations
@@ -186,6 +188,7 @@ def make_plan(
     one_each = FLOAT32 * trained.parameters / shards
     reference = sizes["reference"].num_bytes if has_copy else 0
     waiting = reference - _size(tuned.head).num_bytes if grpo.offload_reference else 0  # in main memory
+    bytes_of_texts = sum(sizes[name].num_bytes for name in of_texts)
     resident = {
         "weights": weights.num_bytes / shards,
         "gradients": one_each,
@@ -193,10 +196,15 @@ def make_plan(
         "average": one_each if tuning.ema_decay is not None else 0,
         "reference": (reference - waiting) / shards,
         "tokenizer": sizes["tokenizer"].num_bytes,
-        "rewards": sum(sizes[name].num_bytes for name in clips),
+        "rewards": sum(sizes[name].num_bytes for name in networks),
+        # They are on a GPU while they run, with each prompt once; a CPU has them always.
+        "text encoder": bytes_of_texts if device.name == "cpu" else 0,
         "scored images": of.scored_bytes(),
     }
     phases = {name: counts[name].peak for name in (*OF_AN_IMAGE, "credit") if name in counts}
+    if of_texts:
+        at_work = of.texts(list(of_texts.values()))
+        phases = {"texts": at_work + bytes_of_texts - resident["text encoder"], **phases}
     if waiting:  # it comes once for all images, before there is a gradient
         phases["reference"] = waiting + counts["reference"].peak
     phases["update"] = counts["update"].peak + of.kept_bytes()
@@ -217,7 +225,10 @@ def make_plan(
         run=run,
         dtype="bfloat16" if in_bfloat16 else "float32",
         parameters={name: size.parameters for name, size in sizes.items()},
-        unknown=tuple(name for name, backbone in named.items() if backbone not in clips),
+        unknown=(
+            *(name for name, network in named.items() if network not in networks),
+            *(f"text of {name}" for name, build in encoders.items() if build is None),
+        ),
         num_images=num_images,
         tokens_per_image=ScaleSchedule(transformer.scale_sizes).num_tokens,
         flops=flops,

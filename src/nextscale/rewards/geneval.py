@@ -222,3 +222,7 @@ class GenEvalConfig(RewardConfig):
     @property
     def backbone(self) -> str | None:
         return self.detector
+
+    @property
+    def networks(self) -> tuple[str | None, ...]:
+        return self.detector, self.clip

@@ -84,6 +84,11 @@ class RewardConfig(Record):
         return None
 
     @property
+    def networks(self) -> tuple[str | None, ...]:
+        """All networks that it runs, named as `backbone` is, which is the first."""
+        return (self.backbone,)
+
+    @property
     def constraint(self) -> Constraint | None:
         """The bound on its mean, for a constraint."""
         if self.at_least is not None:

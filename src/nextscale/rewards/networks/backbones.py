@@ -7,17 +7,18 @@ from transformers import CLIPConfig
 
 from nextscale.models.embedded import CLIPS
 
-_VIT_B = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-_VIT_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-_VIT_H = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
-_TEXT_B = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
-_TEXT_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-_TEXT_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 
-_CLIP_B16 = ({**_VIT_B, "patch_size": 16}, _TEXT_B, 512)
-_CLIP_B32 = ({**_VIT_B, "patch_size": 32}, _TEXT_B, 512)
-_CLIP_L14 = ({**_VIT_L, "patch_size": 14}, _TEXT_L, 768)
-_CLIP_H14 = ({**_VIT_H, "patch_size": 14}, _TEXT_H, 1024)
+def _tower(width: int, depth: int, num_heads: int, hidden: int | None = None) -> dict[str, int]:
+    sizes = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": num_heads}
+    return {**sizes, "intermediate_size": hidden or 4 * width}
+
+
+_TEXT_B, _TEXT_L, _TEXT_H = _tower(512, 12, 8), _tower(768, 12, 12), _tower(1024, 24, 16)
+_CLIP_B16 = ({**_tower(768, 12, 12), "patch_size": 16}, _TEXT_B, 512)
+_CLIP_B32 = ({**_tower(768, 12, 12), "patch_size": 32}, _TEXT_B, 512)
+_CLIP_L14 = ({**_tower(1024, 24, 16), "patch_size": 14}, _TEXT_L, 768)
+_CLIP_H14 = ({**_tower(1280, 32, 16), "patch_size": 14}, _TEXT_H, 1024)
+_CLIP_BIGG = ({**_tower(1664, 48, 16, 8192), "patch_size": 14}, _tower(1280, 32, 20), 1280)
 
 # Source: the config.json of each repository; of HPSv2, its README (OpenCLIP's ViT-H-14).
 KNOWN_CLIPS = {
@@ -25,6 +26,7 @@ KNOWN_CLIPS = {
     "openai/clip-vit-base-patch32": _CLIP_B32,
     "openai/clip-vit-large-patch14": _CLIP_L14,
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": _CLIP_H14,
+    "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k": _CLIP_BIGG,
     "yuvalkirstain/PickScore_v1": _CLIP_H14,
     "xswu/HPSv2": _CLIP_H14,
 }

@@ -56,7 +56,7 @@ class Detector:
         self.has_masks = config.model_type in MASKED
         kind: Any = AutoModelForUniversalSegmentation if self.has_masks else AutoModelForObjectDetection
         self.model = load_frozen(kind, "detector", name)
-        self.size, self.mean, self.std = _preparation(name)
+        self.size, self.mean, self.std = read_preparation(name)
         names = self.model.config.id2label
         self.names = [str(names[i]) for i in range(len(names))]
 
@@ -70,12 +70,7 @@ class Detector:
 
     def _prepared(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        if isinstance(self.size, tuple) and self.size[0] is None:
-            shape = height, width
-        elif isinstance(self.size, tuple):
-            shape = self.size
-        else:
-            shape = self.size.of(height, width)
+        shape = input_shape(self.size, height, width)
         images = images.float()
         if shape != (height, width):
             images = F.interpolate(images, shape, mode="bilinear", antialias=True).clamp(0, 1)
@@ -144,7 +139,18 @@ def _class_scores(logits_BQK: Tensor, num_classes: int) -> Tensor:
     return logits_BQK.sigmoid()
 
 
-def _preparation(name: str | Path) -> tuple[Any, Sequence[float], Sequence[float]]:
+def input_shape(size: Any, height: int, width: int) -> tuple[int, int]:
+    """The height and width that an image of this height and width is shown in.
+
+    Args:
+        size: the first of what `read_preparation` gives.
+    """
+    if isinstance(size, _Edges):
+        return size.of(height, width)
+    return (height, width) if size[0] is None else size
+
+
+def read_preparation(name: str | Path) -> tuple[Any, Sequence[float], Sequence[float]]:
     """Size, mean and standard deviation, as its preprocessor_config.json says."""
     from transformers import ImageProcessingMixin
 
