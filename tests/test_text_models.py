@@ -103,6 +103,57 @@ def test_prefixes_may_be_shared_before_and_after_guidance_stops(kind: str, make_
         torch.testing.assert_close(rescored, drawn.log_probs, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_negative_prompt_takes_the_place_of_the_empty_one(kind: str, make_pipeline: Any) -> None:
+    """By hand: both prompts as conditions of their own, and guidance from one away from the other."""
+    pipe = make(kind, make_pipeline)
+    if kind == "var-clip":  # whose random weights hardly hear the text
+        pipe.transformer.cond_proj.weight.data *= 20
+    pipe.sampling = SamplingConfig(guidance_scale=3.0)
+    plain = pipe(prompts=PROMPTS, num_images_per_prompt=2, seed=5)
+    for empty in ("", " ", ["", "", ""], None):
+        found = pipe(prompts=PROMPTS, num_images_per_prompt=2, seed=5, negative_prompt=empty)
+        assert torch.equal(found.images, plain.images) and torch.equal(found.log_probs, plain.log_probs)
+
+    negative = ["a moon", "", "a blue fish on sand"]
+    out = pipe(prompts=PROMPTS, num_images_per_prompt=2, seed=5, negative_prompt=negative, batch_size=4)
+    assert torch.equal(out.tokens[2:4], plain.tokens[2:4])
+    assert not torch.equal(out.tokens[:2], plain.tokens[:2])
+    again = pipe(prompts=PROMPTS[0], num_images_per_prompt=2, seed=5, negative_prompt="a moon")
+    assert torch.equal(again.tokens, out.tokens[:2])
+
+    model, schedule = pipe.transformer, pipe.transformer.schedule
+    inputs = pipe.tokenizer.tokens_to_inputs(out.tokens)
+    logits = []
+    for texts in (PROMPTS, negative):
+        each = model.encode_conditions(pipe.prompted([text or "any" for text in texts])).repeat(2)
+        logits.append(model(each, inputs).detach())
+    share = torch.tensor([k / (schedule.num_scales - 1) for k in schedule.scale_of_token()])[:, None]
+    log_probs_BLV = (logits[0] + 3.0 * share * (logits[0] - logits[1])).log_softmax(-1)
+    by_hand = log_probs_BLV.gather(-1, out.tokens[..., None]).squeeze(-1)
+    rows = [0, 1, 4, 5]  # of the prompts with a negative one
+    torch.testing.assert_close(out.log_probs[rows], by_hand[rows], rtol=0, atol=1e-4)
+
+
+def test_a_negative_prompt_that_cannot_be_used(make_pipeline: Any, capsys: Any, tmp_path: Path) -> None:
+    pipe = make("switti", make_pipeline)
+    for given, says in (
+        ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 3 prompts: give one, or one for each"),
+        ({"negative_prompt": [3]}, "negative prompt 3 cannot be used"),
+        ({"negative_prompt": "a", "guidance_scale": 0.0}, "has no effect without guidance"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            pipe(prompts=PROMPTS, **given)
+    with pytest.raises(ConfigError, match="the model draws by classes and takes no negative prompt"):
+        make_pipeline()([0], negative_prompt="a")
+    assert main(["sample", "--classes", "star", "--negative-prompt", "a moon"]) == 2
+    assert "takes no negative prompt" in capsys.readouterr().err
+    asked = ["sample", "--model", "toy-text", "--prompt", "a red star", "--num-images", "1", "--seed", "3"]
+    assert main([*asked, "--negative-prompt", "sand", "--output", str(tmp_path / "a.png")]) == 0
+    assert main([*asked, "--output", str(tmp_path / "b.png")]) == 0
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+
+
 def test_bfloat16_autocast_changes_log_probs_little(make_pipeline: Any) -> None:
     pipe = make("switti", make_pipeline)
     with torch.autocast("cpu", torch.bfloat16):

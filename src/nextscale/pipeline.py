@@ -381,6 +381,38 @@ class VARPipeline:
                 raise ConfigError(f"prompt {each!r} cannot be used: give a text")
         return [Condition(None, each) if isinstance(each, str) else each for each in several]
 
+    def guided_away(self, conditions: Sequence[Condition], negative: Sequence[str]) -> Conditioning:
+        """The conditions for the model, with what guidance leads away from in place of the empty condition.
+
+        Args:
+            negative: a prompt for each condition, or one for all; an empty one stands for the empty
+                condition.
+        """
+        conditioning = self.transformer.encode_conditions(conditions)
+        if not any(negative):
+            return conditioning
+        away = self.transformer.encode_conditions([Condition(None, text) for text in negative])
+        if not all(negative):
+            is_empty = torch.tensor([not text for text in negative], device=self.device)
+            for name, null in conditioning.null.items():
+                away[name][is_empty] = null
+        return conditioning.against(away)
+
+    def _negative(self, given: str | Sequence[str], num: int, sampling: SamplingConfig) -> list[str]:
+        """Checked: a text for each of `num` prompts, or one for all."""
+        texts = [given] if isinstance(given, str) else list(given)
+        if self.num_classes:
+            raise ConfigError("the model draws by classes and takes no negative prompt: leave it out")
+        for each in texts:
+            if not isinstance(each, str):
+                raise ConfigError(f"negative prompt {each!r} cannot be used: give a text")
+        if len(texts) not in (1, num):
+            raise ConfigError(f"{len(texts)} negative prompts for {num} prompts: give one, or one for each")
+        texts = [each.strip() for each in texts]
+        if any(texts) and not sampling.is_guided:
+            raise ConfigError("a negative prompt has no effect without guidance: set guidance_scale too")
+        return texts
+
     def _label(self, given: Any) -> int:
         value = given if getattr(given, "ndim", 1) else given.item()  # of a tensor or an array
         last = self.num_classes - 1
@@ -431,6 +463,7 @@ class VARPipeline:
         share: range | None = None,
         branches: Branches | None = None,
         on_scale: OnScale | None = None,
+        negative: Sequence[str] = ("",),
     ) -> Iterator[Drawn]:
         """What `draw` draws, batch by batch: all are full but the last, and run across groups.
 
@@ -439,10 +472,11 @@ class VARPipeline:
                 default.
             branches: how images share their first scales; by default none do.
             on_scale: called after every scale of a batch.
+            negative: prompts that guidance leads away from, as `guided_away` takes them.
         """
         num_tokens = self.transformer.schedule.num_tokens
         share = range(len(conditions) * num_images) if share is None else share
-        conditioning = self.transformer.encode_conditions(conditions)
+        conditioning = self.guided_away(conditions, negative)
         size = batch_size or max(len(share), 1)
         for start in range(share.start, share.stop, size):
             stop = min(start + size, share.stop)
@@ -492,6 +526,7 @@ class VARPipeline:
         *,
         prompts: str | Sequence[str] | None = None,
         num_images_per_prompt: int | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         guidance_scale: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -513,6 +548,8 @@ class VARPipeline:
             num_images_per_label: images for each; those of one label stand together.
             prompts: in place of classes, what a text-conditional model is to draw.
             num_images_per_prompt: another name of `num_images_per_label`.
+            negative_prompt: what guidance leads away from in place of the empty prompt: a text for all
+                prompts, or one for each.
             guidance_scale: classifier-free guidance at the last scale; 0 switches it off. This and the next
                 six are by default those of `self.sampling`.
             top_k: keep the k likeliest tokens; 0 keeps all.
@@ -550,6 +587,7 @@ class VARPipeline:
         sampling = self.sampling.replace(**{key: each for key, each in given.items() if each is not None})
         is_prompted = prompts is not None or (class_labels is None and not self.num_classes)
         conditions = self.prompted(prompts or []) if is_prompted else self.conditions(class_labels)
+        negative = self._negative(negative_prompt, len(conditions), sampling) if negative_prompt else [""]
         seeds = [("sample", seed, i) for i in range(len(conditions))]
         num_scales = self.transformer.schedule.num_scales
         num_batches = -(-len(conditions) * num_images_per_label // batch_size)
@@ -559,9 +597,9 @@ class VARPipeline:
             if callback_on_scale_end is not None:
                 callback_on_scale_end(self, scale, latent_BDhw)
 
-        drawn_in = conditions, seeds, num_images_per_label, sampling, batch_size, None, None, on_scale
+        drawn_in = conditions, seeds, num_images_per_label, sampling, batch_size
         with bar_of(num_batches * num_scales, "sampling", "scale") as bar:
-            drawn = Drawn.cat(list(self.draw_batches(*drawn_in)))
+            drawn = Drawn.cat(list(self.draw_batches(*drawn_in, on_scale=on_scale, negative=negative)))
         output = VAROutput(drawn.images, drawn.tokens, drawn.log_probs)
         if output_type == "pil":
             return replace(output, images=output.pil())

@@ -118,7 +118,7 @@ def test_prompts_are_drawn_in_place_of_classes(tmp_path):
     assert models.is_prompted("toy-text") and models.is_prompted("switti-512")
     assert not models.is_prompted("toy") and not models.is_prompted("var-d16")
     prompts = ["a photo of a red star on clay in the middle", "a photo of a blue fish, on sand"]
-    options = (2, 5, True, 0, 1, 0, 1, "{text}", "")
+    options = (2, 5, True, 0, 1, 0, 1, "", "{text}", "")
     wanted = "\n\n".join(prompts)
     *frames, last = app._draw_both(models, "toy-text", "toy-text", 1.0, wanted, *options)
     assert frames[0][2] == "scale 1 of 6" and last[0].tobytes() == last[1].tobytes()

@@ -21,6 +21,7 @@ def add(commands: Any) -> None:
         "sample --model var_d16.pth --vae vae_ch160v4096z32.pth --classes volcano",
         'sample --model toy-text --prompt "a photo of a red star on sand in the middle"',
         "sample --model switti-512 --prompts prompts.txt --num-images 1",
+        'sample --model toy-text --prompt "a red star" --negative-prompt "sand"',
     ]
     parser = add_command(commands, "sample", run, "draw images from a model", examples)
     parser.option("--model", str, arguments.MODEL, "toy")
@@ -28,6 +29,7 @@ def add(commands: Any) -> None:
     arguments.add_adapter(parser)
     parser.option("--classes", str, arguments.CLASSES, shown=f"the first {MAX_ROWS}")
     arguments.add_prompts(parser)
+    parser.option("--negative-prompt", str, "of a text-conditional model, what guidance leads away from")
     parser.option("--num-images", int, "images per class or prompt", 4)
     arguments.add_drawing_options(parser, "the model's")
     text = "save all images in one picture, a row per class or prompt"
@@ -47,7 +49,7 @@ def run(args: Namespace) -> int:
     names = [condition.text for condition in conditions]
     labels = [condition.label for condition in conditions]
     drawn: Any = {"class_labels": labels} if pipe.num_classes else {"prompts": names}
-    options = arguments.given_sampling(args)
+    options = arguments.given_sampling(args) | {"negative_prompt": args.negative_prompt}
     out = pipe(**drawn, num_images_per_label=args.num_images, seed=args.seed, **options)
     if args.separate:
         for i, image in enumerate(out.pil()):

@@ -76,6 +76,14 @@ class Conditioning:
             null[name] = first if is_one else torch.cat(nulls)
         return Conditioning({name: torch.cat([each[name] for each in parts]) for name in names}, null)
 
+    def against(self, negative: "Conditioning") -> "Conditioning":
+        """The same, guided away from other conditions than the empty one.
+
+        Args:
+            negative: one for all images, or one for each.
+        """
+        return replace(self, null={name: negative[name] for name in self.null})
+
     def with_null(self) -> "Conditioning":
         """(2B) The conditions, followed by as many empty ones.
 

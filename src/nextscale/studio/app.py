@@ -128,6 +128,8 @@ def draw_tab(page: gr.Blocks, models: Models) -> None:
                 temperature = gr.Slider(0.1, 2, 1, step=0.05, label="Temperature")
                 top_k = gr.Number(0, label="Top-k", info="0 keeps all", precision=0)
                 top_p = gr.Slider(0, 1, 1, step=0.01, label="Top-p", info="1 keeps all")
+                text = "what guidance leads away from"
+                negative = gr.Textbox("", label="Negative prompt", info=text, visible=False)
             with gr.Accordion("Reward", open=False):
                 prompt = gr.Textbox(**SCORED[False], label="Prompt to score with")
                 clip = clip_field(models, "", "empty for the miniature's; " + CLIP)
@@ -152,6 +154,7 @@ def draw_tab(page: gr.Blocks, models: Models) -> None:
         temperature,
         top_k,
         top_p,
+        negative,
         prompt,
         clip,
     ]
@@ -168,13 +171,14 @@ def draw_tab(page: gr.Blocks, models: Models) -> None:
     page.load(names, None, [base, tuned], api_visibility="private")
     kind = gr.State(False)  # whether the page asks for prompts
 
-    def turn(name: str, was_prompted: bool) -> tuple[Any, Any, Any]:
+    def turn(name: str, was_prompted: bool) -> tuple[Any, ...]:
         is_prompted = models.is_prompted(name)
         if is_prompted == was_prompted:  # what was written stays
-            return gr.skip(), gr.skip(), gr.skip()
-        return is_prompted, gr.update(**WANTED[is_prompted]), gr.update(**SCORED[is_prompted])
+            return (gr.skip(),) * 4
+        away = gr.update(visible=is_prompted, value="")
+        return is_prompted, gr.update(**WANTED[is_prompted]), gr.update(**SCORED[is_prompted]), away
 
-    base.change(told(turn), [base, kind], [kind, wanted, prompt], api_visibility="private")
+    base.change(told(turn), [base, kind], [kind, wanted, prompt, negative], api_visibility="private")
 
 
 def clip_field(models: Models, value: str, info: str) -> gr.Dropdown:
@@ -201,6 +205,7 @@ def _draw_both(
     temperature: float,
     top_k: float,
     top_p: float,
+    negative: str,
     prompt: str,
     clip: str,
 ) -> Iterator[tuple[Any, ...]]:
@@ -215,6 +220,8 @@ def _draw_both(
     if not own:
         options |= {"guidance_scale": guidance, "temperature": temperature}
         options |= {"top_k": int(top_k or 0), "top_p": top_p}
+    if negative.strip():
+        options |= {"negative_prompt": negative}
     pipes = [models.load(base), *([models.between(base, tuned, alpha)] if tuned else [])]
     pictures: list[Any] = [None, None]
     texts = ["", ""]
