@@ -17,8 +17,10 @@ from nextscale.models.folder import build_transformer
 from nextscale.models.switti import SwittiConfig
 from nextscale.models.var_clip import VARClipConfig
 from nextscale.pipeline import VARPipeline
-from nextscale.policy import SamplingConfig
-from nextscale.rescoring import log_probs
+from nextscale.policy import Ramp, SamplingConfig, policy_logits
+from nextscale.reference import Reference
+from nextscale.rescoring import log_probs, read_policy
+from nextscale.sampling import all_branches
 
 pytestmark = pytest.mark.skipif(
     not CLIPS["toy"].is_dir(), reason=f"no CLIP of the miniature world in {CLIPS['toy']}"
@@ -152,6 +154,57 @@ def test_a_negative_prompt_that_cannot_be_used(make_pipeline: Any, capsys: Any, 
     assert main([*asked, "--negative-prompt", "sand", "--output", str(tmp_path / "a.png")]) == 0
     assert main([*asked, "--output", str(tmp_path / "b.png")]) == 0
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize("null_has_gradient", [True, False])
+@pytest.mark.parametrize("kind", [*KINDS, "var"])
+def test_the_empty_condition_is_run_no_further_than_guidance_goes(
+    kind: str, null_has_gradient: bool, make_pipeline: Any, monkeypatch: Any
+) -> None:
+    """Values and gradients are those of both branches run on all scales."""
+    pipe = make_pipeline() if kind == "var" else make(kind, make_pipeline)
+    model, schedule, stop = pipe.transformer, pipe.transformer.schedule, 2
+    config = SamplingConfig(guidance_scale=3.0, guidance_stop=stop, unguided_temperature=0.7)
+    conditions = pipe.conditions([0, 3]) if kind == "var" else pipe.prompted(PROMPTS[:2])
+    drawn = pipe.draw(conditions, [("a",), ("b",)], 2, config)
+
+    def read(logits_BlV: torch.Tensor, at: slice) -> dict[str, torch.Tensor]:
+        log_probs_BlV = logits_BlV.log_softmax(-1)
+        return {"log_probs": log_probs_BlV.gather(-1, drawn.tokens[:, at, None]).squeeze(-1)}
+
+    def gradients(log_probs_BL: torch.Tensor) -> list[torch.Tensor]:
+        weights_L = torch.linspace(0.5, 1.5, log_probs_BL.shape[1])
+        parameters = [each for each in model.parameters() if each.requires_grad]
+        return [*torch.autograd.grad((log_probs_BL * weights_L).sum(), parameters, materialize_grads=True)]
+
+    lengths: list[tuple[int, int]] = []
+    of_class = type(model).features
+
+    def watched(self: Any, conditioning: Any, inputs_BlD: torch.Tensor, cache: Any = None) -> torch.Tensor:
+        lengths.append((len(inputs_BlD), inputs_BlD.shape[1] + 1))
+        return of_class(self, conditioning, inputs_BlD, cache)
+
+    monkeypatch.setattr(type(model), "features", watched)
+    given = model, schedule, drawn.conditioning, drawn.inputs, config
+    found = read_policy(*given, read, null_has_gradient=null_has_gradient)["log_probs"]
+    num_guided = sum(schedule.lengths[:stop])
+    assert sorted(lengths) == [(4, num_guided), (4, schedule.num_tokens)]
+    torch.testing.assert_close(found.detach(), drawn.log_probs, rtol=0, atol=1e-4)
+
+    logits = model(all_branches(drawn.conditioning, config), drawn.inputs.repeat(2, 1, 1))
+    cond, null = logits.chunk(2)
+    null = null if null_has_gradient else null.detach()
+    whole = read(policy_logits(cond, null, Ramp.of(config, schedule), config), slice(None))["log_probs"]
+    torch.testing.assert_close(found, whole, rtol=0, atol=2e-6)
+    for ours, theirs in zip(gradients(found), gradients(whole), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 * max(1.0, float(theirs.abs().max())))
+
+    reference = Reference.copy_of(model)
+    of_reference = reference.features(drawn.conditioning, drawn.inputs, config)
+    ramp = Ramp.of(config, schedule)
+    theirs = reference.log_probs(of_reference, ramp, config)
+    ours = policy_logits(cond, null, ramp, config).log_softmax(-1).detach()
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=5e-6)
 
 
 def test_bfloat16_autocast_changes_log_probs_little(make_pipeline: Any) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nextscale.grpo import GRPOConfig, ReferenceDtype
 from nextscale.models.protocol import Conditioning, NextScaleModel
 from nextscale.policy import Ramp, SamplingConfig, all_branches_logits
-from nextscale.rescoring import teacher_forced
+from nextscale.rescoring import guided_tokens, teacher_forced
 
 
 def reference_dtype(grpo: GRPOConfig, mixed_precision: str) -> ReferenceDtype:
@@ -74,7 +74,9 @@ class Reference:
         is_bf16 = any(each.weight.dtype == torch.bfloat16 for each in rounded_layers(self.model))
         autocast = torch.autocast(inputs_BlD.device.type, torch.bfloat16) if is_bf16 else nullcontext()
         with self.context(), place, autocast:
-            return self.model.features(*teacher_forced(conditioning, inputs_BlD, sampling))
+            num_guided = guided_tokens(sampling, self.model.schedule, inputs_BlD)
+            both = teacher_forced(conditioning, inputs_BlD, sampling)
+            return self.model.features_of_branches(*both, num_guided)
 
     @torch.no_grad()
     def log_probs(self, features_BlC: Tensor, ramp: Ramp, sampling: SamplingConfig) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nextscale.models.protocol import Conditioning, Reader
@@ -45,15 +46,19 @@ def read_policy(
         read: gets the (B, l, V) logits of one block of tokens after the other, both branches already put
             together.
         null_has_gradient: whether the gradient flows through the null branch too. Without, that branch runs
-            apart, and nothing of it is kept for the backward pass but its features.
+            apart, and nothing of it is kept for the backward pass but its features. Where guidance stops,
+            that branch is run on the scales before alone.
     """
     ramp = Ramp.of(config, schedule, inputs_BlD.device)
+    num_guided = guided_tokens(config, schedule, inputs_BlD)
     if config.is_guided and not null_has_gradient:
         num_images = len(inputs_BlD)
         model: Any = getattr(transformer, "module", transformer)  # of a wrapper that synchronises gradients
         null = conditioning.with_null().select(slice(num_images, 2 * num_images))
         with torch.no_grad():
-            null_BlC = model.features(null, inputs_BlD)
+            guided_BlD = inputs_BlD if num_guided is None else inputs_BlD[:, : num_guided - 1]
+            null_BlC = model.features(null, guided_BlD)
+            null_BlC = F.pad(null_BlC, (0, 0, 0, inputs_BlD.shape[1] - guided_BlD.shape[1]))
 
         def read_beside(logits_BlV: Tensor, at: slice) -> dict[str, Tensor]:
             with torch.no_grad():
@@ -66,7 +71,16 @@ def read_policy(
         return dict(read(all_branches_logits(logits_BlV, ramp[at], config), at))
 
     conditioning, inputs_BlD = teacher_forced(conditioning, inputs_BlD, config)
-    return transformer(conditioning, inputs_BlD, read=read_block)
+    return transformer(conditioning, inputs_BlD, read=read_block, num_guided=num_guided)
+
+
+def guided_tokens(config: SamplingConfig, schedule: ScaleSchedule, inputs_BlD: Tensor) -> int | None:
+    """How many of these tokens are of the scales before `guidance_stop`: those that the null condition is run
+    on. None where that is all of them, or where nothing is guided."""
+    if not config.is_guided or config.guidance_stop is None:
+        return None
+    num_guided = sum(schedule.lengths[: config.guidance_stop])
+    return num_guided if num_guided < inputs_BlD.shape[1] + 1 else None
 
 
 def teacher_forced(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -183,6 +184,27 @@ class NextScaleModel(nn.Module, ABC):
         with self.keeping_inputs():
             return checkpoint(block, *arguments, use_reentrant=False)
 
+    def features_of_branches(
+        self, conditioning: Conditioning, inputs_BlD: Tensor, num_guided: int | None
+    ) -> Tensor:
+        """(2B, l, C) features of B conditions and as many empty ones, which are run on the scales that are
+        guided alone: their other features are 0. No scale sees a finer one, so the rest is as with all.
+
+        Args:
+            conditioning: the conditions, followed by the empty ones.
+            inputs_BlD: (2B, l - 1, D) of all tokens.
+            num_guided: tokens of the scales that are guided; None for all.
+        """
+        # The class's own method: that of a sharded model gathers its weights by itself, and would let go of
+        # them afterwards, in the middle of this pass and within `Sharded.whole`.
+        run, half = type(self).features, len(inputs_BlD) // 2
+        if num_guided is None:
+            return run(self, conditioning, inputs_BlD)
+        whole_BlC = run(self, conditioning.select(slice(half)), inputs_BlD[:half])
+        part_BlC = run(self, conditioning.select(slice(half, 2 * half)), inputs_BlD[half:, : num_guided - 1])
+        missing = whole_BlC.shape[1] - num_guided
+        return torch.cat([whole_BlC, F.pad(part_BlC, (0, 0, 0, missing))])
+
     def in_float32(self) -> list[nn.Module]:
         """The parts that run in float32 whatever autocast says: the head, and what a family adds."""
         return [self.head]
@@ -198,6 +220,7 @@ class NextScaleModel(nn.Module, ABC):
         inputs_BlD: Tensor,
         cache: Any | None = None,
         read: Reader | None = None,
+        num_guided: int | None = None,
     ) -> Any:
         """Logits of the next tokens, or what `read` makes of them.
 
@@ -208,13 +231,15 @@ class NextScaleModel(nn.Module, ABC):
         Args:
             conditioning, inputs_BlD, cache: as in `features`.
             read: called once for each block, and again in the backward pass.
+            num_guided: as in `features_of_branches`, where the second half are empty conditions.
 
         Returns:
             (B, l, V) float32 logits; with `read` its results, each put together for all tokens.
         """
-        # The class's own method: that of a sharded model gathers its weights by itself, and would let go of
-        # them afterwards, in the middle of this pass and within `Sharded.whole`.
-        features_BlC = type(self).features(self, conditioning, inputs_BlD, cache)
+        if cache is None:
+            features_BlC = type(self).features_of_branches(self, conditioning, inputs_BlD, num_guided)
+        else:
+            features_BlC = type(self).features(self, conditioning, inputs_BlD, cache)
         if read is None:
             return self.logits(features_BlC)
         blocks: list[Mapping[str, Tensor]] = []

@@ -48,7 +48,8 @@ class Sharded:
             fully_shard(part, reshard_after_forward=reshard_after_forward)
         # What is in no part is gathered for the whole of a pass.
         fully_shard(self.model, reshard_after_forward=False)
-        register_fsdp_forward_method(self.model, "features")  # which a reference runs alone
+        for name in ("features", "features_of_branches"):  # which a reference runs alone
+            register_fsdp_forward_method(self.model, name)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
