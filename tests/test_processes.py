@@ -81,6 +81,7 @@ def test_any_number_of_processes_equals_one(make_pipeline: Callable[[], VARPipel
         "sharded-costly": "costly",
         "sharded-compiled": "group",
         "sharded-refilled": "refilled",
+        "sharded-stopped": "stopped",
     }
     for case, plain in alike.items():
         assert largest_difference(two[case], two[plain]) < 1e-5, case

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from conftest import random_pipeline
 from nextscale.base import compiling
+from nextscale.policy import SamplingConfig
 from nextscale.rewards import AtLeast, AtMost, Diversity, RewardSet
 from test_evaluation import Spread, embed
 from test_trainer import brightness, gradient, make_trainer, redness
@@ -77,6 +78,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "costly": (pair, {"kl_in_reward": True, "beta": 0.5, "train_scales": 3, "temperature": 1.5}),
     "best": (redness, {"save_best": "eval_reward", "eval_steps": 3, "eval_num_images": 16}),
     "refilled": (red_of_some, {"max_resamplings": 2}),
+    "stopped": (pair, {"sampling": SamplingConfig(guidance_scale=1.5, guidance_stop=2)}),
 }
 IN_TWO: dict[str, tuple[Any, dict[str, Any]]] = {
     "sharded": (pair, {"fsdp": True, "per_device_train_batch_size": 3}),
@@ -92,6 +94,7 @@ IN_TWO: dict[str, tuple[Any, dict[str, Any]]] = {
     "sharded-costly": (pair, {"fsdp": True, **CASES["costly"][1]}),
     "sharded-compiled": (pair, {"fsdp": True, "torch_compile": True}),
     "sharded-refilled": (red_of_some, {"max_resamplings": 2, "fsdp": True}),
+    "sharded-stopped": (pair, {**CASES["stopped"][1], "fsdp": True}),
 }
 trained: dict[str, Any] = {}
 for name, (rewards, own) in (CASES | (IN_TWO if number == 2 else {})).items():

@@ -1,22 +1,31 @@
 """Training the miniature world's models, a few steps each: it runs, and the seed decides the weights."""
 
 import copy
+import json
+import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
 from nextscale.base.conditions import Condition
+from nextscale.cli.main import main
+from nextscale.models.texts import TokensAndPooled
 from nextscale.models.vqvae import VQVAE
+from nextscale.models.zoo import TOY_ASSETS
+from nextscale.pipeline import VARPipeline
 from nextscale.rewards import Aesthetic, ClipScore
+from nextscale.toy import train
 from nextscale.toy.judges import KINDS, load_judge
 from nextscale.toy.train import write_hashes
 from nextscale.toy.train_clip import clip_config, text_tokenizer, train_aesthetic_head, train_clip
 from nextscale.toy.train_judges import train_judge
+from nextscale.toy.train_text import train_text_transformer
 from nextscale.toy.train_tokenizer import TOKENIZER, k_means, revive_codes, train_tokenizer
 from nextscale.toy.train_transformer import train_transformer
 from nextscale.toy.world import VOCABULARY, captions, sample_scenes
@@ -164,3 +173,23 @@ def test_hashes_change_with_the_weights(tmp_path: Path):
         write_hashes(tmp_path)
         written.append((tmp_path / "hashes.json").read_text())
     assert written[0] == written[2] != written[1] and "judges/class.safetensors" in written[0]
+
+
+@pytest.mark.skipif(not TOY_ASSETS.is_dir(), reason=f"no miniature world in {TOY_ASSETS}")
+def test_the_model_of_prompts_alone_is_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    command = ["toy", "train", "--output", str(tmp_path / "toy"), "--only", "text", "--steps-factor", "1e-4"]
+    assert main(command) == 2 and "has no text tower: give a folder" in capsys.readouterr().err
+    shutil.copytree(TOY_ASSETS, tmp_path / "toy")
+    few = partial(train_text_transformer, pool_size=4, batch_size=2)
+    monkeypatch.setattr(train, "train_text_transformer", few)
+    assert main(command) == 0
+    before, after = (
+        json.loads((each / "hashes.json").read_text()) for each in (TOY_ASSETS, tmp_path / "toy")
+    )
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"pipeline_text/transformer.safetensors"} and before.keys() == after.keys()
+    trained = VARPipeline.from_pretrained(tmp_path / "toy" / "pipeline").tokenizer
+    encoder = TokensAndPooled([str(TOY_ASSETS / "clip_text")])
+    expected = few(trained, 0, 2, encoder, log=silent).half().state_dict()
+    found = load_file(tmp_path / "toy" / "pipeline_text" / "transformer.safetensors")
+    assert all(torch.equal(expected[name], each) for name, each in found.items() if name in expected)

@@ -17,11 +17,14 @@ def add(commands: Any) -> None:
     draw.option("--output", Path, "image file to write", Path("world.png"))
     draw.option("--seed", int, "seed of the scenes", 0)
     examples = ["toy train --output build/toy", "toy train --output build/quick --steps-factor 0.01"]
+    examples += ["toy train --output build/toy --only text"]
     summary = "train the models of the miniature world from scratch; takes about an hour on a CPU"
     build = add_command(actions, "train", train, summary, examples)
     build.add_argument("--output", type=Path, required=True, metavar="PATH", help="folder to write to")
     build.option("--seed", int, "seed of all random draws", 0)
     build.option("--steps-factor", float, "number of training steps, as a share of the shipped models'", 1.0)
+    text = "train one part again, in a folder that has the others: text, the model of prompts"
+    build.add_argument("--only", choices=["text"], help=text)
     summary = "draw the true pictures again that images are compared with, for the judges in a folder"
     refer = add_command(actions, "references", references, summary, ["toy references --models build/toy"])
     refer.add_argument("--models", type=Path, required=True, metavar="PATH", help="folder of 'toy train'")
@@ -47,9 +50,13 @@ def show(args: Namespace) -> int:
 def train(args: Namespace) -> int:
     if not 0 < args.steps_factor < float("inf"):
         raise ConfigError(f"--steps-factor must be above 0, got {args.steps_factor}")
-    from nextscale.toy.train import train_all
+    if args.only and not (args.output / "clip_text").is_dir():
+        raise ConfigError(
+            f"'{args.output}' has no text tower: give a folder that 'nextscale toy train' wrote"
+        )
+    from nextscale.toy.train import train_all, train_text
 
-    train_all(args.output, args.seed, args.steps_factor)
+    (train_text if args.only else train_all)(args.output, args.seed, args.steps_factor)
     return 0
 
 

@@ -73,13 +73,30 @@ def train_all(
         )
         save_file(judge.half().state_dict(), output / "judges" / f"{attribute}.safetensors")
     train_prompt_clip(tokenizer, output / "clip_text", seed, steps["prompt_clip"], output / "clip", log=log)
-    encoder = TokensAndPooled([str(output / "clip_text")])
-    text = train_text_transformer(tokenizer, seed, steps["text"], encoder, log=log)
-    VARPipeline(text, tokenizer).save_pretrained(output / "pipeline_text", torch.float16)
-    (output / "pipeline_text" / TOKENIZER_FILE).unlink()  # that of pipeline/, which both use
+    train_text(output, seed, steps_factor, log)
     refer(output, max(64, round(NUM_TRUE * min(steps_factor, 1.0))), seed, log)
     log(f"all trained in {(time.time() - begin) / 60:.0f} min, written to {output}")
     return output
+
+
+def train_text(
+    folder: Path, seed: int = 0, steps_factor: float = 1.0, log: Callable[[str], None] = print
+) -> None:
+    """Train the model of prompts alone, for the tokenizer and the text tower in a folder.
+
+    Args:
+        folder: as `train_all` writes it; gets the model.
+        seed, steps_factor: as there.
+    """
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    tokenizer = VARPipeline.from_pretrained(folder / "pipeline").tokenizer
+    encoder = TokensAndPooled([str(folder / "clip_text")])
+    num_steps = max(2, round(STEPS["text"] * steps_factor))
+    text = train_text_transformer(tokenizer, seed, num_steps, encoder, log=log)
+    VARPipeline(text, tokenizer).save_pretrained(folder / "pipeline_text", torch.float16)
+    (folder / "pipeline_text" / TOKENIZER_FILE).unlink()  # that of pipeline/, which both use
+    write_hashes(folder)
 
 
 def refer(
