@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -243,23 +243,35 @@ def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[s
     return wrong
 
 
-def drill(num_trials: int, num_processes: int, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """All trials; returns what came of them."""
-    draw = random.Random(seed)
-    places = list(PLACES) * (num_trials // len(PLACES) + 1)
-    draw.shuffle(places)
-    trials: list[dict[str, Any]] = []
+def drill(
+    num_trials: int,
+    num_processes: int,
+    seed: int,
+    say: Callable[[str], None],
+    output: Path | None = None,
+    done: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
+    """All trials; returns what came of them.
+
+    Args:
+        output: JSON file, written anew after each trial.
+        done: trials of a drill that was ended before, which are not run again.
+    """
+    places = list(PLACES)
+    random.Random(seed).shuffle(places)
+    trials = list(done)
     with tempfile.TemporaryDirectory() as scratch:
         whole = Drill(Path(scratch), num_processes)
         say(f"uninterrupted: {whole.seconds:.1f} s")
-        for i in range(num_trials):
+        for i in range(len(trials), num_trials):
+            draw = random.Random(f"{seed}, {i}")
             folder = Path(scratch) / f"trial-{i}"
             if i % 2:  # at any time
                 seconds = draw.uniform(0, whole.seconds)
                 moment = f"after {seconds:.1f} s"
                 outcome = whole.at_time(folder, seconds)
             else:
-                place = places[i // 2]
+                place = places[i // 2 % len(places)]
                 number, when = draw.randint(1, PLACES[place][1]), draw.choice(["before", "after"])
                 rank = draw.randrange(num_processes)
                 moment = f"{when} call {number} of {place}" + f", process {rank}" * (num_processes > 1)
@@ -268,15 +280,22 @@ def drill(num_trials: int, num_processes: int, seed: int, say: Callable[[str], N
             trials.append({"moment": moment, "outcome": outcome, "wrong": wrong})
             say(f"{i + 1}: {outcome} {moment}: {'; '.join(wrong) or 'as if nothing had happened'}")
             shutil.rmtree(folder)
+            result = summary(trials, whole.seconds, num_processes, seed)
+            if output:
+                output.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def summary(trials: Sequence[dict[str, Any]], seconds: float, num_processes: int, seed: int) -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
-        "command": f"python drills/kill.py --trials {num_trials} --processes {num_processes} --seed {seed}",
+        "command": f"python drills/kill.py --trials {len(trials)} --processes {num_processes} --seed {seed}",
         "nextscale": __version__,
         "torch": torch.__version__,
-        "seconds_uninterrupted": round(whole.seconds, 1),
+        "seconds_uninterrupted": round(seconds, 1),
         "outcomes": dict(Counter(trial["outcome"] for trial in trials)),
         "wrong": sum(bool(trial["wrong"]) for trial in trials),
-        "trials": trials,
+        "trials": list(trials),
     }
 
 
@@ -287,13 +306,15 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--output", type=Path, help="JSON file, written after each trial")
+    parser.add_argument("--go-on", action="store_true", help="keep the trials that --output has")
     args = parser.parse_args()
-    result = drill(args.trials, args.processes, args.seed, functools.partial(print, flush=True))
+    done = []
+    if args.go_on and args.output and args.output.exists():
+        done = json.loads(args.output.read_text())["trials"]
+    say = functools.partial(print, flush=True)
+    result = drill(args.trials, args.processes, args.seed, say, args.output, done)
     print(f"{result['wrong']} of {args.trials} trials went wrong")
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=2) + "\n")
     return 1 if result["wrong"] else 0
 
 
