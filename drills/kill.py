@@ -286,7 +286,9 @@ def drill(
     return result
 
 
-def summary(trials: Sequence[dict[str, Any]], seconds: float, num_processes: int, seed: int) -> dict[str, Any]:
+def summary(
+    trials: Sequence[dict[str, Any]], seconds: float, num_processes: int, seed: int
+) -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "command": f"python drills/kill.py --trials {len(trials)} --processes {num_processes} --seed {seed}",

@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,22 +19,31 @@ from torch import Tensor
 from nextscale.base.errors import CheckpointError
 from nextscale.base.processes import fail_together
 from nextscale.pipeline import VARPipeline
+from nextscale.runs.manifest import find_damage
+from nextscale.runs.writer import RunFolder
 from test_trainer import brightness, make_trainer, metrics_of, redness
 
 BEST = ("best-1", "best-2", "best-3", "sharded-best-2")
 TESTS = Path(__file__).parent
 
 
-def run(num_processes: int, script: str, *arguments: str) -> None:
+def start(num_processes: int, *words: str) -> subprocess.Popen[str]:
+    """Processes under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += [str(num_processes), str(TESTS / script), *arguments]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent / "src")]),
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
     }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command += [str(num_processes), *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
+
+
+def run(num_processes: int, script: str, *arguments: str) -> None:
+    started = start(num_processes, str(TESTS / script), *arguments)
+    _, told = started.communicate(timeout=300)
+    assert started.returncode == 0, told[-3000:]
 
 
 def launch(folder: Path, num_processes: int) -> list[dict[str, Any]]:
@@ -127,6 +138,33 @@ def test_a_full_disk_of_one_process_stops_both(stopped: Path) -> None:
     assert told(stopped, "full") == "No space left on device in optimizer.safetensors"
     checkpoints = {each.name for each in (stopped / "full" / "checkpoints").iterdir()}
     assert checkpoints == {"step-000001", ".writing-step-000002"}  # the next save removes what is left
+
+
+def test_a_launcher_that_is_killed_takes_its_processes_with_it(tmp_path: Path) -> None:
+    """They end after the same step, with a checkpoint, and nothing holds the run's folder."""
+    metrics = tmp_path / "metrics.jsonl"
+    launcher = start(2, str(TESTS / "endless.py"), str(tmp_path))
+    while not (metrics.exists() and metrics.read_text().count("\n") > 1):
+        assert launcher.poll() is None, launcher.communicate()
+        time.sleep(0.2)
+    processes = psutil.Process(launcher.pid).children()
+    launcher.kill()
+    launcher.wait()
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    for each in alive:
+        each.kill()
+    assert len(processes) == 2 and not alive
+    step = metrics_of(tmp_path)[-1]["step"]
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    assert checkpoint.name == f"step-{step:06d}" and find_damage(checkpoint) is None
+    RunFolder(tmp_path).lock()
+
+
+def test_what_all_processes_fail_with_is_said_once() -> None:
+    launcher = start(2, "-m", "nextscale", "train", "toy-painting", "--run.max_step", "3")
+    _, told = launcher.communicate(timeout=120)
+    assert launcher.returncode == 1 and told.count("nextscale: error: ") == 1
+    assert "'run.max_step'" in told
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import argcomplete
 from nextscale import __version__
 from nextscale.base.errors import NextscaleError
 from nextscale.base.interrupt import Interrupted
+from nextscale.base.launcher import is_first_to_say, stop_with_launcher
 from nextscale.cli import evaluate, export, plan, report, sample, study, toy, train, ui
 from nextscale.cli.parser import Parser, forget_stdout
 from nextscale.config.overrides import take_overrides
@@ -27,6 +28,7 @@ LONGEST_SENTENCE = 2000
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for what the user can mend, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
+    stop_with_launcher()  # before the imports, which take long enough to lose it
     try:
         try:
             return _run(words)
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(f"'{error.filename}': {error.strerror}" if error.filename else str(error))
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
+        _say(str(stopped))
         return 128 + stopped.signal_number  # as shells report it
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -49,8 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(sentence: str) -> int:
     told = " ".join(sentence.split())
     told = told if len(told) <= LONGEST_SENTENCE else f"{told[:LONGEST_SENTENCE]}..."
-    print(f"nextscale: error: {told}", file=sys.stderr)
+    _say(f"nextscale: error: {told}")
     return 2
+
+
+def _say(sentence: str) -> None:
+    """Tell the user something, once however many processes there are."""
+    if is_first_to_say(sentence):
+        print(sentence, file=sys.stderr)
 
 
 def _run(words: list[str]) -> int:

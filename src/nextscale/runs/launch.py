@@ -19,6 +19,7 @@ from accelerate.utils import (
 from torch import nn
 
 from nextscale.base.errors import ConfigError
+from nextscale.base.launcher import stop_with_launcher
 from nextscale.base.records import did_you_mean
 from nextscale.runs.config import RunConfig
 from nextscale.runs.paths import RunPaths
@@ -46,6 +47,7 @@ def make_accelerator(run: RunConfig) -> Accelerator:
         ConfigError: a launcher that says otherwise than the run, is not supported, or left its processes
             alone; an unknown tracker.
     """
+    stop_with_launcher()
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", run.mixed_precision):
         raise ConfigError(
@@ -100,6 +102,7 @@ def join_processes(device: str | None) -> PartialState:
     Raises:
         ConfigError: a launcher started several processes, but this one is left alone.
     """
+    stop_with_launcher()
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
     _check_connected(state.num_processes)
     return state
