@@ -9,7 +9,7 @@ PYTHON_NEEDED := 3.11
 
 INSTALL := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo demo-text test lint format docs schema toy drill fuzz audit clean
+.PHONY: help demo demo-text test lint format docs package schema toy drill fuzz audit clean
 
 help:
 	@echo "make demo    fine-tune the miniature model and write a report"
@@ -18,7 +18,8 @@ help:
 	@echo "make lint    ruff and pyright"
 	@echo "make format  let ruff format and sort"
 	@echo "make docs    the documentation as a site, in build/site"
-	@echo "make drill   kill runs at a hundred moments and resume them; takes an hour"
+	@echo "make package  a wheel and a source distribution in dist/, installed and run in a clean environment"
+	@echo "make drill   do harm to runs at two hundred moments and resume them; takes hours"
 	@echo "make fuzz    10,000 cases of damaged and hostile input"
 	@echo "make audit   licences and known faults of the pinned packages (asks a server)"
 	@echo "make toy     rebuild the miniature world's models in build/toy"
@@ -52,6 +53,15 @@ format: $(VENV)/.installed-dev
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet --site-dir build/site
 
+package: $(VENV)/.installed-dev
+	rm -rf dist build/clean
+	$(VENV)/bin/hatchling build
+	$(RUN) -m venv build/clean
+	build/clean/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	cd build/clean && bin/nextscale train toy-painting --run.max_steps 1
+	build/clean/bin/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps dist/*.tar.gz
+	cd build/clean && bin/nextscale report runs/toy-painting
+
 # What --help, completion and overrides read in place of the records, whose import takes seconds.
 schema: $(VENV)/.installed
 	$(RUN) -c 'from nextscale.config.recipe import write_schema; write_schema()'
@@ -71,9 +81,14 @@ audit: $(VENV)/.installed-dev
 	$(VENV)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 # Slow: what it found is committed, and docs/reliability.md tells of it.
+DRILL := $(RUN) drills/kill.py --output docs/drills
 drill: $(VENV)/.installed-dev
-	$(RUN) drills/kill.py --trials 50 --output docs/drills/kill-1.json
-	$(RUN) drills/kill.py --trials 50 --processes 2 --output docs/drills/kill-2.json
+	$(DRILL)/kill-1.json --trials 50
+	$(DRILL)/kill-2.json --trials 50 --processes 2
+	$(DRILL)/kill-fsdp.json --trials 20 --processes 2 --fsdp
+	$(DRILL)/launcher-2.json --trials 20 --processes 2 --fault launcher
+	$(DRILL)/signal-2.json --trials 20 --processes 2 --fault signal
+	$(DRILL)/disk-1.json --trials 20 --fault disk
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache
