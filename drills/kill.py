@@ -1,16 +1,22 @@
-"""Kill a run with SIGKILL at many moments, resume it, and compare with a run that nothing happened to.
+"""Do harm to a run at many moments, go on with it, and compare with a run that nothing happened to.
 
-    python drills/kill.py --trials 50                  # one process
-    python drills/kill.py --trials 50 --processes 2    # two, under torchrun
+    python drills/kill.py --trials 50                     # one process, killed with SIGKILL
+    python drills/kill.py --trials 50 --processes 2       # two, under torchrun: one of them, or all at once
+    python drills/kill.py --processes 2 --fault launcher  # torchrun is killed, its processes are not
+    python drills/kill.py --processes 2 --fault signal    # SIGTERM, SIGINT or SIGHUP, to any one process
+    python drills/kill.py --fault disk                    # it is full; asks for the right to mount a tmpfs
+    python drills/kill.py --processes 2 --fsdp            # with any of these, the model is sharded
 
 Half of the moments are spread evenly at random over the run's time; the others lie where it is most delicate
-to be killed (`PLACES`): just before or after a call, in the process that makes it. Whatever the moment,
+to be stopped (`PLACES`): just before or after a call, in the process that makes it. Whatever the moment,
 
-- the newest checkpoint is whole, if there was one;
+- the newest checkpoint is whole, if there was one, and nothing holds the folder;
 - `nextscale train ... --run.resume auto` ends as if nothing had happened: parameters, average, optimizer,
   random numbers, controllers and metrics are the same to the last bit, times excepted;
 - no step is missing or there twice, in `metrics.jsonl` and in TensorBoard's files;
-- nothing is left over.
+- nothing is left over;
+- a run that was asked to stop did so after one step in all processes, with a checkpoint of it;
+- a full disk is told in one sentence.
 
 The result is printed, and written as JSON with --output. Exit status 1 if a trial failed.
 """
@@ -22,6 +28,7 @@ import importlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -30,6 +37,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -40,8 +48,10 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nextscale import __version__
+from nextscale.base.errors import ConfigError
 from nextscale.runs.checkpoint import list_checkpoints
 from nextscale.runs.manifest import find_damage
+from nextscale.runs.writer import RunFolder
 
 NUM_STEPS = 3
 RECIPE = {
@@ -59,6 +69,9 @@ RECIPE = {
     "run.report_to": "tensorboard",
 }
 """What differs from toy-painting: it is short, saves after each step, and has all that has a state."""
+
+LONGEST = 900.0  # seconds that a run may take
+AS_ROOT = [] if os.geteuid() == 0 else ["sudo", "--non-interactive"]  # to mount a disk of a given size
 
 PLACES = {
     "rollout": ("nextscale.collector:collect", 3),
@@ -78,18 +91,14 @@ PLACES = {
     "final model": ("nextscale.pipeline:VARPipeline.save_pretrained", 1),
     "report": ("nextscale.trainer:write_report", 1),
 }
-"""Name to function, and how many of its calls are made for sure: killed before or after one of them."""
+"""Name to function, and how many of its calls are made for sure: stopped before or after one of them."""
 
 
-# ---- the process that is killed
+# ---- the process that is harmed
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def kill_at(place: str, number: int, when: str) -> None:
-    """Have this process killed before or after the number-th call of a function from now on."""
+def signal_at(place: str, number: int, when: str, sent: int) -> None:
+    """Have this process get a signal before or after the number-th call of a function from now on."""
     module, _, path = PLACES[place][0].partition(":")
     owner: Any = importlib.import_module(module)
     *parents, name = path.split(".")
@@ -101,55 +110,64 @@ def kill_at(place: str, number: int, when: str) -> None:
     def counted(*args: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == number and when == "before":
-            die()
+        is_it = calls == number
+        if is_it and when == "before":
+            os.kill(os.getpid(), sent)
         result = original(*args, **options)
-        if calls == number:
-            die()
+        if is_it and when == "after":
+            os.kill(os.getpid(), sent)
         return result
 
     setattr(owner, name, counted)
 
 
 def worker(words: list[str]) -> int:
-    """`worker PLACE NUMBER WHEN RANK WORDS`: the command line, killed in one of its processes."""
-    place, number, when, rank, *rest = words
+    """`worker PLACE NUMBER WHEN RANK SIGNAL WORDS`: the command line; one process of it gets a signal."""
+    place, number, when, rank, sent, *rest = words
     from nextscale.cli.main import main
 
     if os.environ.get("RANK", "0") == rank:
-        kill_at(place, int(number), when)
+        signal_at(place, int(number), when, int(sent))
     return main(rest)
 
 
-# ---- the trials
+# ---- runs
 
 
-class Drill:
-    """Trials against one run that nothing happened to.
+@dataclass
+class Ended:
+    """How a run ended, and what it wrote to its standard error."""
+
+    status: int
+    told: str
+
+
+class Runs:
+    """Runs that are harmed, and the one that nothing happened to.
 
     Args:
         scratch: a folder for all runs.
     """
 
-    def __init__(self, scratch: Path, num_processes: int) -> None:
-        self.scratch, self.num_processes = scratch, num_processes
-        begin = time.monotonic()
-        self.finish(self.start(self.train(scratch / "straight")), expected=0)
+    def __init__(self, scratch: Path, num_processes: int, is_fsdp: bool = False) -> None:
+        self.num_processes, self.options = num_processes, RECIPE | {"run.fsdp": is_fsdp}
+        begin, straight = time.monotonic(), scratch / "straight"
+        if (ended := self.wait(self.start(straight))).status:
+            raise RuntimeError(ended.told)
         self.seconds = time.monotonic() - begin
-        self.expected = state_of(scratch / "straight")
+        self.expected = state_of(straight)
+        self.bytes = sum(file.stat().st_size for file in straight.rglob("*") if file.is_file())
 
-    def train(self, folder: Path, *before: str) -> list[str]:
-        """The words that train into a folder, or go on there."""
-        overrides = RECIPE | {"run.output_dir": str(folder), "run.resume": "auto"}
-        words = [word for key, value in overrides.items() for word in (f"--{key}", str(value))]
-        own = [__file__, "worker", *before] if before else ["-m", "nextscale"]
-        return [*own, "train", "toy-painting", *words]
-
-    def start(self, words: list[str]) -> subprocess.Popen[str]:
-        command = [sys.executable, *words]
+    def start(self, folder: Path, *before: str) -> subprocess.Popen[str]:
+        """Train into a folder, or go on there; `before` are the words for `worker`."""
+        options = self.options | {"run.output_dir": str(folder), "run.resume": "auto"}
+        command = [sys.executable]
         if self.num_processes > 1:
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-            command = [sys.executable, *launcher, str(self.num_processes), *words]
+            command += ["-m", "torch.distributed.run", "--standalone"]
+            command += ["--nproc-per-node", str(self.num_processes)]
+        command += [__file__, "worker", *before] if before else ["-m", "nextscale"]
+        command += ["train", "toy-painting"]
+        command += [word for key, value in options.items() for word in (f"--{key}", str(value))]
         settings = {
             "OMP_NUM_THREADS": "1",
             "ACCELERATE_USE_CPU": "true",
@@ -158,40 +176,160 @@ class Drill:
         pipe = subprocess.PIPE
         return subprocess.Popen(command, env=os.environ | settings, stdout=pipe, stderr=pipe, text=True)
 
-    def finish(self, process: subprocess.Popen[str], expected: int | None = None) -> int:
-        """Wait for a run; returns its exit status."""
-        _, told = process.communicate(timeout=600)
-        if expected is not None and process.returncode != expected:
-            raise RuntimeError(f"exit status {process.returncode}, expected {expected}:\n{told}")
-        return process.returncode
+    def wait(self, process: subprocess.Popen[str]) -> Ended:
+        _, told = process.communicate(timeout=LONGEST)
+        return Ended(process.returncode, told)
 
-    def at_time(self, folder: Path, seconds: float) -> str:
-        """Kill all processes of a run some time after its start."""
-        process = self.start(self.train(folder))
+    def at_time(self, folder: Path, seconds: float, harm: Callable[[psutil.Process], None]) -> Ended:
+        """Do harm to a run some time after its start, if it has not ended by then."""
+        process = self.start(folder)
         try:
-            process.communicate(timeout=seconds)
-            return "ended before"
+            _, told = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            root = psutil.Process(process.pid)
-            for each in [root, *root.children(recursive=True)]:  # a launcher's have sessions of their own
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    each.kill()
-            process.communicate()
-            return "killed"
+            harm(psutil.Process(process.pid))
+            return self.wait(process)
+        return Ended(process.returncode, told)
 
-    def at_place(self, folder: Path, place: str, number: int, when: str, rank: int) -> str:
-        """Kill the process that makes a call; a launcher then ends the others."""
-        process = self.start(self.train(folder, place, str(number), when, str(rank)))
-        return "killed" if self.finish(process) else "ended before"
+    def at_place(self, folder: Path, draw: random.Random, place: str, sent: int) -> tuple[str, Ended]:
+        """Have the process that makes a call get a signal, before or after it."""
+        number, when = draw.randint(1, PLACES[place][1]), draw.choice(["before", "after"])
+        rank = draw.randrange(self.num_processes)
+        moment = f"{when} call {number} of {place}" + f", process {rank}" * (self.num_processes > 1)
+        return moment, self.wait(self.start(folder, place, str(number), when, str(rank), str(sent)))
 
-    def resume(self, folder: Path) -> list[str]:
-        """Go on to the end; returns what is not as in the run that nothing happened to."""
-        wrong = []
+    def judge(self, folder: Path, ended: Ended) -> tuple[str, list[str]]:
+        """How a run ended, and what is wrong with what it left."""
+        outcome, wrong = "killed" if ended.status else "ended before", []
         checkpoints = list_checkpoints(folder / "checkpoints")
         if checkpoints and (damage := find_damage(checkpoints[-1])):
-            wrong.append(f"after the kill, the newest checkpoint: {damage}")
-        self.finish(self.start(self.train(folder)), expected=0)
-        return wrong + differences(self.expected, state_of(folder))
+            wrong.append(f"the newest checkpoint: {damage}")
+        if stopped := re.findall(r"stopped after step (\d+)", ended.told):
+            outcome = "stopped after a step"
+            steps = [each["step"] for each in map(json.loads, (folder / "metrics.jsonl").open())]
+            if [f"step-{int(each):06d}" for each in stopped] != [each.name for each in checkpoints[-1:]]:
+                wrong.append(f"stopped after {stopped}, with {checkpoints}")
+            if steps[-1] != int(stopped[0]):
+                wrong.append(f"stopped after {stopped}, with metrics of {steps}")
+        if ended.told.count("nextscale: error: ") > 1:
+            wrong.append(f"told more than once: {ended.told[-2000:]}")
+        try:
+            holder = RunFolder(folder)
+            holder.lock()
+            holder.close()
+        except ConfigError as error:
+            wrong.append(str(error))
+        return outcome, wrong
+
+    def go_on(self, folder: Path) -> list[str]:
+        """Go on to the end; returns what is not as in the run that nothing happened to."""
+        ended = self.wait(self.start(folder))
+        if ended.status:
+            return [f"it does not go on: {ended.told[-2000:]}"]
+        return differences(self.expected, state_of(folder))
+
+
+# ---- what can happen to a run: each a function of the runs, a new folder, what to draw by, and a place, or
+# None for any time. Returns the moment, the outcome, and what was wrong.
+
+Trial = tuple[str, str, list[str]]
+
+
+def kill(runs: Runs, folder: Path, draw: random.Random, place: str | None) -> Trial:
+    """All processes at once; at a place, the one that comes there."""
+
+    def kill_all(first: psutil.Process) -> None:
+        for each in [first, *first.children(recursive=True)]:  # a launcher's have sessions of their own
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+
+    if place is None:
+        seconds = draw.uniform(0, runs.seconds)
+        moment, ended = f"after {seconds:.1f} s", runs.at_time(folder, seconds, kill_all)
+    else:
+        moment, ended = runs.at_place(folder, draw, place, signal.SIGKILL)
+    outcome, wrong = runs.judge(folder, ended)
+    return moment, outcome, wrong + runs.go_on(folder)
+
+
+def kill_launcher(runs: Runs, folder: Path, draw: random.Random, place: str | None) -> Trial:
+    """The launcher alone, at any time: its processes have to end by themselves."""
+    seconds, processes = draw.uniform(0, runs.seconds), []
+
+    def harm(launcher: psutil.Process) -> None:
+        processes.extend(launcher.children())
+        launcher.kill()
+
+    ended = runs.at_time(folder, seconds, harm)
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    outcome, wrong = runs.judge(folder, ended)
+    for each in alive:
+        wrong.append(f"process {each.pid} is left")
+        each.kill()
+    return f"after {seconds:.1f} s", outcome, wrong + runs.go_on(folder)
+
+
+def send_signal(runs: Runs, folder: Path, draw: random.Random, place: str | None) -> Trial:
+    """One that asks to stop: to any one process, the launcher included; at a place, to who comes there."""
+    sent = draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+    if place is None:
+        seconds = draw.uniform(0, runs.seconds)
+        target = draw.randrange(runs.num_processes + 1) if runs.num_processes > 1 else 0
+
+        def harm(first: psutil.Process) -> None:
+            [first, *first.children()][: target + 1][-1].send_signal(sent)
+
+        to = f" to {f'process {target - 1}' if target else 'the launcher'}" * (runs.num_processes > 1)
+        moment, ended = f"after {seconds:.1f} s{to}", runs.at_time(folder, seconds, harm)
+    else:
+        moment, ended = runs.at_place(folder, draw, place, sent)
+    outcome, wrong = runs.judge(folder, ended)
+    return f"{sent.name} {moment}", outcome, wrong + runs.go_on(folder)
+
+
+def fill_disk(runs: Runs, folder: Path, draw: random.Random, place: str | None) -> Trial:
+    """A disk that is too small for the run; or at any time, one that others fill."""
+    share, disk = draw.random(), folder / "disk"
+    disk.mkdir(parents=True)
+
+    def mount(option: str) -> None:
+        subprocess.run([*AS_ROOT, "mount", "-t", "tmpfs", "-o", option, "drill", str(disk)], check=True)
+
+    def fill(_: psutil.Process) -> None:
+        with contextlib.suppress(OSError), (disk / "other").open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+
+    if place is None:
+        size, seconds = 2 * runs.bytes, share * runs.seconds
+        moment = f"full after {seconds:.1f} s"
+    else:
+        size, seconds = round(share * runs.bytes), LONGEST
+        moment = f"full with {size / 1e6:.2f} MB"
+    mount(f"size={size}")
+    try:
+        ended = runs.at_time(disk / "run", seconds, fill)
+        outcome, wrong = runs.judge(disk / "run", ended)
+        tracebacks = ended.told.count("Traceback") - (runs.num_processes > 1)  # torchrun's own
+        if ended.status:
+            outcome = "ended by an error"
+            if ended.status not in (1, 2) or "No space left" not in ended.told or tracebacks > 0:
+                wrong.append(f"exit status {ended.status}: {ended.told[-4000:]}")
+        (disk / "other").unlink(missing_ok=True)
+        mount(f"remount,size={4 * runs.bytes}")
+        return moment, outcome, wrong + runs.go_on(disk / "run")
+    finally:
+        subprocess.run([*AS_ROOT, "umount", str(disk)], check=True)
+
+
+FAULTS: dict[str, Callable[[Runs, Path, random.Random, str | None], Trial]] = {
+    "kill": kill,
+    "launcher": kill_launcher,
+    "signal": send_signal,
+    "disk": fill_disk,
+}
+
+
+# ---- comparing
 
 
 def state_of(folder: Path) -> dict[str, Any]:
@@ -243,11 +381,16 @@ def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[s
     return wrong
 
 
+# ---- the drill
+
+
 def drill(
     num_trials: int,
-    num_processes: int,
-    seed: int,
-    say: Callable[[str], None],
+    num_processes: int = 1,
+    *,
+    fault: str = "kill",
+    is_fsdp: bool = False,
+    seed: int = 0,
     output: Path | None = None,
     done: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
@@ -261,44 +404,30 @@ def drill(
     random.Random(seed).shuffle(places)
     trials = list(done)
     with tempfile.TemporaryDirectory() as scratch:
-        whole = Drill(Path(scratch), num_processes)
-        say(f"uninterrupted: {whole.seconds:.1f} s")
+        runs = Runs(Path(scratch), num_processes, is_fsdp)
+        print(f"uninterrupted: {runs.seconds:.1f} s", flush=True)
         for i in range(len(trials), num_trials):
-            draw = random.Random(f"{seed}, {i}")
+            place = None if i % 2 else places[i // 2 % len(places)]
             folder = Path(scratch) / f"trial-{i}"
-            if i % 2:  # at any time
-                seconds = draw.uniform(0, whole.seconds)
-                moment = f"after {seconds:.1f} s"
-                outcome = whole.at_time(folder, seconds)
-            else:
-                place = places[i // 2 % len(places)]
-                number, when = draw.randint(1, PLACES[place][1]), draw.choice(["before", "after"])
-                rank = draw.randrange(num_processes)
-                moment = f"{when} call {number} of {place}" + f", process {rank}" * (num_processes > 1)
-                outcome = whole.at_place(folder, place, number, when, rank)
-            wrong = whole.resume(folder)
+            moment, outcome, wrong = FAULTS[fault](runs, folder, random.Random(f"{seed}, {i}"), place)
             trials.append({"moment": moment, "outcome": outcome, "wrong": wrong})
-            say(f"{i + 1}: {outcome} {moment}: {'; '.join(wrong) or 'as if nothing had happened'}")
+            told = "; ".join(wrong) or "as if nothing had happened"
+            print(f"{i + 1}: {outcome}, {moment}: {told}", flush=True)
             shutil.rmtree(folder)
-            result = summary(trials, whole.seconds, num_processes, seed)
+            words = f"--trials {len(trials)} --processes {num_processes} --fault {fault}{' --fsdp' * is_fsdp}"
+            result = {
+                "date": date.today().isoformat(),
+                "command": f"python drills/kill.py {words} --seed {seed}",
+                "nextscale": __version__,
+                "torch": torch.__version__,
+                "seconds_uninterrupted": round(runs.seconds, 1),
+                "outcomes": dict(Counter(trial["outcome"] for trial in trials)),
+                "wrong": sum(bool(trial["wrong"]) for trial in trials),
+                "trials": trials,
+            }
             if output:
                 output.write_text(json.dumps(result, indent=2) + "\n")
     return result
-
-
-def summary(
-    trials: Sequence[dict[str, Any]], seconds: float, num_processes: int, seed: int
-) -> dict[str, Any]:
-    return {
-        "date": date.today().isoformat(),
-        "command": f"python drills/kill.py --trials {len(trials)} --processes {num_processes} --seed {seed}",
-        "nextscale": __version__,
-        "torch": torch.__version__,
-        "seconds_uninterrupted": round(seconds, 1),
-        "outcomes": dict(Counter(trial["outcome"] for trial in trials)),
-        "wrong": sum(bool(trial["wrong"]) for trial in trials),
-        "trials": list(trials),
-    }
 
 
 def main() -> int:
@@ -307,6 +436,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--fault", choices=FAULTS, default="kill")
+    parser.add_argument("--fsdp", action="store_true", help="with several processes: shard the model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON file, written after each trial")
     parser.add_argument("--go-on", action="store_true", help="keep the trials that --output has")
@@ -314,8 +445,16 @@ def main() -> int:
     done = []
     if args.go_on and args.output and args.output.exists():
         done = json.loads(args.output.read_text())["trials"]
-    say = functools.partial(print, flush=True)
-    result = drill(args.trials, args.processes, args.seed, say, args.output, done)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # or under nohup the runs would ignore it as well
+    result = drill(
+        args.trials,
+        args.processes,
+        fault=args.fault,
+        is_fsdp=args.fsdp,
+        seed=args.seed,
+        output=args.output,
+        done=done,
+    )
     print(f"{result['wrong']} of {args.trials} trials went wrong")
     return 1 if result["wrong"] else 0
 

@@ -11,6 +11,6 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(capsys) -> None:
     assert spec and spec.loader
     kill = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(kill)
-    result = kill.drill(num_trials=1, num_processes=1, seed=1, say=print)
+    result = kill.drill(num_trials=1, seed=1)
     assert result["wrong"] == 0, capsys.readouterr().out
     assert result["outcomes"] == {"killed": 1}
