@@ -70,7 +70,7 @@ RECIPE = {
 }
 """What differs from toy-painting: it is short, saves after each step, and has all that has a state."""
 
-LONGEST = 900.0  # seconds that a run may take
+LONGEST = 3600.0  # seconds that a run may take: on a busy machine, much more than by itself
 AS_ROOT = [] if os.geteuid() == 0 else ["sudo", "--non-interactive"]  # to mount a disk of a given size
 
 PLACES = {

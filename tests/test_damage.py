@@ -125,6 +125,7 @@ def stopped(make_pipeline: MakePipeline, tmp_path: Path) -> Path:
         {"step": True},
         {"step": None},
         {"seconds": "long"},
+        {"seconds": 10**400},
         {"num_skipped": 1.5},
         {"step_evaluated": [0]},
         {"controllers": {}},

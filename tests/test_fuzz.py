@@ -37,6 +37,8 @@ from test_trainer import MakePipeline, make_trainer
 
 CASES = int(os.environ.get("NEXTSCALE_FUZZ", "500"))
 LONGEST = 10.0  # seconds; these machines pause at times
+MOST = 64 * 2**20  # bytes of memory; no file here has 2 MB
+PEAK = Path("/proc/self/clear_refs")  # of Linux: writing a 5 forgets how much memory was in use before
 
 
 def cases(share: float) -> Callable[[Any], Any]:
@@ -63,15 +65,26 @@ def written() -> list[str]:
 
 @contextmanager
 def answered() -> Iterator[None]:
-    """What is inside succeeds, or fails by a sentence, in a moment, and writes nothing where it runs."""
-    begin = time.monotonic()
+    """What is inside succeeds, or fails by a sentence, in a moment and in little memory, and writes nothing
+    where it runs."""
+    begin, before = time.monotonic(), memory("VmRSS")
     try:
         yield
     except NextscaleError as error:
         assert str(error).strip()
         str(error).encode()  # a sentence that can be printed
     assert time.monotonic() - begin < LONGEST
+    assert memory("VmHWM") - before < MOST
     assert not written()
+
+
+def memory(key: str) -> int:
+    """Bytes that are in use (VmRSS), from where a peak (VmHWM) is then counted; 0 where nothing tells."""
+    if not PEAK.exists():
+        return 0
+    if key == "VmRSS":
+        PEAK.write_text("5")
+    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) * 1024
 
 
 # ---- values of all kinds

@@ -573,7 +573,7 @@ class GRPOTrainer:
         state = self.learner.load(path)
         try:
             self._take(state)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             raise CheckpointError(
                 f"checkpoint '{path}' cannot be read: its trainer_state.json is damaged ({in_words(error)}); "
                 "go on from another one"

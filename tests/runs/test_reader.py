@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from nextscale.base.errors import ConfigError
 from nextscale.runs.paths import RunPaths, by_step, step_name
-from nextscale.runs.reader import find_run, read_run
+from nextscale.runs.reader import find_run, is_number, read_object, read_run
 
 
 @pytest.fixture
@@ -47,3 +48,18 @@ def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
 def test_rows_are_named_where_they_are_few(paths: RunPaths, num_rows: int, num_named: int) -> None:
     paths.samples_index.write_text(json.dumps({"classes": [f"class {i}" for i in range(num_rows)]}))
     assert len(read_run(paths.path).row_names()) == num_named
+
+
+def test_json_that_is_nested_without_end_is_damage(paths: RunPaths) -> None:
+    deep = "[" * 100_000
+    paths.metrics.write_text(f'{{"step": 1}}\n{deep}\n')
+    with pytest.raises(ConfigError, match="line 2, is not valid JSON"):
+        read_run(paths.path)
+    paths.environment.write_text(deep)
+    with pytest.raises(ConfigError, match="is no JSON object"):
+        read_object(paths.environment)
+
+
+def test_a_number_that_no_float_can_be_is_none() -> None:
+    assert is_number(3) and is_number(-1e308)
+    assert not any(map(is_number, (10**400, -(10**400), float("nan"), float("inf"), True, "3")))

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+MOST = 2**24
+"""Bytes of a file of JSON or YAML: what they become in memory is many times as much."""
 REPLACED = ".replaced-"
 """What stands before the name of a folder that is being replaced, until the new one is there."""
 
@@ -102,6 +104,20 @@ def sync_file(path: Path) -> None:
     """Have a file's content written to the disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+
+
+def read_text(path: Path, most: int = MOST) -> str:
+    """A text file that is to be parsed as a whole.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is larger, or no UTF-8.
+    """
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it has more than {most:,} bytes")
+    return content.decode("utf-8")
 
 
 def write_text_aside(path: Path, text: str) -> None:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from nextscale.base.errors import ConfigError
 
+MAX_PIXELS = 2**26
+"""Of a picture that is read: a file of some kilobytes can unpack to any number of them."""
+
 
 def to_pil(images: Tensor) -> list[Image.Image]:
     """Convert images (B, 3, H, W) in [0, 1] to a list of B PIL images."""
@@ -25,11 +28,13 @@ def read_image(path: Path) -> Tensor:
     """The picture in a file as (3, H, W) float32 in [0, 1].
 
     Raises:
-        ConfigError: it is no picture, or one larger than PIL takes to be safe.
+        ConfigError: it is no picture, or has more than 67 million pixels.
     """
     try:
         with Image.open(path) as picture:
+            if (found := picture.width * picture.height) > MAX_PIXELS:
+                raise ConfigError(f"'{path}' has {found:,} pixels, more than {MAX_PIXELS:,}; make it smaller")
             pixels = np.array(picture.convert("RGB"))
     except (OSError, Image.DecompressionBombError):
         raise ConfigError(f"'{path}' is no readable image; remove it") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1).float().div_(255)

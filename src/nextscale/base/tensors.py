@@ -1,16 +1,18 @@
 """Tensor files: read without executing code, checked key by key, and written atomically."""
 
 import hashlib
+import io
 import pickle
+import pickletools
 import re
 import zipfile
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nextscale.base.errors import CheckpointError, ConfigError, first_sentence
@@ -19,6 +21,13 @@ from nextscale.base.progress import bar_of
 
 StateDict = dict[str, Tensor]
 Model = TypeVar("Model", bound=nn.Module)
+MAX_GROWTH = 2
+"""How many times a file's size its tensors may be: some share their memory, others are packed. A few bytes
+can stand for more than any memory holds."""
+NAMES = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v[23]|parameter)|torch(\.storage)? \w+"
+)
+"""What a `.pth` file may name: all that tensors by name need."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -61,10 +70,11 @@ def read_state_dict(
     content: Any
     try:
         if path.suffix == ".safetensors":
-            content = load_file(path) if dtype == torch.float32 else _read_each(path, dtype, keep_float32)
+            content = _read_safetensors(path, dtype, keep_float32)
         else:
-            is_mapped = dtype == torch.float32 and _can_be_mapped(path)
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
+            content = _read_pth(path, is_mapped=dtype == torch.float32 and _can_be_mapped(path))
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it wants to run {refused[1]}" if refused else "it is not a checkpoint of tensors"
@@ -78,14 +88,77 @@ def read_state_dict(
             content = content[key]
     if not isinstance(content, dict) or not content:
         raise CheckpointError(f"'{path}' holds {type(content).__name__}, expected a state dict of tensors")
+    for key, value in content.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"'{path}': entry '{key}' is {type(value).__name__}, expected a tensor")
+        _check_kind(key, value, path)
+    _check_growth(sum(value.nbytes for value in content.values()), path)
     with bar_of(len(content), f"reading {path.name}", "tensor") as bar:
         for key, value in content.items():
-            if not isinstance(value, Tensor):
-                raise CheckpointError(f"'{path}': entry '{key}' is {type(value).__name__}, expected a tensor")
             wanted = torch.float32 if key in keep_float32 else dtype
             content[key] = value.to(wanted) if value.is_floating_point() else value
             bar.update()
     return content
+
+
+def _read_pth(path: Path, is_mapped: bool) -> Any:
+    """What a `.pth` file holds.
+
+    Raises:
+        CheckpointError: it asks for anything but tensors, or unpacks to far more than it has.
+    """
+    with path.open("rb") as opened:
+        pickles: list[IO[bytes]] = [
+            opened
+        ] * 4  # before torch 1.6: one after the other, then the tensors' bytes
+        if opened.read(4) == b"PK\x03\x04":
+            with zipfile.ZipFile(opened) as packed:
+                _check_growth(sum(entry.file_size for entry in packed.infolist()), path)
+                names = [name for name in packed.namelist() if name.endswith("data.pkl")]
+                pickles = [io.BytesIO(packed.read(name)) for name in names]
+        opened.seek(0)
+        for each in pickles:
+            _check_names(each)
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_mapped)
+    if is_mapped and any(
+        each.is_floating_point() and each.dtype != torch.float32 for each in _tensors(content)
+    ):
+        content = torch.load(
+            path, map_location="cpu", weights_only=True
+        )  # each is freed once it is converted
+    return content
+
+
+def _check_names(opened: IO[bytes]) -> None:
+    """Check what a pickle names. Unpickling itself refuses what could run, but not what takes memory, such as
+    bytearray(10**10)."""
+    try:
+        for code, argument, _ in pickletools.genops(opened):
+            if code.name == "GLOBAL" and not NAMES.fullmatch(str(argument)):
+                raise pickle.UnpicklingError(f"GLOBAL {str(argument).replace(' ', '.')}")
+    except ValueError as error:
+        raise pickle.UnpicklingError(str(error)) from None
+
+
+def _tensors(content: Any) -> list[Tensor]:
+    values = content.values() if isinstance(content, dict) else ()
+    return [each for value in values for each in ([value] if isinstance(value, Tensor) else _tensors(value))]
+
+
+def _check_growth(num_bytes: int, path: Path) -> None:
+    size = path.stat().st_size
+    if num_bytes > max(MAX_GROWTH * size, 1_000_000):
+        raise CheckpointError(
+            f"'{path}' has {size:,} bytes and stands for {num_bytes:,}: it is no checkpoint of a model"
+        )
+
+
+def _check_kind(key: str, value: Tensor, path: Path) -> None:
+    kinds = (*DTYPES.values(), torch.float64)
+    is_known = not value.is_floating_point() or value.dtype in kinds
+    if value.layout != torch.strided or value.device.type != "cpu" or not is_known or value.is_quantized:
+        kind = str(value.dtype if not is_known else value.layout).removeprefix("torch.")
+        raise CheckpointError(f"'{path}': '{key}' is {kind}, expected one of {', '.join(DTYPES)}, and dense")
 
 
 def _can_be_mapped(path: Path) -> bool:
@@ -96,17 +169,21 @@ def _can_be_mapped(path: Path) -> bool:
         return all(entry.compress_type == zipfile.ZIP_STORED for entry in file.infolist())
 
 
-def _read_each(path: Path, dtype: torch.dtype, keep_float32: Collection[str]) -> StateDict:
-    """The tensors of a safetensors file, converted one at a time."""
-    with safe_open(path, "pt") as file:
-        keys = list(file.keys())
+def _read_safetensors(path: Path, dtype: torch.dtype, keep_float32: Collection[str]) -> StateDict:
+    """The tensors of a safetensors file: mapped, or converted one at a time."""
     state = {}
-    with bar_of(len(keys), f"reading {path.name}", "tensor") as bar:
+    with (
+        safe_open(path, "pt") as shared,
+        bar_of(len(keys := list(shared.keys())), f"reading {path.name}", "tensor") as bar,
+    ):
         for key in keys:
-            with safe_open(path, "pt") as file:  # a separate mapping, freed with the tensor
-                value = file.get_tensor(key)
+            value = shared.get_tensor(key)
             wanted = torch.float32 if key in keep_float32 else dtype
-            state[key] = value.to(wanted if value.is_floating_point() else value.dtype, copy=True)
+            if value.is_floating_point() and value.dtype != wanted:
+                _check_kind(key, value, path)
+                with safe_open(path, "pt") as file:  # a separate mapping, freed with the tensor
+                    value = file.get_tensor(key).to(wanted)
+            state[key] = value
             bar.update()
     return state
 

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from nextscale.base.errors import ConfigError, in_words
+from nextscale.base.files import read_text
 from nextscale.base.records import did_you_mean
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -20,6 +21,7 @@ class _Dumper(yaml.SafeDumper):
     """Quotes whatever YAML 1.1 or 1.2 would not read back as text."""
 
 
+MAX_BYTES = 1_000_000  # of a recipe; real ones have some thousand
 MAX_VALUES = 20_000  # of a recipe, aliases written out; real ones have some hundred
 
 _SCALARS = (
@@ -71,8 +73,10 @@ def read_mapping(name: str | Path) -> dict[str, Any]:
         ConfigError: there is no such file, or it holds anything but keys with values.
     """
     try:
-        text = find_recipe(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(find_recipe(name), MAX_BYTES)
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
         raise ConfigError(f"recipe '{name}' cannot be read: {error}") from None
     mapping = parse_yaml(text, f"recipe '{name}'")
     if not isinstance(mapping, dict):

@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from nextscale.base.errors import CheckpointError, ConfigError, NextscaleError
-from nextscale.base.files import write_text_aside
+from nextscale.base.errors import CheckpointError, ConfigError
+from nextscale.base.files import read_text, write_text_aside
 from nextscale.base.records import Record, did_you_mean
 from nextscale.base.tensors import load_strictly, write_tensors
 from nextscale.models.embedded import tokenizer_folder
@@ -79,14 +79,14 @@ def read_config(folder: Path) -> FolderConfig:
     """
     path = folder / CONFIG
     try:
-        config = FolderConfig.from_mapping(json.loads(path.read_text(encoding="utf-8")))
+        config = FolderConfig.from_mapping(json.loads(read_text(path)))
         if config.family not in FAMILIES:
             hint = did_you_mean(config.family, FAMILIES)
             raise ConfigError(f"family '{config.family}' is unknown{hint}")
         return config.replace(transformer=FAMILIES[config.family].sizes.from_mapping(config.transformer))
     except OSError:
         raise CheckpointError(f"'{folder}' is not a model folder: it has no readable {CONFIG}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, NextscaleError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"'{path}' is not the configuration of a model: {error}") from None
 
 

@@ -1,6 +1,6 @@
 """Constraints: the role of a reward whose mean is kept within a bound while others are raised."""
 
-import math
+import sys
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -16,8 +16,9 @@ def check_bound(bound: object) -> None:
     Raises:
         ConfigError: it is neither.
     """
-    is_number = isinstance(bound, int | float) and not isinstance(bound, bool) and math.isfinite(bound)
-    if not is_number and bound != "base":
+    is_kind = isinstance(bound, int | float) and not isinstance(bound, bool)
+    # An integer may be larger than any float.
+    if not (is_kind and abs(bound) <= sys.float_info.max) and bound != "base":
         raise ConfigError(f"expected a number, or base for the reward's mean before training, got {bound!r}")
 
 

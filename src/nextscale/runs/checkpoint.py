@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from nextscale.base.average import Average
 from nextscale.base.errors import CheckpointError, first_sentence
-from nextscale.base.files import REPLACED, discard_folder, put_in_place, write_text_aside
+from nextscale.base.files import REPLACED, discard_folder, put_in_place, read_text, write_text_aside
 from nextscale.base.processes import fail_together
 from nextscale.base.tensors import check_tensors, save_tensors
 from nextscale.runs.manifest import MANIFEST_FILE, find_damage, write_manifest
@@ -147,7 +147,7 @@ def load_checkpoint(
             "finish that run with that version, or begin a new one"
         )
     try:
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        state = json.loads(read_text(path / STATE_FILE))
         if (version := state["format_version"]) not in (WITHOUT_MANIFEST, FORMAT_VERSION):
             raise ValueError(
                 f"format_version {version}, expected {FORMAT_VERSION}: was it written by a later one?"
@@ -300,7 +300,7 @@ def _damage(path: Path) -> str | None:
     """What is wrong with a checkpoint; None if it is whole, or of a version that had no manifest."""
     if not (path / MANIFEST_FILE).exists():
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-            if json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["format_version"] < FORMAT_VERSION:
+            if json.loads(read_text(path / STATE_FILE))["format_version"] < FORMAT_VERSION:
                 return None
     return find_damage(path)
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from nextscale.base.errors import first_sentence
-from nextscale.base.files import sync_file, write_text_aside
+from nextscale.base.files import read_text, sync_file, write_text_aside
 
 MANIFEST_FILE = "manifest.json"
 FORMAT_VERSION = 1
@@ -25,7 +25,7 @@ def write_manifest(folder: Path) -> None:
 def find_damage(folder: Path) -> str | None:
     """What of a folder is not as its manifest says, as the end of a sentence; None if it is whole."""
     try:
-        content = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        content = json.loads(read_text(folder / MANIFEST_FILE))
         version = content["format_version"]
         entries = {str(name): (int(of["size"]), str(of["sha256"])) for name, of in content["files"].items()}
     except FileNotFoundError:

@@ -5,8 +5,8 @@ so that a live run can be looked at.
 """
 
 import json
-import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,7 +153,7 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             if number == len(lines):  # no newline ends it: the writer was interrupted
                 notes.append(f"The last line of {path.name} (line {number}) was cut short and is left out.")
                 break
@@ -187,7 +187,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise ConfigError(f"{path} is no JSON object; restore or delete it")
@@ -196,4 +196,6 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value is a finite number; a boolean is not."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # An integer of JSON may be too large for a float.
+    is_kind = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_kind and abs(value) <= sys.float_info.max
