@@ -20,7 +20,7 @@ help:
 	@echo "make docs    the documentation as a site, in build/site"
 	@echo "make package  a wheel and a source distribution in dist/, installed and run in a clean environment"
 	@echo "make drill   do harm to runs at two hundred moments and resume them; takes hours"
-	@echo "make fuzz    10,000 cases of damaged and hostile input"
+	@echo "make fuzz    10,000 cases of damaged and hostile input, then half an hour guided by coverage"
 	@echo "make audit   licences and known faults of the pinned packages (asks a server)"
 	@echo "make toy     rebuild the miniature world's models in build/toy"
 	@echo "make schema  write recipe.schema.json anew, after a change of a configuration record"
@@ -71,6 +71,9 @@ toy: $(VENV)/.installed
 
 fuzz: $(VENV)/.installed-dev
 	NEXTSCALE_FUZZ=10000 OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 tests/test_fuzz.py
+	$(INSTALL) -e '.[fuzz]'
+	for reader in recipe prompts table metrics manifest model; do \
+	  $(RUN) drills/fuzz_files.py $$reader --seconds 300 || exit 1; done
 
 # None of what a user installs may be under a licence that asks for more than a notice. One package of the tests
 # names its licence in a file alone: MIT, with axe-core, which is MPL 2.0.

@@ -1,6 +1,6 @@
 """Feed a reader with files that are made to reach new code in it (by atheris, guided by coverage).
 
-    pip install atheris
+    pip install 'nextscale[fuzz]'
     python drills/fuzz_files.py recipe --seconds 600
 
 Begins with good files. Whatever the bytes, the outcome is a value or one sentence, within 10 s and 2 GB of
@@ -10,6 +10,7 @@ status is not 0. What was found becomes a case of the tests.
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -29,9 +30,10 @@ with atheris.instrument_imports(include=["nextscale", "yaml"]):
 REPOSITORY = Path(__file__).parents[1]
 FORMATS = REPOSITORY / "tests" / "formats"
 
-READERS: dict[str, tuple[str, Callable[[Path], object], list[Path]]] = {
+Reader = tuple[str, Callable[[Path], object], list[Path]]
+READERS: dict[str, Reader] = {
     "recipe": ("recipe.yaml", load_recipe, sorted(RECIPES.glob("*.yaml"))),
-    "prompts": ("prompts.jsonl", read_prompts, sorted(REPOSITORY.rglob("src/**/*prompts*.*"))),
+    "prompts": ("prompts.jsonl", read_prompts, []),
     "table": ("prompts.csv", read_prompts, []),
     "metrics": ("metrics.jsonl", lambda file: read_run(file.parent), sorted(FORMATS.rglob("metrics.jsonl"))),
     "manifest": (
@@ -39,9 +41,9 @@ READERS: dict[str, tuple[str, Callable[[Path], object], list[Path]]] = {
         lambda file: find_damage(file.parent),
         sorted(FORMATS.rglob("manifest.json")),
     ),
-    "model": ("config.json", lambda file: read_config(file.parent), sorted(FORMATS.rglob("config.json"))),
+    "model": ("config.json", lambda file: read_config(file.parent), sorted(FORMATS.glob("*/config.json"))),
 }
-"""The name of a file, what reads it, and good ones."""
+"""The name of a file, what reads it, and good ones; what lies beside the last of these is there as well."""
 
 
 def words_of(schema: object) -> Iterator[str]:
@@ -65,11 +67,15 @@ def main() -> None:
     name, read, good = READERS[args.reader]
     with tempfile.TemporaryDirectory() as scratch:
         file, corpus, dictionary = (Path(scratch) / each for each in (f"read/{name}", "corpus", "words"))
-        file.parent.mkdir()
+        if good:
+            shutil.copytree(good[-1].parent, file.parent)
+        else:
+            file.parent.mkdir()
         corpus.mkdir()
         for i, each in enumerate(good):
             (corpus / str(i)).write_bytes(each.read_bytes())
-        words = sorted({each for each in words_of(json_schema()) if each.isascii() and each.isprintable()})
+        found = set(words_of(json_schema())) - {""}
+        words = sorted(each for each in found if each.isascii() and each.isprintable())
         dictionary.write_text("".join(f"{json.dumps(each)}\n" for each in words))
 
         def case(content: bytes) -> None:
