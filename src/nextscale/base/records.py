@@ -88,6 +88,8 @@ def describe_validation_error(record: type[pydantic.BaseModel], error: pydantic.
     if first["type"] == "missing":
         return f"'{key}' is missing"
     reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error" and isinstance(first["input"], Mapping):
+        return f"{key}: {reason}"  # of several keys at once, which the reason names
     return f"{key} = {first['input']!r} cannot be used: {reason[0].lower()}{reason[1:]}"
 
 
