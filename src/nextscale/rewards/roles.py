@@ -16,9 +16,10 @@ def check_bound(bound: object) -> None:
     Raises:
         ConfigError: it is neither.
     """
-    is_kind = isinstance(bound, int | float) and not isinstance(bound, bool)
-    # An integer may be larger than any float.
-    if not (is_kind and abs(bound) <= sys.float_info.max) and bound != "base":
+    largest = sys.float_info.max  # an integer may be larger than any float
+    if isinstance(bound, int | float) and not isinstance(bound, bool) and -largest <= bound <= largest:
+        return
+    if bound != "base":
         raise ConfigError(f"expected a number, or base for the reward's mean before training, got {bound!r}")
 
 
