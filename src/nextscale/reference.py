@@ -76,6 +76,8 @@ class Reference:
         with self.context(), place, autocast:
             num_guided = guided_tokens(sampling, self.model.schedule, inputs_BlD)
             both = teacher_forced(conditioning, inputs_BlD, sampling)
+            if num_guided is None:
+                return self.model.features(*both)
             return self.model.features_of_branches(*both, num_guided)
 
     @torch.no_grad()

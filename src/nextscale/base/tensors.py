@@ -21,9 +21,9 @@ from nextscale.base.progress import bar_of
 
 StateDict = dict[str, Tensor]
 Model = TypeVar("Model", bound=nn.Module)
-MAX_GROWTH = 2
-"""How many times a file's size its tensors may be: some share their memory, others are packed. A few bytes
-can stand for more than any memory holds."""
+MAX_GROWTH = 8
+"""How many times a file's size its tensors may be: some share their memory, others are packed, such as test
+weights of few values to a sixth. A few bytes can stand for more than any memory holds."""
 NAMES = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor_v[23]|parameter)|torch(\.storage)? \w+"
 )
