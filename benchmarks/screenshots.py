@@ -54,6 +54,7 @@ def take_studio(page: Page, run: Path) -> None:
                 if time.monotonic() > until:
                     raise
                 time.sleep(0.5)
+        page.set_viewport_size(SIZE | {"height": 850})  # below it is empty
         page.goto(f"http://127.0.0.1:{port}")
         page.get_by_label("Beside it").first.click()
         page.get_by_role("option", name=f"runs: {run.name}").click()
