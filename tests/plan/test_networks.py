@@ -128,7 +128,6 @@ VQVAE = VQVAEConfig(
 )
 
 
-@pytest.mark.skipif(not TOY_ASSETS.is_dir(), reason=f"no miniature world in {TOY_ASSETS}")
 def test_a_plan_counts_the_text_encoder_and_both_networks_of_geneval(tmp_path, monkeypatch):
     detector = str(yolos(tmp_path / "yolos"))
     grpo = GRPOConfig(num_groups=2, num_generations=2)

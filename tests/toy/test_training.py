@@ -175,7 +175,6 @@ def test_hashes_change_with_the_weights(tmp_path: Path):
     assert written[0] == written[2] != written[1] and "judges/class.safetensors" in written[0]
 
 
-@pytest.mark.skipif(not TOY_ASSETS.is_dir(), reason=f"no miniature world in {TOY_ASSETS}")
 def test_the_model_of_prompts_alone_is_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     command = ["toy", "train", "--output", str(tmp_path / "toy"), "--only", "text", "--steps-factor", "1e-4"]
     assert main(command) == 2 and "has no text tower: give a folder" in capsys.readouterr().err

@@ -184,22 +184,18 @@ class NextScaleModel(nn.Module, ABC):
         with self.keeping_inputs():
             return checkpoint(block, *arguments, use_reentrant=False)
 
-    def features_of_branches(
-        self, conditioning: Conditioning, inputs_BlD: Tensor, num_guided: int | None
-    ) -> Tensor:
+    def features_of_branches(self, conditioning: Conditioning, inputs_BlD: Tensor, num_guided: int) -> Tensor:
         """(2B, l, C) features of B conditions and as many empty ones, which are run on the scales that are
         guided alone: their other features are 0. No scale sees a finer one, so the rest is as with all.
 
         Args:
             conditioning: the conditions, followed by the empty ones.
             inputs_BlD: (2B, l - 1, D) of all tokens.
-            num_guided: tokens of the scales that are guided; None for all.
+            num_guided: tokens of the scales that are guided, fewer than all.
         """
         # The class's own method: that of a sharded model gathers its weights by itself, and would let go of
         # them afterwards, in the middle of this pass and within `Sharded.whole`.
         run, half = type(self).features, len(inputs_BlD) // 2
-        if num_guided is None:
-            return run(self, conditioning, inputs_BlD)
         whole_BlC = run(self, conditioning.select(slice(half)), inputs_BlD[:half])
         part_BlC = run(self, conditioning.select(slice(half, 2 * half)), inputs_BlD[half:, : num_guided - 1])
         missing = whole_BlC.shape[1] - num_guided
@@ -231,15 +227,16 @@ class NextScaleModel(nn.Module, ABC):
         Args:
             conditioning, inputs_BlD, cache: as in `features`.
             read: called once for each block, and again in the backward pass.
-            num_guided: as in `features_of_branches`, where the second half are empty conditions.
+            num_guided: as in `features_of_branches`, where the second half are empty conditions; None where
+                all are run on all tokens.
 
         Returns:
             (B, l, V) float32 logits; with `read` its results, each put together for all tokens.
         """
-        if cache is None:
-            features_BlC = type(self).features_of_branches(self, conditioning, inputs_BlD, num_guided)
-        else:
+        if num_guided is None:
             features_BlC = type(self).features(self, conditioning, inputs_BlD, cache)
+        else:
+            features_BlC = type(self).features_of_branches(self, conditioning, inputs_BlD, num_guided)
         if read is None:
             return self.logits(features_BlC)
         blocks: list[Mapping[str, Tensor]] = []
