@@ -1,5 +1,7 @@
 """Parts of a computation: there whole or not at all, and of one process at a time."""
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,19 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError):
         Parts(tmp_path / "file" / "key").claim({})
+
+
+def test_what_was_given_up_long_ago_is_removed(tmp_path: Path) -> None:
+    old, used, new, own = (Parts(tmp_path / name) for name in ("old", "used", "new", "own"))
+    for parts in (old, used, new, own):
+        assert parts.claim({})
+        parts.keep(0, {"a": torch.zeros(1)})
+    old.release()
+    new.release()
+    long_ago = time.time() - 31 * 86400
+    for parts in (old, used, own):
+        for path in (*parts.folder.iterdir(), parts.folder):
+            os.utime(path, (long_ago, long_ago))
+    own.discard_abandoned(days=30)
+    assert sorted(each.name for each in tmp_path.iterdir() if each.is_dir()) == ["new", "own", "used"]
+    assert not (tmp_path / "old.lock").exists()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,20 @@ class Parts:
     def release(self) -> None:
         """Let another process have the folder."""
         self._lock.release()
+
+    def discard_abandoned(self, days: float) -> None:
+        """Remove what other computations left beside this folder and have not touched for so long."""
+        for folder in self.folder.parent.iterdir():
+            other = Parts(folder)
+            try:
+                touched = max(each.stat().st_mtime for each in (folder, *folder.iterdir()))
+                if folder == self.folder or time.time() - touched < days * 86400:
+                    continue
+                other._lock.acquire(timeout=0)
+            except OSError:  # a lock, gone meanwhile, or in use: filelock's Timeout is one, too
+                continue
+            other.discard()
+            other.release()
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:08d}.safetensors"

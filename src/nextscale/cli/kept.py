@@ -21,6 +21,8 @@ from nextscale.base.tensors import fingerprint
 from nextscale.evaluation import KeepImages
 from nextscale.pipeline import VARPipeline
 
+DAYS = 30  # for which what was given up is kept
+
 
 def weights_of(pipe: VARPipeline) -> str:
     """What tells a model's weights from any others."""
@@ -60,6 +62,7 @@ class Kept:
     def _claim(self, parts: Parts, what: Mapping[str, Any]) -> bool:
         try:
             is_mine = parts.claim(what)
+            parts.discard_abandoned(DAYS)
             reason = "another process makes the same one"
         except OSError as error:
             is_mine, reason = False, f"'{error.filename}': {error.strerror}"
