@@ -17,8 +17,14 @@ from nextscale.models.zoo import TOY_ASSETS
 from nextscale.pipeline import VARPipeline
 from nextscale.rewards.aesthetic import load_head
 from nextscale.rewards.networks.clip import Clip
-from nextscale.toy.judges import judge, load_judge
+from nextscale.toy.judges import Judge, load_judge
 from nextscale.toy.world import CLASSES, STYLES, beauty, caption, ratings, render, sample_scenes
+
+
+def judge(network: Judge, images: Tensor) -> Tensor:
+    """(B,) the kind that a judge sees."""
+    with torch.no_grad():
+        return network(images).argmax(1)
 
 
 def shares(hits: Tensor) -> str:

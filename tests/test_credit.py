@@ -174,6 +174,6 @@ def test_a_way_of_ones_own(make_pipeline: MakePipeline, tmp_path: Path, shape: t
     finally:
         del CREDITS["mine"]
     trainer = make_trainer(make_pipeline(), tmp_path / "b", beta=0.0)
-    trainer.advantages = lambda scores, step: torch.ones(16)  # type: ignore[method-assign]
+    trainer.crediting.of_mine = lambda scores, step: torch.ones(16)  # type: ignore[method-assign]
     for name, each in gradient(trainer).items():
         torch.testing.assert_close(found[name], each)

@@ -73,7 +73,7 @@ def trained(pipe: VARPipeline, folder: Path, before: Callable[..., None] | None)
 
     trainer = make_trainer(pipe, folder, {"first": first, "second": second}, eval_steps=1, eval_num_images=8)
     named = [replace(each, data={"names": ["a"]}) for each in pipe.all_conditions()]
-    trainer.collector.conditions = trainer.conditions = trainer.eval_conditions = named
+    trainer.collector.conditions = trainer.conditions = trainer.evaluator.conditions = named
     trainer.train()
     clocks = ("time/", "step_time", "images_per_second", "eval_time")
     lines = [

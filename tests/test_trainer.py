@@ -155,20 +155,22 @@ def test_a_steps_advantages_have_the_multiplier_of_its_own_violation(
     )
     plain = make_trainer(make_pipeline(), tmp_path / "b", {"red": redness})
     taken: list[Tensor] = []
-    compute = trainer.advantages
+    compute = trainer.crediting.of_mine
 
     def take(scores: Any, step: int) -> Tensor:
         taken.append(compute(scores, step))
         return taken[-1]
 
-    trainer.advantages = take  # type: ignore[method-assign]
+    trainer.crediting.of_mine = take  # type: ignore[method-assign]
     metrics = trainer.step(1)
     # Each is many deviations from its bound, of which one counts: 0.25 + 0.5. The first wants darker images.
     for name in ("dark", "bright"):
         assert metrics[f"constraints/{name}/violation"] > 1
         assert metrics[f"constraints/{name}/multiplier"] == 0.75
     assert metrics["reward"] == metrics["rewards/red/mean"]
-    torch.testing.assert_close(taken[0], plain.advantages(plain.collector.scores(plain.collector.rollout(1))))
+    torch.testing.assert_close(
+        taken[0], plain.crediting.of_mine(plain.collector.scores(plain.collector.rollout(1)))
+    )
 
 
 def test_base_is_what_the_evaluation_before_training_found(
@@ -227,7 +229,7 @@ def test_equal_rewards_give_zero_advantage_and_zero_gradient(
     trainer = make_trainer(tiny_pipeline, tmp_path / "run", equal, beta=0.0)
     taken = gradient(trainer)
     assert all(each.abs().max() == 0 for each in taken.values())
-    assert trainer.advantages(trainer.collector.scores(trainer.collector.rollout(1))).abs().max() == 0
+    assert trainer.crediting.of_mine(trainer.collector.scores(trainer.collector.rollout(1))).abs().max() == 0
 
 
 def test_on_policy_ratios_are_one_and_kl_is_zero(tiny_pipeline: VARPipeline, tmp_path: Path) -> None:
@@ -465,7 +467,7 @@ def test_every_grpo_option_changes_something(
         for way in ("sum_then_normalize", "normalize_then_sum")
     )
     scores = first.collector.scores(first.collector.rollout(1))
-    assert not torch.allclose(first.advantages(scores), second.advantages(scores))
+    assert not torch.allclose(first.crediting.of_mine(scores), second.crediting.of_mine(scores))
 
 
 def test_a_kl_in_the_reward_keeps_the_model_near_as_one_in_the_loss_does(
@@ -491,7 +493,7 @@ def test_what_a_token_cost_in_kl_is_taken_from_its_advantage(
 
     drawn = trainer.collector.rollout(3)
     advantages = torch.randn(16, generator=torch.Generator().manual_seed(0))
-    found = advantages[:, None] - trainer.less_kl(advantages, drawn)
+    found = advantages[:, None] - trainer.crediting.less_kl(advantages, drawn, trainer.coefficients().beta)
     schedule = pipe.transformer.schedule
     with torch.no_grad():
         ours, theirs = (

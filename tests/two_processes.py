@@ -38,7 +38,7 @@ options = {"per_device_train_batch_size": 3, "eval_steps": 1, "eval_num_images":
 trainer = make_trainer(random_pipeline(), folder / "run", bounded(), **options)
 state = PartialState()
 number = state.num_processes
-trainer.embed, trainer.measures = embed, [Spread()]
+trainer.evaluator.embed, trainer.evaluator.measures = embed, [Spread()]
 trainer.open()
 evaluation = trainer.evaluate()
 del evaluation["eval_time"]
@@ -102,7 +102,9 @@ for name, (rewards, own) in (CASES | (IN_TWO if number == 2 else {})).items():
     transformer = pipe.transformer
     one = {"max_steps": 3, "learning_rate": 1e-5} | own
     trainer = make_trainer(pipe, folder / f"{name}-{number}", rewards, **one)
-    content[f"advantages/{name}"] = trainer.advantages(trainer.collector.scores(trainer.collector.rollout(1)))
+    content[f"advantages/{name}"] = trainer.crediting.of_mine(
+        trainer.collector.scores(trainer.collector.rollout(1))
+    )
     trainer.train()
     assert pipe.transformer is transformer
     trained[name] = {key: each.detach() for key, each in transformer.named_parameters()}

@@ -13,39 +13,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
 from accelerate.utils import gather_object, set_seed
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from nextscale.advantages import kl_costs, later_kl, step_advantages
 from nextscale.base.clock import Clock
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import CheckpointError, ConfigError, RewardError, TrainingError, in_words
 from nextscale.base.files import replacing_folder
 from nextscale.base.interrupt import Interrupted, StopOnSignal
 from nextscale.base.metrics import Means, finite
-from nextscale.base.processes import fail_together, gathered, my_share
+from nextscale.base.processes import fail_together
 from nextscale.callbacks import Callback, ProgressBar, Trackers, best_model, named
 from nextscale.collector import Collector
 from nextscale.controllers import AdaptiveKL, Constraints, Controller, EntropyFloor
-from nextscale.credit import Scored, credit_source, find_credit
-from nextscale.evaluation import (
-    MAX_ROWS,
-    Embedder,
-    Evaluation,
-    Judges,
-    SetMeasure,
-    check_evaluated,
-    evaluate,
-    scale_images,
-    step_metrics,
-)
+from nextscale.credit import credit_source, find_credit
+from nextscale.crediting import Crediting
+from nextscale.evaluation import Embedder, Judges, SetMeasure, check_evaluated, step_metrics
+from nextscale.evaluator import Evaluator
 from nextscale.grpo import GRPOConfig, check_grpo
 from nextscale.learner import Learner, check_reference
 from nextscale.models.folder import write_folder
 from nextscale.models.lora import adapted_layers, merged
-from nextscale.objective import Coefficients, per_token
+from nextscale.objective import Coefficients
 from nextscale.optimizer import OptimizerConfig
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
@@ -53,7 +42,6 @@ from nextscale.report.model_card import write_model_card
 from nextscale.report.page import write_report
 from nextscale.rewards.protocol import Reward
 from nextscale.rewards.reward_set import RewardSet
-from nextscale.rollout import Rollout
 from nextscale.runs.checkpoint import (
     check_finite,
     find_checkpoint,
@@ -68,9 +56,6 @@ from nextscale.runs.launch import make_accelerator
 from nextscale.runs.result import TrainResult
 from nextscale.runs.writer import RunFolder
 from nextscale.tuning import TuningConfig
-
-NUM_SHOWN = 6  # images of each kind that the report shows of the first and the last evaluation
-MAX_PIXELS = 2**25  # of all images of an evaluation that are kept to be shown: 128 of 512 pixels, 8,192 of 64
 
 
 class GRPOTrainer:
@@ -127,15 +112,14 @@ class GRPOTrainer:
         self.sampling, self.optimizer_config = sampling or pipe.sampling, optimizer or OptimizerConfig()
         self.explored = self.grpo.explored(self.sampling)  # the policy that draws in training and is trained
         self.tuning = tuning or TuningConfig()
-        self.rewards, self.judges, self.embed = RewardSet.of(rewards), judges, embed
-        self.measures = measures
+        self.rewards = RewardSet.of(rewards)
         self.accelerator = make_accelerator(self.run)
         if conditions is not None and self.grpo.class_labels:
             raise ConfigError("grpo.class_labels has no effect beside `conditions`: give one of them")
         if conditions is None:
             labels = self.grpo.class_labels
             conditions = pipe.conditions(labels) if labels else pipe.all_conditions()
-        self.conditions, self.eval_conditions = list(conditions), list(eval_conditions or conditions)
+        self.conditions = list(conditions)
         self.grpo.check_processes(self.accelerator.num_processes)
         check_evaluated(self.run, self.rewards)
         check_reference(self.grpo, self.run)
@@ -145,7 +129,7 @@ class GRPOTrainer:
             self.rewards.constraints,
             has_adapter=self.tuning.use_peft,
         )
-        self.credit = find_credit(self.grpo.credit, self.rewards)
+        credit = find_credit(self.grpo.credit, self.rewards)
         self.folder = RunFolder(Path(self.run.output_dir), self.accelerator.is_main_process)
         self.folder.check(resume=bool(self.run.resume), overwrite=self.run.overwrite)
         self._check_continuable()
@@ -173,6 +157,20 @@ class GRPOTrainer:
             run=self.run,
         )
 
+        self.evaluator = Evaluator(
+            pipe,
+            self.learner,
+            list(eval_conditions or conditions),
+            self.rewards,
+            self.folder,
+            grpo=self.grpo,
+            sampling=self.sampling,
+            run=self.run,
+            judges=judges,
+            measures=measures,
+            embed=embed,
+        )
+
         grpo = self.grpo
         self.constraints = Constraints(self.rewards.constraints, grpo.constraint_rate, grpo.constraint_start)
         self.watch = HackingWatch(self.rewards.held_out)
@@ -186,6 +184,8 @@ class GRPOTrainer:
         if grpo.target_kl is not None:
             self.adaptive_kl = AdaptiveKL(grpo.beta, grpo.target_kl, grpo.target_kl_rate)
             self.controllers["adaptive_kl"] = self.adaptive_kl
+        given = pipe, self.learner, self.rewards, self.constraints, credit
+        self.crediting = Crediting(*given, grpo=grpo, run=self.run)
         self.after_update = [each for each in (self.entropy_floor, self.adaptive_kl) if each is not None]
 
         self.bar, self.best = ProgressBar(), best_model(self.run)
@@ -333,17 +333,18 @@ class GRPOTrainer:
         # Advantages. The multipliers of the constraints move first: the model's update then answers their
         # last move, and they its, which damps their swing.
         constraint_metrics = self.constraints.update(reward_metrics)
-        of_all = partial(self._step_advantages, step=step)
+        of_all = partial(self.crediting.of_all, step=step)
         rollout, scores, refill_metrics = self.collector.refilled(rollout, scores, step, of_all)
-        advantages = self.advantages(scores, step)
-        advantages = self.credited(advantages, rollout, scores, clock)  # (B,), (B, S) or (B, L)
-        advantages = self.less_kl(advantages, rollout)
+        coefficients = self.coefficients()
+        advantages = self.crediting.of_mine(scores, step)
+        advantages = self.crediting.to_tokens(advantages, rollout, scores, clock)  # (B,), (B, S) or (B, L)
+        advantages = self.crediting.less_kl(advantages, rollout, coefficients.beta)
 
         # Update: num_iterations optimizer steps on the same images, each on the gradient of all of them.
         # One that is not finite is left out, for it would end the model. What the first iteration finds out
         # (log-probs before any update, the reference's features) the others take from it.
-        means, coefficients = Means(), self.coefficients()
-        learner, num_skipped, num_images = self.learner, 0, self.grpo.num_images
+        means, num_skipped = Means(), 0
+        learner, num_images = self.learner, self.grpo.num_images
         with clock("update"):
             parts = learner.parts(rollout, advantages)
             for _ in range(self.grpo.num_iterations):
@@ -395,63 +396,6 @@ class GRPOTrainer:
             **{f"time/{name}": value for name, value in seconds.items()},
         }
 
-    # ---- the parts of a step
-
-    def advantages(self, scores: Mapping[str, Tensor], step: int = 1) -> Tensor:
-        """Advantages of this process's images, which may depend on the scores of all: (B,), or (B, S).
-
-        Args:
-            scores: of each reward, (N, G), from `Collector.scores`.
-            step: its number.
-        """
-        mine = my_share(self.grpo.num_images)
-        return self._step_advantages(scores, step)[mine.start : mine.stop].to(self.accelerator.device)
-
-    def _step_advantages(self, scores: Mapping[str, Tensor], step: int) -> Tensor:
-        num_scales = self.pipe.transformer.schedule.num_scales
-        coefficients = self.constraints.coefficients
-        return step_advantages(scores, self.rewards.weights, coefficients, self.grpo, num_scales, step)
-
-    def credited(
-        self, advantages: Tensor, rollout: Rollout, scores: Mapping[str, Tensor], clock: Clock
-    ) -> Tensor:
-        """The advantages, given to the tokens that `grpo.credit` says.
-
-        Args:
-            advantages: of this process's images.
-            scores: of all, (N, G).
-        """
-        if self.grpo.credit == "none":
-            return advantages
-        scored = Scored(
-            advantages=advantages,
-            rollout=rollout,
-            scores=scores,
-            tokenizer=self.pipe.tokenizer,
-            rewards=self.rewards,
-            coefficients=self.constraints.coefficients,
-            aggregation=self.grpo.multi_objective_aggregation,
-            batch_size=self.run.per_device_train_batch_size,  # a decoder's backward pass takes as much memory
-        )
-        with clock("credit"), self.learner.autocast():
-            return self.credit(scored)
-
-    def less_kl(self, advantages: Tensor, rollout: Rollout) -> Tensor:
-        """The advantages, less what each token cost in KL, where `grpo.kl_in_reward` has it there."""
-        if not self.grpo.kl_in_reward:
-            return advantages
-        lengths, schedule = self.learner.objective.lengths, self.pipe.transformer.schedule
-        log_ratios_BL, kl_BL = self.learner.divergence(rollout)
-        later_BS = later_kl(kl_BL, lengths)
-
-        # What is to be expected is the mean of the group, whose images other processes may have.
-        mine, size = my_share(self.grpo.num_images), self.grpo.num_generations
-        means_NS = gathered({"later": later_BS})["later"].unflatten(0, (-1, size)).mean(1)
-        expected_BS = means_NS.repeat_interleave(size, 0)[mine.start : mine.stop].to(later_BS)
-        costs_Bl = kl_costs(log_ratios_BL, kl_BL, later_BS, expected_BS, lengths)
-        costs_BL = F.pad(costs_Bl, (0, schedule.num_tokens - costs_Bl.shape[1]))
-        return per_token(advantages, schedule) - self.coefficients().beta * costs_BL
-
     def coefficients(self) -> Coefficients:
         """What the controllers of the loss say now."""
         beta = self.grpo.beta if self.adaptive_kl is None else self.adaptive_kl.beta
@@ -482,26 +426,7 @@ class GRPOTrainer:
     def evaluate(self) -> dict[str, float]:
         """Measure the model on fixed seeds and write its sample grid; metrics with the prefix `eval_`."""
         begin = time.perf_counter()
-        with self.learner.as_evaluated(), self.learner.whole(), self.learner.autocast():
-            result = evaluate(
-                self.pipe,
-                self.rewards,
-                self.sampling,
-                num_images=self.run.eval_num_images,
-                seed=self.run.eval_seed,
-                conditions=self.eval_conditions,
-                judges=self.judges,
-                measures=self.measures,
-                embed=self.embed,
-                batch_size=self.run.per_device_eval_batch_size,
-                num_compared=self.grpo.num_generations,
-                max_pixels=MAX_PIXELS,
-                num_extremes=NUM_SHOWN,
-                progress=partial(self.tell, "on_prediction_step"),
-            )
-        with fail_together():
-            if self.accelerator.is_main_process:
-                self._save_pictures(result)
+        result = self.evaluator.measure(self.step_done, partial(self.tell, "on_prediction_step"))
         if self.step_done == 0:
             self.constraints.set_base(result.metrics)
         metrics = {f"eval_{name}": value for name, value in result.metrics.items()}
@@ -514,19 +439,6 @@ class GRPOTrainer:
             self.first_evaluation = dict(metrics)
         self.tell("on_evaluate", metrics)
         return metrics
-
-    def _save_pictures(self, result: Evaluation) -> None:
-        """The grid of an evaluation, and what the report shows of the first and the last one besides; a run
-        may end after any."""
-        step, names = self.step_done, [each.text for each in result.conditions]
-        self.folder.save_grid(step, result.samples[:MAX_ROWS], names[:MAX_ROWS])
-        if len(names) > MAX_ROWS:
-            self.folder.save_all(step, result.samples, names)
-        if (shown := result.extremes) is not None:
-            texts = [[each.text for each in row] for row in shown.conditions]
-            self.folder.save_extremes(step, shown.images, shown.rewards, texts)
-            come_to_be = scale_images(self.pipe, result.first_tokens[:NUM_SHOWN])
-            self.folder.save_scales(step, come_to_be, names[:NUM_SHOWN])
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """A line of metrics.jsonl, which the trackers get, too."""
