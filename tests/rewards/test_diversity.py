@@ -15,7 +15,7 @@ from nextscale.grpo import GRPOConfig
 from nextscale.optimizer import OptimizerConfig
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
-from nextscale.rewards.diversity import Diversity, leave_one_out_coverage, mean_distances, small_pixels
+from nextscale.rewards.diversity import Diversity, leave_one_out_coverage, mean_to_others, small_pixels
 from nextscale.rewards.groups import GroupReward
 from nextscale.rewards.kinds import read_reward
 from nextscale.rewards.reward_set import RewardSet
@@ -33,12 +33,12 @@ def unit_rows(num_groups: int, size: int, width: int) -> Tensor:
 
 def test_distances_to_the_others_by_hand() -> None:
     distances = torch.tensor([[[0.0, 1.0, 5.0], [1.0, 0.0, 3.0], [5.0, 3.0, 0.0]]])
-    assert mean_distances(distances).tolist() == [[3.0, 2.0, 4.0]]
+    assert mean_to_others(distances).tolist() == [[3.0, 2.0, 4.0]]
 
 
 def test_the_mean_over_a_group_is_what_evaluations_measure() -> None:
     embeddings = unit_rows(3, 5, 7)
-    scores = mean_distances(1 - embeddings @ embeddings.mT)
+    scores = mean_to_others(1 - embeddings @ embeddings.mT)
     expected = [mean_pairwise_distance(each) for each in embeddings]
     assert scores.mean(1).tolist() == pytest.approx(expected, rel=1e-5)
 

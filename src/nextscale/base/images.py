@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nextscale.base.errors import ConfigError
 
+IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_PIXELS = 2**26
 """Of a picture that is read: a file of some kilobytes can unpack to any number of them."""
 
@@ -22,6 +23,11 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 def to_bytes(images: Tensor) -> Tensor:
     """Images in [0, 1] as uint8 of the same shape, rounded, as files hold them."""
     return images.detach().clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files in a folder and those below it, in the order of their paths."""
+    return sorted(each for each in folder.rglob("*") if each.suffix.lower() in IMAGE_FILES)
 
 
 def read_image(path: Path) -> Tensor:

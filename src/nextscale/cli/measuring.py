@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError
-from nextscale.base.images import read_image
+from nextscale.base.images import image_files, read_image
 from nextscale.base.interrupt import Interrupted
 from nextscale.cli import arguments
 from nextscale.cli.kept import Kept, told_conditions, weights_of
@@ -27,8 +27,6 @@ from nextscale.pipeline import VARPipeline
 from nextscale.rewards.reward_set import RewardSet
 from nextscale.runs.config import RunConfig
 from nextscale.runs.reader import find_run, read_run
-
-IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def embeddings_of(folder: Path, clip: str, device: str) -> Tensor:
     Raises:
         ConfigError: there are fewer than two, or one cannot be read.
     """
-    files = sorted(each for each in folder.rglob("*") if each.suffix.lower() in IMAGE_FILES)
+    files = image_files(folder)
     if len(files) < 2:
         raise ConfigError(f"--real '{folder}' has {len(files)} images: give a folder with at least two")
     embed, embeddings = embedder(clip), []

@@ -73,7 +73,8 @@ def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) ->
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """The mapping in the file of a recipe, its rewards written in full, not yet validated.
 
-    A reward of kind `python` names the file beside the recipe, if there is one, and so do prompts.
+    A reward of kind `python` names the file beside the recipe, if there is one, and so do prompts and the
+    folder of pictures.
     """
     mapping, folder = read_mapping(path), find_recipe(path).parent
     for key in ("prompts", "eval_prompts"):
@@ -85,7 +86,11 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     for name, reward in rewards.items():
         with contextlib.suppress(ValueError):  # raised again where the recipe is validated
             rewards[name] = reward = in_full(reward)
-        reference = reward.get("function") if isinstance(reward, dict) else None
+        if not isinstance(reward, dict):
+            continue
+        if isinstance(pictures := reward.get("folder"), str) and (folder / pictures).is_dir():
+            reward["folder"] = str(folder / pictures)
+        reference = reward.get("function")
         if isinstance(reference, str) and (folder / reference.rpartition(":")[0]).is_file():
             reward["function"] = str(folder / reference)
     return mapping

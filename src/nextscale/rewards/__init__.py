@@ -12,6 +12,7 @@ from nextscale.rewards.image_reward import ImageReward
 from nextscale.rewards.jpeg import JpegCompressibility, JpegIncompressibility
 from nextscale.rewards.ocr import TextInImage
 from nextscale.rewards.pick_score import PickScore
+from nextscale.rewards.pictures import Pictures
 from nextscale.rewards.pixels import brightness, colourfulness, sharpness
 from nextscale.rewards.protocol import Reward, score
 from nextscale.rewards.python import load_function
@@ -35,6 +36,7 @@ __all__ = [
     "JpegCompressibility",
     "JpegIncompressibility",
     "PickScore",
+    "Pictures",
     "Remote",
     "Reward",
     "RewardSet",

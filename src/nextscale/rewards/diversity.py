@@ -62,9 +62,9 @@ class Diversity(GroupReward):
         if self.compare_by == "coverage":
             return leave_one_out_coverage(features_NGE)
         if self.is_clip:
-            return mean_distances(1 - features_NGE @ features_NGE.mT)
+            return mean_to_others(1 - features_NGE @ features_NGE.mT)
         width = features_NGE.shape[-1]
-        return mean_distances(torch.cdist(features_NGE, features_NGE) / width**0.5)
+        return mean_to_others(torch.cdist(features_NGE, features_NGE) / width**0.5)
 
 
 def small_pixels(images: Tensor) -> Tensor:
@@ -73,11 +73,11 @@ def small_pixels(images: Tensor) -> Tensor:
     return rearrange(small, "B c h w -> B (c h w)")
 
 
-def mean_distances(distances_NGG: Tensor) -> Tensor:
-    """(N, G) mean distance of each image to the others of its group."""
-    num = distances_NGG.shape[-1]
-    to_itself = distances_NGG.diagonal(dim1=1, dim2=2)  # 0, but for rounding
-    return (distances_NGG.sum(2) - to_itself) / (num - 1)
+def mean_to_others(pairs_NGG: Tensor) -> Tensor:
+    """(N, G) mean of what each image has with the others of its group, such as a distance."""
+    num = pairs_NGG.shape[-1]
+    to_itself = pairs_NGG.diagonal(dim1=1, dim2=2)
+    return (pairs_NGG.sum(2) - to_itself) / (num - 1)
 
 
 def leave_one_out_coverage(embeddings_NGE: Tensor, softness: float = 0.01) -> Tensor:

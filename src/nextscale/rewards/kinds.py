@@ -19,6 +19,7 @@ from nextscale.rewards.image_reward import ImageRewardConfig
 from nextscale.rewards.jpeg import JpegConfig
 from nextscale.rewards.ocr import OcrConfig
 from nextscale.rewards.pick_score import PickScoreConfig
+from nextscale.rewards.pictures import PicturesConfig
 from nextscale.rewards.pixels import PixelsConfig
 from nextscale.rewards.protocol import RewardConfig
 from nextscale.rewards.python import PythonConfig
@@ -37,6 +38,7 @@ RECORDS: tuple[type[RewardConfig], ...] = (
     GenEvalConfig,
     OcrConfig,
     DiversityConfig,
+    PicturesConfig,
     PythonConfig,
     JpegConfig,
     PixelsConfig,
