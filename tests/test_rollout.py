@@ -83,7 +83,7 @@ def test_groups_with_nothing_to_learn_from_are_drawn_anew(
     scores = plain.collector.scores(first)
     idle = [n for n in range(5) if first.conditions[4 * n].label < 2]
     assert 2 <= len(idle) <= 3  # of five groups, in rounds of the four classes
-    of_all = plain.advantages
+    of_all = plain.crediting.of_mine
     assert plain.collector.refilled(first, scores, 1, of_all) == (first, scores, {})
 
     # By hand: group n, again, with the condition and the numbers of this attempt.

@@ -62,7 +62,8 @@ class Kept:
     def _claim(self, parts: Parts, what: Mapping[str, Any]) -> bool:
         try:
             is_mine = parts.claim(what)
-            parts.discard_abandoned(DAYS)
+            if is_mine:
+                parts.discard_abandoned(DAYS)
             reason = "another process makes the same one"
         except OSError as error:
             is_mine, reason = False, f"'{error.filename}': {error.strerror}"
