@@ -51,7 +51,7 @@ def lines_of(folder: Path) -> list[dict[str, float]]:
 def drifting(folder: Path) -> list[float]:
     """Mean difference of log-probs between sampler and trainer, in three steps of toy-painting with a dropout
     of 0.1 that somebody left in each feed-forward network, on while drawing, too."""
-    recipe = load_recipe("toy-painting", {"run.output_dir": str(folder), "run.overwrite": True})
+    recipe = load_recipe("toy-painting", {"run.output_dir": str(folder), "run.overwrite": "true"})
     trainer = build_trainer(recipe)
     for block in trainer.pipe.transformer.blocks:
         block.ffn.fc2.register_forward_hook(lambda layer, inputs, output: F.dropout(output, 0.1))
