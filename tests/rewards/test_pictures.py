@@ -119,6 +119,9 @@ def test_a_recipe_trains_on_pictures(
     write(tmp_path / "aim", random_images(3, 1))
     Image.new("L", (9, 17), 128).save(tmp_path / "aim" / "grey.webp")
     config = read_reward({"pictures": str(tmp_path / "aim"), "clip": str(clip_folder), "bandwidth": 0.5})
+    for width in (0, float("inf")):
+        with pytest.raises(ConfigError, match="bandwidth"):
+            read_reward({"pictures": "aim", "bandwidth": width})
     reward = config.make()
     assert isinstance(reward, Pictures) and reward.bandwidth == 0.5 and config.backbone == str(clip_folder)
     run = RunConfig(output_dir=str(tmp_path / "run"), max_steps=1, eval_steps=0)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError
-from nextscale.base.images import image_files, read_image
+from nextscale.base.images import image_files
 from nextscale.base.interrupt import Interrupted
 from nextscale.cli import arguments
 from nextscale.cli.kept import Kept, told_conditions, weights_of
@@ -24,6 +24,7 @@ from nextscale.config.recipe import Recipe
 from nextscale.evaluation import SetMeasure, evaluate
 from nextscale.measured import Measured, clip_distances, differences, knee
 from nextscale.pipeline import VARPipeline
+from nextscale.rewards.networks.clip import load_clip
 from nextscale.rewards.reward_set import RewardSet
 from nextscale.runs.config import RunConfig
 from nextscale.runs.reader import find_run, read_run
@@ -127,13 +128,7 @@ def embeddings_of(folder: Path, clip: str, device: str) -> Tensor:
     files = image_files(folder)
     if len(files) < 2:
         raise ConfigError(f"--real '{folder}' has {len(files)} images: give a folder with at least two")
-    embed, embeddings = embedder(clip), []
-    assert embed is not None
-    for file in files:
-        image = read_image(file).to(device)
-        with torch.no_grad():
-            embeddings.append(embed(image[None]).float().cpu())
-    return torch.cat(embeddings)
+    return load_clip(clip).embed_files(files, device).cpu()
 
 
 def as_json(measured: Sequence[Measured], marked: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError
-from nextscale.base.images import image_files, read_image
+from nextscale.base.images import image_files
 from nextscale.rewards.clip_score import DEFAULT_CLIP
 from nextscale.rewards.diversity import mean_to_others
 from nextscale.rewards.groups import GroupReward
@@ -89,12 +89,7 @@ class Pictures(GroupReward):
                 "or keep all pictures in the folder itself"
             )
         if name not in self._embeddings:
-            device = self.clip.model.device
-            with torch.no_grad():  # one by one: they may differ in size
-                found = [
-                    self.clip.embed_images(read_image(each).to(device)[None]) for each in self.files[name]
-                ]
-            self._embeddings[name] = torch.cat(found).float()
+            self._embeddings[name] = self.clip.embed_files(self.files[name], self.clip.model.device)
         return self._embeddings[name]
 
     def _kernel(self, first: Tensor, second: Tensor) -> Tensor:
@@ -114,7 +109,7 @@ class PicturesConfig(RewardConfig):
     looked for beside the recipe, then from the working directory."""
     clip: str = DEFAULT_CLIP
     """CLIP: "toy", a folder or a hub repository; an aesthetic head comes with its own by default."""
-    bandwidth: float = Field(default=BANDWIDTH, gt=0)
+    bandwidth: float = Field(default=BANDWIDTH, ge=0.01, allow_inf_nan=False)
     """Of the Gaussian by which embeddings, of length 1, are compared."""
 
     def make(self) -> Reward:

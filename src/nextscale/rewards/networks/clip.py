@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPModel
 
 from nextscale.base.conditions import Condition
+from nextscale.base.images import read_image
 from nextscale.models.embedded import CLIPS
 from nextscale.models.pretrained import follow, load_frozen, loading
 from nextscale.rewards.networks.preprocessing import Preprocessing, clip_preprocessing
@@ -61,6 +62,15 @@ class Clip:
         self._follow(images)
         pooled = self.model.vision_model(pixel_values=self.prepare(images)).pooler_output
         return F.normalize(self.model.visual_projection(pooled).float(), dim=-1)
+
+    @torch.no_grad()
+    def embed_files(self, files: Sequence[Path], device: torch.device | str) -> Tensor:
+        """N image files to (N, E), one by one, since they may differ in size.
+
+        Raises:
+            ConfigError: one cannot be read.
+        """
+        return torch.cat([self.embed_images(read_image(file).to(device)[None]) for file in files])
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
