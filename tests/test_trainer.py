@@ -593,6 +593,31 @@ def test_one_process_can_train_in_two_precisions(make_pipeline: MakePipeline, tm
     assert entropies[0] == entropies[2] != entropies[1] == pytest.approx(entropies[0], rel=0.1)
 
 
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_auto_is_the_precision_that_the_machine_is_fast_in(
+    make_pipeline: MakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_fast: bool
+) -> None:
+    monkeypatch.setattr("nextscale.base.precision.has_fast_bfloat16", lambda device_type: is_fast)
+    asked, logged = ("auto", "bf16" if is_fast else "no"), []
+    for precision in asked:
+        folder = tmp_path / precision
+        make_trainer(make_pipeline(), folder, mixed_precision=precision, max_steps=1).train()
+        logged.append(metrics_of(folder)[0]["entropy"])
+        environment = json.loads((folder / "environment.json").read_text())
+        assert environment["mixed_precision"] == asked[1]
+    assert logged[0] == logged[1]
+
+
+def test_bfloat16_without_instructions_for_it_is_warned_of(
+    make_pipeline: MakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("nextscale.trainer.has_fast_bfloat16", lambda device_type: False)
+    make_trainer(make_pipeline(), tmp_path / "asked", mixed_precision="bf16")
+    assert "no instructions for bfloat16" in capsys.readouterr().err
+    make_trainer(make_pipeline(), tmp_path / "auto", mixed_precision="no")
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_sampler_and_the_trainer_run_the_same_policy(
     make_pipeline: MakePipeline, tmp_path: Path, precision: str

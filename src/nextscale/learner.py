@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nextscale.base.average import Average
 from nextscale.base.errors import ConfigError
+from nextscale.base.precision import precision_on
 from nextscale.grpo import GRPOConfig
 from nextscale.losses import LossOutput
 from nextscale.models.lora import adapter_off, write_adapter
@@ -63,6 +64,7 @@ class Learner:
         self.pipe, self.accelerator, self.tuning = pipe, accelerator, tuning
         self.grpo = grpo
         self.run, self.max_grad_norm = run, optimizer.max_grad_norm
+        self.precision = precision_on(accelerator.device.type, run.mixed_precision)
         transformer = pipe.transformer
         check_trainable(transformer)
         untune(transformer)  # of a trainer that was made and never run
@@ -80,7 +82,7 @@ class Learner:
         # it, or with LoRA the model itself with its adapter off.
         reference: Reference | None = None
         if grpo.needs_reference and not tuning.use_peft:
-            dtype = reference_dtype(grpo, run.mixed_precision)
+            dtype = reference_dtype(grpo, self.precision)
             reference = Reference.copy_of(transformer, dtype, grpo.offload_reference)
         self.sharded: Sharded | None = None
         self.model: nn.Module
@@ -104,7 +106,7 @@ class Learner:
             self.average = Average(trained, tuning.ema_decay)
         self.num_skipped = 0
         # Last, since it holds for the process: where something above fails, nothing is left behind.
-        self.uses_tf32 = run.mixed_precision == "bf16" and accelerator.device.type == "cuda"
+        self.uses_tf32 = self.precision == "bf16" and accelerator.device.type == "cuda"
         if self.uses_tf32:  # for the little that is not bfloat16
             self.precision_before = torch.get_float32_matmul_precision()
             torch.set_float32_matmul_precision("high")
@@ -184,8 +186,7 @@ class Learner:
 
     def autocast(self) -> torch.autocast:
         """What networks run under: bfloat16 where the run asks for it."""
-        is_bf16 = self.run.mixed_precision == "bf16"
-        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=is_bf16)
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def whole(self) -> AbstractContextManager[None]:
         """Where the model is sharded, hold all of it in all processes: to sample."""

@@ -22,6 +22,7 @@ from nextscale.base.errors import CheckpointError, ConfigError, RewardError, Tra
 from nextscale.base.files import replacing_folder
 from nextscale.base.interrupt import Interrupted, StopOnSignal
 from nextscale.base.metrics import Means, finite
+from nextscale.base.precision import has_fast_bfloat16
 from nextscale.base.processes import fail_together
 from nextscale.callbacks import Callback, ProgressBar, Trackers, best_model, named
 from nextscale.collector import Collector
@@ -147,6 +148,12 @@ class GRPOTrainer:
             run=self.run,
         )
 
+        if self.learner.precision == "bf16" and not has_fast_bfloat16(self.accelerator.device.type):
+            self._say(
+                "Warning: this machine has no instructions for bfloat16, and takes many times as long as for "
+                "float32: set run.mixed_precision to auto"
+            )
+
         self.collector = Collector(
             pipe,
             self.learner,
@@ -213,7 +220,8 @@ class GRPOTrainer:
         with fail_together():
             self.folder.open(self.config_yaml, resume=bool(run.resume), overwrite=run.overwrite)
             self.folder.keep_sources(self.sources)
-            self.folder.write_environment(environment(process.device, self.command, process.num_processes))
+            told = process.device, self.command, process.num_processes, self.learner.precision
+            self.folder.write_environment(environment(*told))
 
     def train(self) -> TrainResult:
         """Run all steps. The pipeline is then as one that was loaded with these weights: an adapter is
@@ -528,7 +536,7 @@ class GRPOTrainer:
     def _check_drift(self, metrics: Mapping[str, float]) -> None:
         """Say once if the sampler's log-probs are further from the trainer's than rounding explains."""
         drift = metrics["sampling/sampling_logp_difference/mean"]
-        if drift > MAX_DRIFT[self.run.mixed_precision] and not self.has_drifted:
+        if drift > MAX_DRIFT[self.learner.precision] and not self.has_drifted:
             self.has_drifted = True
             self._say(
                 f"Warning: sampler and trainer differ by {drift:.2g} nats a token on average, more than "

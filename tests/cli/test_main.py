@@ -834,6 +834,7 @@ def test_the_miniature_worlds_default_rewards_leave_the_sampling_to_the_model(tm
 def test_evaluate_redraws_the_images_of_a_run_in_bfloat16(tmp_path, capsys):
     words = ["--run.max_steps", "1", "--run.eval_num_images", "16", "--run.eval_seed", "7"]
     words += ["--grpo.num_groups", "1", "--grpo.num_generations", "2", "--run.report_to", "none"]
+    words += ["--run.mixed_precision", "bf16"]
     path = tmp_path / "run"
     assert main(["train", "toy-painting", *words, "--run.output_dir", str(path)]) == 0
     last = metrics(path)[-1]

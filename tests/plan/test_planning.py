@@ -227,12 +227,17 @@ def test_every_loss_and_policy_can_be_planned(grpo, sampling):
     assert min(plan.flops["rollout"], plan.flops["update"], plan.activations) > 0
 
 
+OLD_AND_NEW = ("v100-32gb", "a100-40gb")
+
+
 def test_time_is_operations_by_the_share_of_the_peak():
     plan = small_plan("a100-40gb", mixed_precision="bf16")
     assert plan.seconds == pytest.approx(sum(plan.flops.values()) / (312e12 * UTILISATION))
     assert small_plan("a100-40gb").rate == 19.5e12 * UTILISATION
     old = small_plan("v100-32gb", mixed_precision="bf16")
     assert old.dtype == "float32" and old.rate == 15.7e12 * UTILISATION
+    auto = {name: small_plan(name, mixed_precision="auto").run.mixed_precision for name in OLD_AND_NEW}
+    assert auto == {"v100-32gb": "no", "a100-40gb": "bf16"}
 
 
 def test_gpus():

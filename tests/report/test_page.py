@@ -333,6 +333,11 @@ def test_the_gap_of_sampler_and_trainer_is_judged_by_the_precision(tmp_path, pre
         line["sampling/sampling_logp_difference/mean"] = gap
     config = CONFIG.replace("seed: 0,", f"seed: 0, mixed_precision: '{precision}',")
     assert says in Page(write_report(make_run(tmp_path / "run", lines, config=config))).text
+    auto = CONFIG.replace("seed: 0,", "seed: 0, mixed_precision: auto,")
+    folder = make_run(tmp_path / "auto", lines, config=auto)
+    told = {**json.loads((folder / "environment.json").read_text()), "mixed_precision": precision}
+    (folder / "environment.json").write_text(json.dumps(told))
+    assert says in Page(write_report(folder)).text
 
 
 def test_curves_differ_by_more_than_colour_and_zero_lies_on_the_ground(tmp_path):

@@ -70,7 +70,7 @@ def add(commands: Any) -> None:
     parser.option("--num-images", int, "minimum number of images", shown=shown)
     arguments.add_drawing_options(parser, "the recipe's, or the model's")
     text = "precision of all networks (default: the recipe's, or that of the run that trained the model)"
-    parser.add_argument("--mixed-precision", choices=("no", "bf16"), help=text)
+    parser.add_argument("--mixed-precision", choices=("auto", "no", "bf16"), help=text)
     text = "how to print the figures (default: table)"
     parser.add_argument(
         "--format", choices=("table", "markdown", "latex", "json"), default="table", help=text

@@ -144,6 +144,8 @@ def make_plan(
             model.
     """
     device = find_gpu(gpu) if isinstance(gpu, str) else gpu
+    if run.mixed_precision == "auto":
+        run = run.replace(mixed_precision="bf16" if (device.bfloat16 or 0) > device.float32 else "no")
     grpo.check_processes(num_gpus)
     num_images = grpo.num_images
     tuning = tuning or TuningConfig()

@@ -42,9 +42,9 @@ class RunConfig(Record):
     """Checkpoint to continue from: "auto" for the newest in output_dir, or a path."""
     overwrite: bool = Field(default=False, json_schema_extra=FREE_ON_RESUME)
     """Replace an earlier run in output_dir."""
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: Literal["auto", "no", "bf16"] = "no"
     """Autocast for all networks, rewards included; output head and log-softmax stay in float32, and on a GPU
-    multiply in TF32."""
+    multiply in TF32. "auto" is bf16 where the device has instructions for it, as many CPUs have not."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: saves memory, takes about a third longer."""
     activation_offloading: bool = False

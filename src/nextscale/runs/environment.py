@@ -9,15 +9,18 @@ from datetime import UTC, datetime
 import torch
 
 
-def environment(device: torch.device, command: Sequence[str], num_processes: int = 1) -> dict[str, object]:
+def environment(
+    device: torch.device, command: Sequence[str], num_processes: int = 1, precision: str | None = None
+) -> dict[str, object]:
     """The content of a run's `environment.json`; no path of the machine is in it.
 
     Args:
         device: where the model is trained.
         command: the words that started the run.
         num_processes: processes that share the run.
+        precision: that networks run in, where one is set.
     """
-    return {
+    told: dict[str, object] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "num_processes": num_processes,
         "num_threads": torch.get_num_threads(),
@@ -27,6 +30,9 @@ def environment(device: torch.device, command: Sequence[str], num_processes: int
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(_without_folders(word) for word in command),
     }
+    if precision is not None:
+        told["mixed_precision"] = precision
+    return told
 
 
 def _without_folders(word: str) -> str:

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from nextscale.base.precision import has_fast_bfloat16
+
 
 def cosine_schedule(step: int, num_steps: int, warmup: int, floor: float = 0.01) -> float:
     """Fraction of the peak learning rate: linear warm-up, then half a cosine down to `floor`."""
@@ -12,6 +14,11 @@ def cosine_schedule(step: int, num_steps: int, warmup: int, floor: float = 0.01)
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, num_steps - warmup)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def autocast() -> torch.autocast:
+    """What the models are trained under: bfloat16, if the CPU has instructions for it."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16("cpu"))
 
 
 class Optimizer:

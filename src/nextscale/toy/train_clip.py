@@ -22,7 +22,7 @@ from nextscale.base.seeding import generator_for
 from nextscale.models.vqvae import VQVAE
 from nextscale.rewards.aesthetic import RELU_LAYERS
 from nextscale.rewards.networks.preprocessing import MEAN, STD, clip_preprocessing
-from nextscale.toy.optimizer import Optimizer
+from nextscale.toy.optimizer import Optimizer, autocast
 from nextscale.toy.scenes import CONTRAST, RATED_CONTRAST
 from nextscale.toy.train_tokenizer import render_pool
 from nextscale.toy.world import IMAGE_SIZE, VOCABULARY, Scenes, captions, ratings
@@ -140,7 +140,7 @@ def train_clip(
         chosen = torch.randint(pool_size, (batch_size,), generator=generator)
         texts = captions(scenes[chosen], generator)
         tokens = words(texts, padding=True, return_tensors="pt")
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             pooled = model.vision_model(prepare(images[chosen].float() / 255)).pooler_output
             image_BE = F.normalize(model.visual_projection(pooled).float(), dim=-1)
             pooled = model.text_model(**tokens).pooler_output

@@ -20,7 +20,7 @@ from nextscale.base.seeding import generator_for
 from nextscale.models.embedded import CLIPS
 from nextscale.models.vqvae import VQVAE
 from nextscale.rewards.networks.preprocessing import clip_preprocessing
-from nextscale.toy.optimizer import Optimizer
+from nextscale.toy.optimizer import Optimizer, autocast
 from nextscale.toy.prompts import ATTRIBUTES, Combination, combinations_of, pictured, prompt_of
 from nextscale.toy.train_attributes import STYLES_JUDGED
 from nextscale.toy.train_clip import write_preprocessor
@@ -73,7 +73,7 @@ def train_prompt_clip(
         of_images = [shown[i] for i in chosen.tolist()]
         texts = [prompt_of(combination, style) for style, combination in of_images]
         wrong = [prompt_of(changed(each, generator), style) for style, each in of_images]
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             pooled = model.vision_model(prepare(pool[chosen].float() / 255)).pooler_output
             image_BE = F.normalize(model.visual_projection(pooled).float(), dim=-1)
             text_BE, wrong_BE = embed_texts(texts), embed_texts(wrong)

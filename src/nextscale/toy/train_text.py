@@ -18,7 +18,7 @@ from nextscale.models.protocol import Conditioning
 from nextscale.models.switti import Switti, SwittiConfig
 from nextscale.models.texts import TextEncoder
 from nextscale.models.vqvae import VQVAE
-from nextscale.toy.optimizer import Optimizer
+from nextscale.toy.optimizer import Optimizer, autocast
 from nextscale.toy.prompts import captions_of, pictured
 from nextscale.toy.scenes import Scenes
 from nextscale.toy.train_tokenizer import TOKENIZER
@@ -104,7 +104,7 @@ def train_on(
         texts = ["" if is_null else text for text, is_null in zip(texts, is_null_B.tolist(), strict=True)]
         tokens_BL = tokens_NL[chosen].long()
         inputs_BLD = tokenizer.tokens_to_inputs(tokens_BL)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             logits_BLV = model(encode(model, texts), inputs_BLD)
         nll_BL = F.cross_entropy(logits_BLV.transpose(1, 2), tokens_BL, reduction="none")
         loss = (nll_BL * weights_L).sum(1).mean()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nextscale.base.seeding import generator_for
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
-from nextscale.toy.optimizer import Optimizer
+from nextscale.toy.optimizer import Optimizer, autocast
 from nextscale.toy.world import CONTRAST, Scenes, render, sample_scenes
 
 TOKENIZER = VQVAEConfig(
@@ -62,7 +62,7 @@ def train_tokenizer(
             start_codebook(model, pool[chosen].float() / 255, generator)
         chosen = torch.randint(len(pool), (batch_size,), generator=generator)
         images = pool[chosen].float() / 255
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             latent = model.images_to_latent(images).float()
             vq_loss, quantized = latent.new_zeros(()), latent
             if step >= num_plain:

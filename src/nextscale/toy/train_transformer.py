@@ -14,7 +14,7 @@ from nextscale.base.seeding import generator_for
 from nextscale.losses import token_weights
 from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAE
-from nextscale.toy.optimizer import Optimizer
+from nextscale.toy.optimizer import Optimizer, autocast
 from nextscale.toy.train_tokenizer import TOKENIZER, render_pool
 from nextscale.toy.world import CLASSES, STYLES
 
@@ -55,7 +55,7 @@ def train_transformer(
         is_null_B = torch.rand(batch_size, generator=generator) < NULL_RATE
         labels_B = torch.where(is_null_B, TRANSFORMER.num_classes, labels_B)
         inputs_BLD = tokenizer.tokens_to_inputs(tokens_BL)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             logits_BLV = model(model.conditioning_from_labels(labels_B), inputs_BLD)
         nll_BL = F.cross_entropy(logits_BLV.transpose(1, 2), tokens_BL, reduction="none")
         loss = (nll_BL * weights_L).sum(1).mean()
