@@ -411,6 +411,7 @@ def test_the_environment_holds_no_path(folder, trained):
     environment = json.loads((folder / "run" / "environment.json").read_text())
     assert set(environment) == {
         "device", "num_processes", "num_threads", "torch", "nextscale", "python", "started", "command",
+        "mixed_precision",
     }  # fmt: skip
     assert environment["command"] == "nextscale train recipe.yaml"
     assert "/" not in json.dumps(environment)
