@@ -145,10 +145,11 @@ def test_an_update_as_measured_on_a_cpu(mixed_precision, gradient_checkpointing,
     assert counted.peak == pytest.approx(peak, rel=0.04)
 
 
+@pytest.mark.parametrize("recomputes", [True, False])
 @pytest.mark.parametrize("tuning", [WHOLE, LORA])
-def test_blocks_are_alike(tuning):
-    """A transformer of five blocks, run whole, costs what one and two blocks let expect."""
-    deep = phases(gradient_checkpointing=True, mixed_precision="bf16", tuning=tuning)
+def test_blocks_are_alike(tuning, recomputes):
+    """A transformer of five blocks, run whole, costs what the first blocks let expect."""
+    deep = phases(gradient_checkpointing=recomputes, mixed_precision="bf16", tuning=tuning)
     deep = Phases(CONFIG.replace(depth=5), *[getattr(deep, name) for name in list(deep.__dict__)[1:]])
 
     class Whole(Phases):

@@ -137,14 +137,27 @@ def test_a_reference_in_bfloat16_or_in_main_memory():
 
 def test_offloaded_activations_are_not_on_the_gpu():
     """What a recomputed block starts from, which each block but the one at work then has elsewhere."""
-    whole, away = (
-        small_plan(gradient_checkpointing=True, activation_offloading=flag) for flag in (False, True)
-    )
+    options = {"gradient_checkpointing": True, "per_device_train_batch_size": 4}
+    whole, away = (small_plan(**options, activation_offloading=flag) for flag in (False, True))
     stream = whole.phases["update"] - away.phases["update"]
-    sequences = 2 * 8  # both branches
+    sequences = 2 * 4  # both branches
     each = 4 * sequences * ScaleSchedule(SMALL.scale_sizes).num_tokens * SMALL.width
     assert stream == pytest.approx((SMALL.depth - 1) * each, rel=0.02)
     assert away.flops == whole.flops and away.resident == whole.resident
+
+
+@pytest.mark.parametrize("recomputes", [True, False])
+def test_in_a_lone_backward_pass_gradients_come_as_activations_go(recomputes):
+    plan = small_plan(gradient_checkpointing=recomputes)
+    parts = SMALL, SMALL_VQVAE, GRPOConfig(num_groups=4, num_generations=2), GUIDED, plan.run, 8
+    later, first = (Phases(*parts).update(has_gradients=each) for each in (True, False))
+    gradients = plan.resident["gradients"]
+    assert later.peak <= first.peak < later.peak + gradients
+    assert plan.phases["update"] == first.peak - gradients
+    # What is summed over several passes is there from the second one on, and on several GPUs always.
+    several = small_plan(gradient_checkpointing=recomputes, per_device_train_batch_size=4)
+    assert several.phases["update"] == Phases(*parts[:4], several.run, 8).update().peak
+    assert small_plan(num_gpus=2).phases["update"] == Phases(*parts[:4], RunConfig(), 4).update().peak
 
 
 def test_more_gpus_share_the_images():

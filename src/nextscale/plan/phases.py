@@ -40,8 +40,9 @@ class Phases:
     """The phases of a step in one process.
 
     Each method returns the operations for all images of the process, and the memory for those processed at
-    once. Where all blocks are the same, the transformer is run with one block and with two, and every further
-    block adds as much as the second; where some are frozen or adapted otherwise than the rest, with all.
+    once. Where all blocks are the same, the transformer is run with one block and with two (with an adapter
+    two and three), and every further block adds as much as the last. Where some are frozen or adapted unlike
+    the rest, and where an update is one backward pass, it is run with all.
 
     Attributes:
         num_images: images per step of this process.
@@ -134,8 +135,13 @@ class Phases:
 
         return self._by_depth(run)
 
-    def update(self) -> Count:
-        """The loss, including the reference, and its backward pass with gradients already allocated."""
+    def update(self, *, has_gradients: bool = True) -> Count:
+        """The loss, including the reference, and its backward pass.
+
+        Args:
+            has_gradients: whether the gradients are there already, as from the second of several backward
+                passes on, and are not counted. Else they come as the activations go.
+        """
         batch = self._trained_at_once
 
         def run(model: Any) -> Count:
@@ -144,10 +150,12 @@ class Phases:
             if self.run.activation_offloading and self.as_on_gpu:
                 model.keeping_inputs = partial(saved_tensors_hooks, *_ELSEWHERE)
             for parameter in model.parameters():
-                if parameter.requires_grad:
+                if parameter.requires_grad and has_gradients:
                     parameter.grad = torch.zeros_like(parameter)
             return self._count(lambda: objective(model, microbatch).loss, batch)
 
+        if not has_gradients:  # the peak is at one end of the backward pass or at the other: no line in depth
+            return self._at_depth(run, self.transformer.depth)
         return self._by_depth(run)
 
     def divergence(self) -> Count:
@@ -204,9 +212,13 @@ class Phases:
         return min(self.num_images, self.run.per_device_eval_batch_size)
 
     @property
+    def num_passes(self) -> int:
+        """Backward passes of one update."""
+        return -(-self.num_images // self.run.per_device_train_batch_size)
+
+    @property
     def _trained_at_once(self) -> int:
-        num_parts = -(-self.num_images // self.run.per_device_train_batch_size)
-        return len(share_of(self.num_images, 0, num_parts))
+        return len(share_of(self.num_images, 0, self.num_passes))
 
     def _inputs(self, batch: int) -> Tensor:
         return torch.zeros(batch, self._num_tokens - 1, self.transformer.codebook_width)
@@ -236,9 +248,12 @@ class Phases:
 
     def _by_depth(self, run: Callable[[Any], Count]) -> Count:
         depth = self.transformer.depth
-        if not _is_uniform(tuned_transformer(self.transformer, self.tuning)):
+        # With an adapter the first block is unlike the others: it is given nothing that is trained, and keeps
+        # less for the backward pass.
+        first = 2 if self.tuning.use_peft else 1
+        if depth <= first or not _is_uniform(tuned_transformer(self.transformer, self.tuning)):
             return self._at_depth(run, depth)
-        return self._at_depth(run, 1).extrapolate(self._at_depth(run, min(2, depth)), depth - 1)
+        return self._at_depth(run, first).extrapolate(self._at_depth(run, first + 1), depth - first)
 
     def _at_depth(self, run: Callable[[Any], Count], depth: int) -> Count:
         model = tuned_transformer(self.transformer, self.tuning)

@@ -168,13 +168,14 @@ def make_plan(
 
     share = len(share_of(num_images, 0, num_gpus))  # the largest, which all wait for
     of = Phases(transformer, tokenizer, grpo, sampling, run, share, tuning, as_on_gpu)
+    is_alone = num_gpus == 1 and of.num_passes == 1  # the backward pass, before which there is no gradient
     scored_by = [networks[name] for name in backbones.values() if name in networks]
     counts = {
         "rollout": of.rollout(),
         "decode": of.decode(),
         "reward": of.reward(scored_by),
         "reference": of.reference() if grpo.needs_reference else Count(),
-        "update": of.update(),
+        "update": of.update(has_gradients=not is_alone),
     }
     if grpo.credit in WITH_SLOPES:
         counts["credit"] = of.credit([each.config for each in scored_by if isinstance(each, ClipNetwork)])
@@ -209,7 +210,7 @@ def make_plan(
         phases = {"texts": at_work + bytes_of_texts - resident["text encoder"], **phases}
     if waiting:  # it comes once for all images, before there is a gradient
         phases["reference"] = waiting + counts["reference"].peak
-    phases["update"] = counts["update"].peak + of.kept_bytes()
+    phases["update"] = counts["update"].peak + of.kept_bytes() - (one_each if is_alone else 0)
     if is_sharded:
         for name in OF_AN_IMAGE:
             phases[name] += FLOAT32 * weights.parameters  # gathered once for all scales and batches

@@ -109,8 +109,6 @@ def captions_of(
     named: float = 0.85,
     place_named: float | None = None,
     wrong: float = 0.0,
-    no_style: float = 0.0,
-    wrong_style: float = 0.0,
 ) -> list[str]:
     """A caption a scene: the object, and each of the other attributes with this probability.
 
@@ -118,7 +116,6 @@ def captions_of(
         place_named: that of the place; by default the same.
         wrong: share of the captions that are wrong in the object; in the colour, and in the ground, twice as
             many are. Such as captions from the web are.
-        no_style, wrong_style: shares of the captions that name no style, and that name another one.
     """
     texts = []
     shares = torch.tensor([named, named, named if place_named is None else place_named])
@@ -136,15 +133,7 @@ def captions_of(
         thing = with_article(f"{values[1]} {values[0]}" if colour else values[0])
         on = f" on {values[2]}" if ground else ""
         at = f" {values[3]}" if place else ""
-        begins = f"a {STYLES[style]} of "
-        if no_style or wrong_style:
-            u, v = torch.rand(2, generator=generator).tolist()
-            if u < no_style:
-                begins = ""
-            elif u < no_style + wrong_style:
-                others = [each for each in STYLES if each != STYLES[style]]
-                begins = f"a {others[int(v * len(others))]} of "
-        texts.append(f"{begins}{thing}{on}{at}")
+        texts.append(f"a {STYLES[style]} of {thing}{on}{at}")
     return texts
 
 
