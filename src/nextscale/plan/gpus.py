@@ -120,19 +120,23 @@ def this_cpu() -> GPU:
 def _measured(name: str, device: str) -> GPU:
     import torch
 
+    from nextscale.base.precision import has_fast_bfloat16
+
     size = 4096 if device == "cuda" else 1024
-    rates = []
-    for dtype in (torch.float32, torch.bfloat16):
+
+    def rate(dtype: torch.dtype) -> float:
         left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
         seconds = []
         for _ in range(4):
             begin = time.perf_counter()
             (left @ right)[0, 0].item()  # waits for the device
             seconds.append(time.perf_counter() - begin)
-        rates.append(2 * size**3 / min(seconds))
+        return 2 * size**3 / min(seconds)
+
     if device == "cuda":
         memory = torch.cuda.get_device_properties(0).total_memory
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    float32, bfloat16 = rates
-    return GPU(name, memory, bfloat16, float32, is_measured=True)
+    # Without instructions for it, a product of this size takes seconds, to learn that it is slow.
+    bfloat16 = rate(torch.bfloat16) if has_fast_bfloat16(device) else None
+    return GPU(name, memory, bfloat16, rate(torch.float32), is_measured=True)
