@@ -2,13 +2,12 @@
 
 from typing import Literal
 
-import torch
-
 Precision = Literal["no", "bf16"]
 """As Accelerate names them: float32, or autocast to bfloat16."""
+AskedPrecision = Literal["auto", "no", "bf16"]
 
 
-def precision_on(device_type: str, asked: Literal["auto", "no", "bf16"]) -> Precision:
+def precision_on(device_type: str, asked: AskedPrecision) -> Precision:
     """What was asked for; "auto" is bf16 where the device has instructions for it, else float32."""
     if asked == "auto":
         return "bf16" if has_fast_bfloat16(device_type) else "no"
@@ -22,6 +21,8 @@ def has_fast_bfloat16(device_type: str) -> bool:
     Args:
         device_type: "cpu" or "cuda"; of other devices nothing is known, and the answer is no.
     """
+    import torch  # here, since the records of options need none of it
+
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device_type != "cpu" or not torch.backends.mkldnn.is_available():  # oneDNN, which uses them

@@ -17,7 +17,7 @@ from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError
 from nextscale.base.images import image_files
 from nextscale.base.interrupt import Interrupted
-from nextscale.base.precision import precision_on
+from nextscale.base.precision import AskedPrecision, precision_on
 from nextscale.cli import arguments
 from nextscale.cli.kept import Kept, told_conditions, weights_of
 from nextscale.config.build import embedder, judges_for, measures_for, read_conditions
@@ -188,7 +188,7 @@ def _conditions(args: Namespace, recipe: Recipe | None, pipe: VARPipeline) -> li
     return measured or trained or (pipe.conditions(labels) if labels else None)
 
 
-def _precision(args: Namespace, model: str, recipe: Recipe | None) -> Any:
+def _precision(args: Namespace, model: str, recipe: Recipe | None) -> AskedPrecision:
     """As asked for, or as the recipe says, or as the run did that trained the model."""
     if args.mixed_precision:
         return args.mixed_precision

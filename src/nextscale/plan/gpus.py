@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass, replace
 
 from nextscale.base.errors import ConfigError
+from nextscale.base.precision import has_fast_bfloat16
 from nextscale.base.records import did_you_mean
 
 
@@ -119,8 +120,6 @@ def this_cpu() -> GPU:
 
 def _measured(name: str, device: str) -> GPU:
     import torch
-
-    from nextscale.base.precision import has_fast_bfloat16
 
     size = 4096 if device == "cuda" else 1024
 

@@ -1,9 +1,10 @@
 """The options of a run."""
 
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
+from nextscale.base.precision import AskedPrecision
 from nextscale.base.records import FREE_ON_RESUME, Record
 
 
@@ -42,7 +43,7 @@ class RunConfig(Record):
     """Checkpoint to continue from: "auto" for the newest in output_dir, or a path."""
     overwrite: bool = Field(default=False, json_schema_extra=FREE_ON_RESUME)
     """Replace an earlier run in output_dir."""
-    mixed_precision: Literal["auto", "no", "bf16"] = "no"
+    mixed_precision: AskedPrecision = "no"
     """Autocast for all networks, rewards included; output head and log-softmax stay in float32, and on a GPU
     multiply in TF32. "auto" is bf16 where the device has instructions for it, as many CPUs have not."""
     gradient_checkpointing: bool = False
