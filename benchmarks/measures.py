@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nextscale.base.conditions import Condition
+from nextscale.drawing import draw_batches
 from nextscale.pipeline import VARPipeline
 from nextscale.toy.judges import KINDS, judge_images
 from nextscale.toy.realism import NUM_TRUE, Realism
@@ -34,7 +35,8 @@ def samples(name: str, num: int) -> list[tuple[Tensor, list[Condition]]]:
     pipe = VARPipeline.from_pretrained(name)
     classes = pipe.all_conditions()
     seeds = [("measures", each.key) for each in classes]
-    drawn = pipe.draw_batches(classes, seeds, num // len(classes), pipe.sampling, 64)
+    networks = pipe.transformer, pipe.tokenizer
+    drawn = draw_batches(*networks, classes, seeds, num // len(classes), pipe.sampling, 64)
     return [(batch.images, batch.conditions) for batch in drawn]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from nextscale.advantages import weights_in_advantage
 from nextscale.base.errors import ConfigError, RewardError
 from nextscale.credit import Scored, find_credit
+from nextscale.drawing import draw_batches
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig, policy_log_probs
 from nextscale.rescoring import teacher_forced_logits
@@ -58,7 +59,8 @@ def test_expected_codes_are_the_means_of_what_may_be_drawn(
 ) -> None:
     pipe = tiny_pipeline
     conditions = pipe.conditions(CLASSES)
-    (drawn,) = pipe.draw_batches(conditions, [("e", 0), ("e", 1)], 4, sampling, branches=branches)
+    networks, seeds = (pipe.transformer, pipe.tokenizer), [("e", 0), ("e", 1)]
+    (drawn,) = draw_batches(*networks, conditions, seeds, 4, sampling, branches=branches)
     given = pipe.transformer, pipe.transformer.schedule, drawn.conditioning, drawn.inputs, sampling
     probs = policy_log_probs(teacher_forced_logits(*given), sampling).exp()
     by_hand = torch.einsum("blv,vd->bld", probs, pipe.tokenizer.codebook)

@@ -11,8 +11,9 @@ from torch import Tensor
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError, RewardError
 from nextscale.credit import CREDITS, Scored, find_credit, gradient_saliency, token_mask
+from nextscale.drawing import Drawn
 from nextscale.models.scales import ScaleSchedule
-from nextscale.pipeline import Drawn, VARPipeline
+from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.rewards.aesthetic import Aesthetic
 from nextscale.rewards.clip_score import ClipScore

@@ -14,7 +14,7 @@ FLOORS = (
     ("base.*",),
     ("policy", "grpo", "models.*"),
     ("runs.*", "report.*"),
-    ("prompts", "sampling", "rescoring", "rewards.*", "pipeline"),
+    ("prompts", "asked", "sampling", "drawing", "rescoring", "rewards.*", "pipeline"),
     (
         "reference",
         "losses",

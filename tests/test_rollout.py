@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nextscale.drawing import draw_batches
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.rewards import RewardSet
@@ -39,7 +40,8 @@ def test_rewards_see_the_images_batch_by_batch(tiny_pipeline: VARPipeline) -> No
 def test_batches_are_what_is_drawn_at_once(tiny_pipeline: VARPipeline, batch_size: int) -> None:
     conditions = tiny_pipeline.conditions([0, 2, 3])
     whole = tiny_pipeline.draw(conditions, SEEDS, 4, POLICY)
-    batches = list(tiny_pipeline.draw_batches(conditions, SEEDS, 4, POLICY, batch_size))
+    networks = tiny_pipeline.transformer, tiny_pipeline.tokenizer
+    batches = list(draw_batches(*networks, conditions, SEEDS, 4, POLICY, batch_size))
     assert [len(each.images) for each in batches[:-1]] == [batch_size] * (len(batches) - 1)
     assert sum(len(each.conditions) for each in batches) == 12
     parts = tiny_pipeline.draw(conditions, SEEDS, 4, POLICY, batch_size)

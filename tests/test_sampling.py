@@ -3,7 +3,7 @@ import torch
 
 from nextscale.base.errors import CheckpointError
 from nextscale.base.seeding import group_uniforms
-from nextscale.pipeline import Drawn
+from nextscale.drawing import Drawn, draw_batches
 from nextscale.policy import Ramp, SamplingConfig
 from nextscale.rescoring import log_probs, teacher_forced_logits
 from nextscale.sampling import Branches, all_branches, guided_logits, sample
@@ -170,11 +170,11 @@ def test_a_prefix_sampled_once_is_as_if_each_image_had_sampled_it(make_pipeline,
 
 def test_a_prefix_that_a_batch_or_a_share_cuts_is_the_same_in_both(make_pipeline):
     pipe, config, branches = make_pipeline(), SamplingConfig(guidance_scale=1.5), Branches(2, 3)
-    given = pipe.conditions([0, 1]), [("a",), ("b",)], 6, config
-    whole = Drawn.cat(list(pipe.draw_batches(*given, None, None, branches)))
-    parts = Drawn.cat(list(pipe.draw_batches(*given, 4, None, branches)))
+    given = pipe.transformer, pipe.tokenizer, pipe.conditions([0, 1]), [("a",), ("b",)], 6, config
+    whole = Drawn.cat(list(draw_batches(*given, None, None, branches)))
+    parts = Drawn.cat(list(draw_batches(*given, 4, None, branches)))
     mine, theirs = (
-        Drawn.cat(list(pipe.draw_batches(*given, 5, share, branches))) for share in (range(7), range(7, 12))
+        Drawn.cat(list(draw_batches(*given, 5, share, branches))) for share in (range(7), range(7, 12))
     )
     assert torch.equal(parts.tokens, whole.tokens)
     assert torch.equal(torch.cat([mine.tokens, theirs.tokens]), whole.tokens)

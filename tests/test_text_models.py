@@ -12,6 +12,7 @@ from nextscale.base.errors import ConfigError
 from nextscale.cli.main import main
 from nextscale.config.build import build_trainer
 from nextscale.config.recipe import load_recipe
+from nextscale.drawing import draw_batches
 from nextscale.models.embedded import CLIPS
 from nextscale.models.folder import build_transformer
 from nextscale.models.switti import SwittiConfig
@@ -98,7 +99,7 @@ def test_prefixes_may_be_shared_before_and_after_guidance_stops(kind: str, make_
         config = STOPPED.replace(guidance_start=0, guidance_stop=2) if num_scales == 3 else STOPPED
         branches = Branches(num_scales, 2)
         given = conditions, seeds, 4, config
-        drawn = next(iter(pipe.draw_batches(*given, branches=branches)))
+        drawn = next(iter(draw_batches(pipe.transformer, pipe.tokenizer, *given, branches=branches)))
         length = sum(pipe.transformer.schedule.lengths[:num_scales])
         assert torch.equal(drawn.tokens[::2, :length], drawn.tokens[1::2, :length])
         rescored = log_probs(pipe, drawn.conditioning, drawn.tokens, config).detach()

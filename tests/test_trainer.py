@@ -3,7 +3,7 @@
 import copy
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nextscale import rollout
 from nextscale.base import compiling
 from nextscale.base.errors import ConfigError, RewardError
+from nextscale.drawing import Drawn, draw_batches
 from nextscale.evaluation import evaluate
 from nextscale.grpo import GRPOConfig
 from nextscale.losses import LOSSES, LossOutput, Quantities, regularised
@@ -88,7 +90,20 @@ def metrics_of(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_bandit_is_solved(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+def watch_batches(monkeypatch: pytest.MonkeyPatch, look: Callable[[Drawn], None]) -> None:
+    """Have rollouts show their batches before the rewards see them."""
+
+    def watched(*args: Any) -> Iterator[Drawn]:
+        for batch in draw_batches(*args):
+            look(batch)
+            yield batch
+
+    monkeypatch.setattr(rollout, "draw_batches", watched)
+
+
+def test_a_bandit_is_solved(
+    make_pipeline: MakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two arms: the first scale's one token decides the reward, and must come to be drawn nearly always."""
     pipe = make_pipeline(codebook_size=2, scale_sizes=(1, 2), num_classes=2)
 
@@ -96,14 +111,7 @@ def test_a_bandit_is_solved(make_pipeline: MakePipeline, tmp_path: Path) -> None
         return seen[-1]
 
     seen: list[Tensor] = []
-    original = pipe.draw_batches
-
-    def draw_batches(*args: Any) -> Any:
-        for batch in original(*args):
-            seen.append((batch.tokens[:, 0] == 1).float())
-            yield batch
-
-    pipe.draw_batches = draw_batches  # type: ignore[method-assign]
+    watch_batches(monkeypatch, lambda batch: seen.append((batch.tokens[:, 0] == 1).float()))
     trainer = make_trainer(
         pipe, tmp_path / "run", arm, max_steps=60, beta=0.0, learning_rate=3e-3, num_generations=8
     )
@@ -113,20 +121,15 @@ def test_a_bandit_is_solved(make_pipeline: MakePipeline, tmp_path: Path) -> None
     assert last["reward"] > 0.97
 
 
-def test_a_constraint_binds_and_holds(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+def test_a_constraint_binds_and_holds(
+    make_pipeline: MakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Four arms: the best is forbidden, so the best of the others must be found."""
 
     def last_steps(name: str, max_steps: int, **roles: Any) -> tuple[list[float], list[float]]:
         pipe = make_pipeline(codebook_size=4, scale_sizes=(1, 2), num_classes=2)
         seen: list[Tensor] = []
-        original = pipe.draw_batches
-
-        def draw_batches(*args: Any) -> Any:
-            for batch in original(*args):
-                seen.append(batch.tokens[:, 0])
-                yield batch
-
-        pipe.draw_batches = draw_batches  # type: ignore[method-assign]
+        watch_batches(monkeypatch, lambda batch: seen.append(batch.tokens[:, 0]))
         rewards = {
             "gain": lambda images, conditions: torch.tensor([0.2, 0.6, 1.0, 0.0])[seen[-1]],
             "allowed": lambda images, conditions: (seen[-1] != 2).float(),

@@ -22,11 +22,11 @@ from nextscale.base.processes import fail_together, my_share
 from nextscale.base.records import did_you_mean
 from nextscale.base.statistics import centred
 from nextscale.contributions import Groups, code_slopes, of_equal_size
+from nextscale.drawing import Drawn
 from nextscale.grpo import Aggregation
 from nextscale.models.protocol import Tokenizer
 from nextscale.models.scales import ScaleSchedule
 from nextscale.objective import per_token
-from nextscale.pipeline import Drawn
 from nextscale.rewards.asking.answers import ask, user_line
 from nextscale.rewards.asking.waiting import is_async, settings_kept
 from nextscale.rewards.groups import GroupReward

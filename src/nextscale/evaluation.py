@@ -17,10 +17,11 @@ from nextscale.base.parts import Parts
 from nextscale.base.processes import fail_together, from_owners, gathered, my_share, share_of
 from nextscale.base.seeding import generator_for
 from nextscale.base.statistics import deviation, standard_error
+from nextscale.drawing import Drawn, draw_batches
 from nextscale.grpo import GRPOConfig
 from nextscale.models.protocol import NextScaleModel
 from nextscale.objective import Microbatch, Objective
-from nextscale.pipeline import Drawn, VARPipeline
+from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.reference import Reference
 from nextscale.rewards.groups import GroupReward
@@ -203,7 +204,8 @@ def evaluate(
         if parts and progress is not None:
             progress(done - mine.start, len(mine))
         rest = range(done, mine.stop)
-        for batch in pipe.draw_batches(chosen, seeds, per_condition, sampling, batch_size, rest):
+        drawn_in = chosen, seeds, per_condition, sampling, batch_size, rest
+        for batch in draw_batches(pipe.transformer, pipe.tokenizer, *drawn_in):
             images = range(done, done + len(batch.images))
             parts.append(found_in(batch, images))
             if keep_images is not None:

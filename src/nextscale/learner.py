@@ -15,13 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 from nextscale.base.average import Average
 from nextscale.base.errors import ConfigError
 from nextscale.base.precision import precision_on
+from nextscale.drawing import Drawn
 from nextscale.grpo import GRPOConfig
 from nextscale.losses import LossOutput
 from nextscale.models.lora import adapter_off, write_adapter
 from nextscale.models.protocol import NextScaleModel
 from nextscale.objective import Coefficients, Microbatch, Objective, microbatches
 from nextscale.optimizer import OptimizerConfig, make_optimizer
-from nextscale.pipeline import Drawn, VARPipeline
+from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.reference import Reference, reference_dtype
 from nextscale.runs.checkpoint import load_checkpoint, save_checkpoint

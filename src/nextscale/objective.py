@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from nextscale.base.errors import ConfigError
 from nextscale.base.processes import microbatch_shares
+from nextscale.drawing import Drawn
 from nextscale.grpo import GRPOConfig
 from nextscale.losses import LossOutput, Quantities, find_loss, loss_weights, trained_lengths
 from nextscale.models.protocol import Conditioning, Reader
 from nextscale.models.scales import ScaleSchedule
-from nextscale.pipeline import Drawn
 from nextscale.policy import (
     Ramp,
     SamplingConfig,

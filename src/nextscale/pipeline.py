@@ -4,7 +4,7 @@ Shapes: B images · L tokens of all scales · H W pixels
 """
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,28 +15,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from nextscale.base.clock import Clock
+from nextscale.asked import Classes, class_conditions, negative_prompts, prompt_conditions
 from nextscale.base.compiling import compile_parts
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import CheckpointError, ConfigError
 from nextscale.base.images import to_pil
 from nextscale.base.progress import bar_of
-from nextscale.base.seeding import group_uniforms
 from nextscale.base.tensors import to_dtype
+from nextscale.drawing import Drawn, draw_batches
 from nextscale.models import hub, official, zoo
-from nextscale.models.class_names import find_class
 from nextscale.models.folder import CONFIG, read_config, read_networks, write_folder
 from nextscale.models.lora import merged, read_adapter
-from nextscale.models.protocol import Conditioning, NextScaleModel
+from nextscale.models.protocol import NextScaleModel
 from nextscale.models.switti import Switti
 from nextscale.models.var import VARStack
 from nextscale.models.vqvae import VQVAE, check_same_grids
 from nextscale.policy import DEFAULT_SAMPLING, SamplingConfig
 from nextscale.report.model_card import write_model_card
-from nextscale.sampling import Branches, OnScale, sample
-
-Classes = int | str | Tensor | Iterable[int | str]
-"""Classes by number or name; a single one may stand alone."""
 
 
 @dataclass(frozen=True)
@@ -70,50 +65,6 @@ class VAROutput:
             grid.paste(image, (i % columns * width, i // columns * height))
         grid.save(buffer := io.BytesIO(), "PNG")
         return buffer.getvalue()
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Groups of images; the images of a group are consecutive.
-
-    Attributes:
-        conditions: what each of the B images was asked to show.
-        conditioning: the same, encoded for the model.
-        tokens: (B, L) int64.
-        log_probs: (B, L) float32, of each token under the sampling policy.
-        expected_codes: (B, L, D) the mean code of the distribution that each token was drawn from.
-        inputs: (B, L - 1, D) teacher-forcing inputs of the tokens.
-        images: (B, 3, H, W) float32 in [0, 1].
-        seconds: time spent in `rollout` (sampling tokens) and `decode`.
-    """
-
-    conditions: list[Condition]
-    conditioning: Conditioning
-    tokens: Tensor
-    log_probs: Tensor
-    expected_codes: Tensor
-    inputs: Tensor
-    images: Tensor
-    seconds: dict[str, float]
-
-    @staticmethod
-    def cat(parts: "Sequence[Drawn]") -> "Drawn":
-        """The batches of `VARPipeline.draw_batches`, put together."""
-        return Drawn(
-            conditions=[condition for each in parts for condition in each.conditions],
-            conditioning=Conditioning.cat([each.conditioning for each in parts]),
-            tokens=torch.cat([each.tokens for each in parts]),
-            log_probs=torch.cat([each.log_probs for each in parts]),
-            expected_codes=torch.cat([each.expected_codes for each in parts]),
-            inputs=torch.cat([each.inputs for each in parts]),
-            images=torch.cat([each.images for each in parts]),
-            seconds={name: sum(each.seconds[name] for each in parts) for name in parts[0].seconds},
-        )
-
-
-def decoded_at_once(image_size: int) -> int:
-    """How many images a CPU decodes together: at 256 pixels one, which is as quick as several."""
-    return min(max(256**2 // image_size**2, 1), 16)
 
 
 class VARPipeline:
@@ -341,88 +292,12 @@ class VARPipeline:
             )
 
     def conditions(self, classes: Classes | None) -> list[Condition]:
-        """The conditions of these classes.
-
-        Args:
-            classes: numbers or names, as `find_class` takes them; a single one may stand alone.
+        """The conditions of these classes, as `class_conditions` takes them.
 
         Raises:
             ConfigError: the model draws no classes, none are given, or one is not a class of the model.
         """
-        if not self.num_classes:
-            raise ConfigError(
-                "the model draws by prompts and has no classes: say what to draw with `conditions` or prompts"
-            )
-        is_several = isinstance(classes, Iterable) and not isinstance(classes, str)
-        several: Any = classes if is_several and getattr(classes, "ndim", 1) else [classes]
-        labels = [self._label(each) for each in several]
-        if not labels:
-            raise ConfigError(f"no class labels given: give at least one of 0 to {self.num_classes - 1}")
-        names = self.class_names
-        return [Condition(label, names[label] if names else f"class {label}") for label in labels]
-
-    def prompted(self, prompts: str | Sequence[str | Condition]) -> list[Condition]:
-        """The conditions of these prompts.
-
-        Args:
-            prompts: texts, or what `read_prompts` read; a single text may stand alone.
-
-        Raises:
-            ConfigError: the model draws by classes, or no prompts are given, or an empty one.
-        """
-        if self.num_classes:
-            raise ConfigError("the model draws by classes, not by prompts: say what with class labels")
-        several = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not several:
-            raise ConfigError("no prompts given: give at least one")
-        for each in several:
-            text = each.text if isinstance(each, Condition) else each
-            if not isinstance(text, str) or not text.strip():
-                raise ConfigError(f"prompt {each!r} cannot be used: give a text")
-        return [Condition(None, each) if isinstance(each, str) else each for each in several]
-
-    def guided_away(self, conditions: Sequence[Condition], negative: Sequence[str]) -> Conditioning:
-        """The conditions for the model, with what guidance leads away from in place of the empty condition.
-
-        Args:
-            negative: a prompt for each condition, or one for all; an empty one stands for the empty
-                condition.
-        """
-        conditioning = self.transformer.encode_conditions(conditions)
-        if not any(negative):
-            return conditioning
-        away = self.transformer.encode_conditions([Condition(None, text) for text in negative])
-        if not all(negative):
-            is_empty = torch.tensor([not text for text in negative], device=self.device)
-            for name, null in conditioning.null.items():
-                away[name][is_empty] = null
-        return conditioning.against(away)
-
-    def _negative(self, given: str | Sequence[str], num: int, sampling: SamplingConfig) -> list[str]:
-        """Checked: a text for each of `num` prompts, or one for all."""
-        texts = [given] if isinstance(given, str) else list(given)
-        if self.num_classes:
-            raise ConfigError("the model draws by classes and takes no negative prompt: leave it out")
-        for each in texts:
-            if not isinstance(each, str):
-                raise ConfigError(f"negative prompt {each!r} cannot be used: give a text")
-        if len(texts) not in (1, num):
-            raise ConfigError(f"{len(texts)} negative prompts for {num} prompts: give one, or one for each")
-        texts = [each.strip() for each in texts]
-        if any(texts) and not sampling.is_guided:
-            raise ConfigError("a negative prompt has no effect without guidance: set guidance_scale too")
-        return texts
-
-    def _label(self, given: Any) -> int:
-        value = given if getattr(given, "ndim", 1) else given.item()  # of a tensor or an array
-        last = self.num_classes - 1
-        if isinstance(value, str):
-            value = find_class(value, self.class_names or (), self.num_classes)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ConfigError(f"class {value!r} cannot be used: give a name, or a number of 0 to {last}")
-        if not 0 <= value <= last:
-            raise ConfigError(f"class {value} is out of range: the model has classes 0 to {last}")
-        return value
+        return class_conditions(classes, self.class_names, self.num_classes)
 
     def all_conditions(self) -> list[Condition]:
         """The condition of each class.
@@ -432,7 +307,14 @@ class VARPipeline:
         """
         return self.conditions(range(self.num_classes))
 
-    @torch.no_grad()
+    def prompted(self, prompts: str | Sequence[str | Condition]) -> list[Condition]:
+        """The conditions of these prompts, as `prompt_conditions` takes them.
+
+        Raises:
+            ConfigError: the model draws by classes, or no prompts are given, or an empty one.
+        """
+        return prompt_conditions(prompts, self.num_classes)
+
     def draw(
         self,
         conditions: Sequence[Condition],
@@ -441,82 +323,9 @@ class VARPipeline:
         sampling: SamplingConfig,
         batch_size: int | None = None,
     ) -> Drawn:
-        """A group of images for each condition. A group's images depend on its seed alone, never on the
-        batch.
-
-        Args:
-            conditions: one for each group.
-            group_seeds: one for each group, a path as `seeding.derive_seed` takes it.
-            num_images: of each group.
-            batch_size: images run at once; all by default.
-        """
-        return Drawn.cat(list(self.draw_batches(conditions, group_seeds, num_images, sampling, batch_size)))
-
-    @torch.no_grad()
-    def draw_batches(
-        self,
-        conditions: Sequence[Condition],
-        group_seeds: Sequence[tuple[int | str, ...]],
-        num_images: int,
-        sampling: SamplingConfig,
-        batch_size: int | None = None,
-        share: range | None = None,
-        branches: Branches | None = None,
-        on_scale: OnScale | None = None,
-        negative: Sequence[str] = ("",),
-    ) -> Iterator[Drawn]:
-        """What `draw` draws, batch by batch: all are full but the last, and run across groups.
-
-        Args:
-            share: the images to draw, contiguous, of all those of all groups, which it may cut; all by
-                default.
-            branches: how images share their first scales; by default none do.
-            on_scale: called after every scale of a batch.
-            negative: prompts that guidance leads away from, as `guided_away` takes them.
-        """
-        num_tokens = self.transformer.schedule.num_tokens
-        share = range(len(conditions) * num_images) if share is None else share
-        conditioning = self.guided_away(conditions, negative)
-        size = batch_size or max(len(share), 1)
-        for start in range(share.start, share.stop, size):
-            stop = min(start + size, share.stop)
-            first = start // num_images
-            groups = slice(first, -(-stop // num_images))
-            part = slice(start - first * num_images, stop - first * num_images)
-            batch = conditioning.select(groups).repeat(num_images).select(part)
-            # Of whole groups: an image's numbers do not depend on where a share or a batch cuts its group.
-            uniforms = [group_uniforms(num_images, num_tokens, *path) for path in group_seeds[groups]]
-            uniforms_BL, branching = torch.cat(uniforms), None
-            if branches is not None:  # a prefix that two batches share has the same numbers in both
-                uniforms_BL = branches.shared(uniforms_BL, self.transformer.schedule)
-                branching = branches.of(range(start, stop))
-            uniforms_BL = uniforms_BL[part].to(self.device)
-            clock = Clock(self.device)
-            with clock("rollout"):
-                drawn_by = batch, uniforms_BL, sampling, branching, on_scale
-                samples = sample(self.transformer, self.tokenizer, *drawn_by)
-            with clock("decode"):
-                images = self._decode(samples.latent)
-            yield Drawn(
-                conditions=[conditions[i // num_images] for i in range(start, stop)],
-                conditioning=batch,
-                tokens=samples.tokens,
-                log_probs=samples.log_probs,
-                expected_codes=samples.expected_codes,
-                inputs=samples.inputs,
-                images=images,
-                seconds=clock.seconds,
-            )
-
-    def _decode(self, latent_BDhw: Tensor) -> Tensor:
-        """The images of these latents. A CPU decodes a fixed number at once, the last batch filled up: a
-        convolution rounds by the size of its batch, so an image's bits do not depend on its neighbours."""
-        if latent_BDhw.device.type != "cpu":
-            return self.tokenizer.latent_to_images(latent_BDhw)
-        num, size = len(latent_BDhw), decoded_at_once(self.tokenizer.config.image_size)
-        filled_BDhw = torch.cat([latent_BDhw, latent_BDhw.new_zeros(-num % size, *latent_BDhw.shape[1:])])
-        parts = [self.tokenizer.latent_to_images(each) for each in filled_BDhw.split(size)]
-        return torch.cat(parts)[:num]
+        """A group of images for each condition, as `draw_batches` draws them, in one piece."""
+        drawn_in = conditions, group_seeds, num_images, sampling, batch_size
+        return Drawn.cat(list(draw_batches(self.transformer, self.tokenizer, *drawn_in)))
 
     @torch.no_grad()
     def __call__(
@@ -587,7 +396,10 @@ class VARPipeline:
         sampling = self.sampling.replace(**{key: each for key, each in given.items() if each is not None})
         is_prompted = prompts is not None or (class_labels is None and not self.num_classes)
         conditions = self.prompted(prompts or []) if is_prompted else self.conditions(class_labels)
-        negative = self._negative(negative_prompt, len(conditions), sampling) if negative_prompt else [""]
+        negative = [""]
+        if negative_prompt:
+            asked = negative_prompt, len(conditions), self.num_classes, sampling.is_guided
+            negative = negative_prompts(*asked)
         seeds = [("sample", seed, i) for i in range(len(conditions))]
         num_scales = self.transformer.schedule.num_scales
         num_batches = -(-len(conditions) * num_images_per_label // batch_size)
@@ -597,9 +409,11 @@ class VARPipeline:
             if callback_on_scale_end is not None:
                 callback_on_scale_end(self, scale, latent_BDhw)
 
+        networks = self.transformer, self.tokenizer
         drawn_in = conditions, seeds, num_images_per_label, sampling, batch_size
         with bar_of(num_batches * num_scales, "sampling", "scale") as bar:
-            drawn = Drawn.cat(list(self.draw_batches(*drawn_in, on_scale=on_scale, negative=negative)))
+            batches = draw_batches(*networks, *drawn_in, on_scale=on_scale, negative=negative)
+            drawn = Drawn.cat(list(batches))
         output = VAROutput(drawn.images, drawn.tokens, drawn.log_probs)
         if output_type == "pil":
             return replace(output, images=output.pil())

@@ -16,9 +16,10 @@ from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError
 from nextscale.base.processes import my_share
 from nextscale.base.seeding import generator_for
+from nextscale.drawing import Drawn, draw_batches
 from nextscale.grpo import GRPOConfig
 from nextscale.models.scales import ScaleSchedule
-from nextscale.pipeline import Drawn, VARPipeline
+from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.rewards.reward_set import RewardSet
 from nextscale.sampling import Branches
@@ -132,7 +133,7 @@ def collect(
     """
     clock, batches, scored = Clock(pipe.device), [], []
     drawn_in = conditions, group_seeds, num_generations, sampling, batch_size, share, branches
-    for batch in pipe.draw_batches(*drawn_in):
+    for batch in draw_batches(pipe.transformer, pipe.tokenizer, *drawn_in):
         batches.append(batch)
         with clock("reward"):
             scored.append(rewards.scores(batch.images, batch.conditions))

@@ -15,6 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from nextscale import rollout
 from nextscale.base.errors import ConfigError
 from nextscale.cli.main import main
 from nextscale.grpo import GRPOConfig
@@ -136,7 +137,7 @@ def test_a_trainer_that_fails_lets_go_of_its_folder(
 
     trainer = make_trainer(tiny_pipeline, tmp_path / "run")
     with monkeypatch.context() as patched, pytest.raises(ConfigError, match="no such device") as training:
-        patched.setattr(VARPipeline, "draw_batches", fail)
+        patched.setattr(rollout, "draw_batches", fail)
         trainer.train()
     with monkeypatch.context() as patched, pytest.raises(ConfigError, match="no such device") as making:
         patched.setattr(VARPipeline, "to", fail)

@@ -16,6 +16,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from nextscale.base.processes import share_of
 from nextscale.base.records import Record
+from nextscale.drawing import decoded_at_once
 from nextscale.grpo import GRPOConfig
 from nextscale.losses import trained_lengths
 from nextscale.models.folder import build_transformer
@@ -24,7 +25,6 @@ from nextscale.models.protocol import Conditioning, NextScaleModel
 from nextscale.models.scales import ScaleSchedule
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
 from nextscale.objective import Microbatch, Objective
-from nextscale.pipeline import decoded_at_once
 from nextscale.plan.counting import Count, count, without_data
 from nextscale.plan.networks import Network
 from nextscale.policy import SamplingConfig
