@@ -241,10 +241,12 @@ def test_tensorboard_has_each_step_once_after_a_resume(make_pipeline: MakePipeli
     assert [each.step for each in events.Scalars("reward")] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("max_resamplings", [0, 1])
 def test_a_constant_reward_warns_once(
-    tiny_pipeline: VARPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_pipeline: VARPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str], max_resamplings: int
 ) -> None:
-    make_trainer(tiny_pipeline, tmp_path / "run", lambda images, _: [1.0] * len(images), max_steps=3).train()
+    options = {"max_steps": 3, "max_resamplings": max_resamplings}
+    make_trainer(tiny_pipeline, tmp_path / "run", lambda images, _: [1.0] * len(images), **options).train()
     assert capsys.readouterr().err.count("the same reward, so there is nothing to learn") == 1
 
 

@@ -2,7 +2,6 @@
 
 import math
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,8 @@ from tqdm.auto import tqdm
 
 from nextscale.base.errors import ConfigError
 from nextscale.base.metrics import finite
-from nextscale.runs.config import RunConfig
+from nextscale.base.precision import has_fast_bfloat16
+from nextscale.runs.config import MAX_DRIFT, RunConfig
 from nextscale.runs.result import TrainResult
 
 if TYPE_CHECKING:
@@ -127,6 +127,39 @@ class ProgressBar(Callback):
                 each.close()
 
 
+class Warnings(Callback):
+    """Says what a user should look into: once, not at every step."""
+
+    def __init__(self) -> None:
+        self.was_idle = False  # in the last step
+        self.has_drifted = False  # in any step
+
+    def on_train_begin(self, trainer: "GRPOTrainer") -> None:
+        if trainer.learner.precision == "bf16" and not has_fast_bfloat16(trainer.accelerator.device.type):
+            trainer.say(
+                "Warning: this machine has no instructions for bfloat16, and takes many times as long as for "
+                "float32: set run.mixed_precision to auto"
+            )
+
+    def on_step_end(self, trainer: "GRPOTrainer", metrics: Mapping[str, float]) -> None:
+        # Of groups that were drawn anew until they differed, the rewards are logged as they first were.
+        idle_groups = metrics.get("idle_groups", metrics["frac_reward_zero_std"] * trainer.grpo.num_groups)
+        is_idle = idle_groups == trainer.grpo.num_groups
+        if is_idle and not self.was_idle:
+            trainer.say(
+                "Warning: all images of each group have the same reward, so there is nothing to learn"
+            )
+        self.was_idle = is_idle
+
+        drift = metrics["sampling/sampling_logp_difference/mean"]
+        if drift > MAX_DRIFT[trainer.learner.precision] and not self.has_drifted:
+            self.has_drifted = True
+            trainer.say(
+                f"Warning: sampler and trainer differ by {drift:.2g} nats a token on average, more than "
+                "rounding explains; docs/policy.md says what to check"
+            )
+
+
 class Trackers(Callback):
     """Hands metrics, samples and the report to the trackers of `run.report_to`, by Accelerate."""
 
@@ -219,12 +252,10 @@ class BestModel(Callback):
         if self.patience is None or self.num_worse < self.patience or trainer.should_stop:
             return
         trainer.should_stop = True
-        if trainer.accelerator.is_main_process:
-            tqdm.write(
-                f"Stopped early after step {trainer.step_done}: {self.metric} was best after step "
-                f"{self.step}, {self.num_worse} evaluations ago",
-                file=sys.stderr,
-            )
+        trainer.say(
+            f"Stopped early after step {trainer.step_done}: {self.metric} was best after step "
+            f"{self.step}, {self.num_worse} evaluations ago"
+        )
 
 
 def best_model(run: RunConfig) -> BestModel | None:

@@ -22,9 +22,8 @@ from nextscale.base.errors import CheckpointError, ConfigError, RewardError, Tra
 from nextscale.base.files import replacing_folder
 from nextscale.base.interrupt import Interrupted, StopOnSignal
 from nextscale.base.metrics import Means, finite
-from nextscale.base.precision import has_fast_bfloat16
 from nextscale.base.processes import fail_together
-from nextscale.callbacks import Callback, ProgressBar, Trackers, best_model, named
+from nextscale.callbacks import Callback, ProgressBar, Trackers, Warnings, best_model, named
 from nextscale.collector import Collector
 from nextscale.controllers import AdaptiveKL, Constraints, Controller, EntropyFloor
 from nextscale.credit import credit_source, find_credit
@@ -49,7 +48,7 @@ from nextscale.runs.checkpoint import (
     list_checkpoints,
     tidy_checkpoints,
 )
-from nextscale.runs.config import MAX_DRIFT, RunConfig
+from nextscale.runs.config import RunConfig
 from nextscale.runs.diagnosis import diagnose
 from nextscale.runs.environment import environment
 from nextscale.runs.hacking import HackingWatch
@@ -148,12 +147,6 @@ class GRPOTrainer:
             run=self.run,
         )
 
-        if self.learner.precision == "bf16" and not has_fast_bfloat16(self.accelerator.device.type):
-            self._say(
-                "Warning: this machine has no instructions for bfloat16, and takes many times as long as for "
-                "float32: set run.mixed_precision to auto"
-            )
-
         self.collector = Collector(
             pipe,
             self.learner,
@@ -196,7 +189,7 @@ class GRPOTrainer:
         self.after_update = [each for each in (self.entropy_floor, self.adaptive_kl) if each is not None]
 
         self.bar, self.best = ProgressBar(), best_model(self.run)
-        own: list[Callback] = [self.bar, Trackers(), *([self.best] if self.best else [])]
+        own: list[Callback] = [self.bar, Warnings(), Trackers(), *([self.best] if self.best else [])]
         self.callbacks = [*own, *callbacks]
 
         self.step_done, self.seconds_done, self.should_stop = 0, 0.0, False
@@ -204,8 +197,6 @@ class GRPOTrainer:
         self.last_metrics: dict[str, float] = {}
         self.step_evaluated: int | None = None
         self.saved: tuple[int, int | None] | None = None  # the two, when the last checkpoint was written
-        self.was_constant = False  # the reward, in the last step
-        self.has_drifted = False  # the sampler from the trainer, in any step
 
     # ---- the loop
 
@@ -259,7 +250,7 @@ class GRPOTrainer:
         if path is not None:
             self.load(path)
             if self.step_done >= run.max_steps:
-                self._say(f"all {self.step_done} steps are done; raise run.max_steps to go on")
+                self.say(f"all {self.step_done} steps are done; raise run.max_steps to go on")
         with fail_together():
             self.folder.keep_steps(self.step_done)
             if process.is_main_process and path is not None:
@@ -325,6 +316,11 @@ class GRPOTrainer:
         for callback in self.callbacks:
             getattr(callback, event)(self, *arguments)
 
+    def say(self, sentence: str) -> None:
+        """Tell the user something, once however many processes there are."""
+        if self.accelerator.is_main_process:
+            tqdm.write(sentence, file=sys.stderr)
+
     def step(self, step: int) -> dict[str, float]:
         """One training step: a batch of rollouts and its updates; returns its metrics.
 
@@ -381,12 +377,6 @@ class GRPOTrainer:
         for controller in self.after_update if not num_skipped else ():
             controller_metrics |= controller.update(loss_metrics)
 
-        # Measure, and say once if there was nothing to learn, or if sampler and trainer disagree.
-        self._check_drift(loss_metrics)
-        is_constant = step_metrics(self.rewards, scores)["frac_reward_zero_std"] == 1
-        if is_constant and not self.was_constant:
-            self._say("Warning: all images of each group have the same reward, so there is nothing to learn")
-        self.was_constant = is_constant
         elapsed = time.perf_counter() - begin
         seconds = rollout.seconds | clock.seconds
         return {
@@ -440,7 +430,7 @@ class GRPOTrainer:
         metrics = {f"eval_{name}": value for name, value in result.metrics.items()}
         warning_metrics = self.watch.update(metrics)
         for warning in self.watch.warnings.values():
-            self._say(f"Warning: {warning}")
+            self.say(f"Warning: {warning}")
         self.step_evaluated = self.step_done
         metrics |= warning_metrics | {"eval_time": time.perf_counter() - begin}
         if self.step_done == 0:
@@ -504,7 +494,7 @@ class GRPOTrainer:
             return None
 
         def warn(sentence: str) -> None:
-            self._say(f"Warning: {sentence}")
+            self.say(f"Warning: {sentence}")
 
         return find_checkpoint(self.accelerator, self.run.resume, self.folder.checkpoints, warn)
 
@@ -527,21 +517,6 @@ class GRPOTrainer:
         self.step_done, self.seconds_done = step, seconds
         self.step_evaluated, self.learner.num_skipped = evaluated, state["num_skipped"]
         self.saved = step, evaluated
-
-    def _say(self, sentence: str) -> None:
-        """Tell the user something, once however many processes there are."""
-        if self.accelerator.is_main_process:
-            tqdm.write(sentence, file=sys.stderr)
-
-    def _check_drift(self, metrics: Mapping[str, float]) -> None:
-        """Say once if the sampler's log-probs are further from the trainer's than rounding explains."""
-        drift = metrics["sampling/sampling_logp_difference/mean"]
-        if drift > MAX_DRIFT[self.learner.precision] and not self.has_drifted:
-            self.has_drifted = True
-            self._say(
-                f"Warning: sampler and trainer differ by {drift:.2g} nats a token on average, more than "
-                "rounding explains; docs/policy.md says what to check"
-            )
 
     def _check_continuable(self) -> None:
         is_lost = self.run.resume == "auto" and not list_checkpoints(self.folder.checkpoints)
