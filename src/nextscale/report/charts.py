@@ -41,8 +41,8 @@ STYLE: dict[Any, Any] = {
     "path.simplify": False,  # what is left out would show where one zooms in
 }
 WIDTH, HEIGHT = 259.2, 151.2  # of a chart, in points
-# Left, below, right and above of the plot: the same for all, so that plots stand in line. A layout that fits them
-# to the labels takes three quarters of a report's time, and knows another font than the reader's.
+# Left, below, right and above of the plot: the same for all, so that plots stand in line. A layout that fits
+# them to the labels takes as long as the drawing, and knows another font than the reader's.
 MARGINS = 42, 28, 6, 10
 
 
