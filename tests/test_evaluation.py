@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nextscale import pipeline
+from nextscale import drawing
 from nextscale.base.conditions import Condition
 from nextscale.evaluation import evaluate
 from nextscale.pipeline import VARPipeline
@@ -67,13 +67,13 @@ def embed(images: Tensor) -> Tensor:
 def draws(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of the batches that are drawn."""
     sizes: list[int] = []
-    sample = pipeline.sample
+    sample = drawing.sample
 
     def counted(transformer: Any, tokenizer: Any, conditioning: Any, *more: Any) -> Any:
         sizes.append(len(conditioning))
         return sample(transformer, tokenizer, conditioning, *more)
 
-    monkeypatch.setattr(pipeline, "sample", counted)
+    monkeypatch.setattr(drawing, "sample", counted)
     return sizes
 
 
