@@ -58,7 +58,6 @@ def test_packaged_recipes_sample_as_before():
     for name in packaged_recipes():
         sampling = resolve(load_recipe(name)).sampling
         own = {"toy-unguided": {"guidance_scale": 0.0}, "var-clip-painting": {"guidance_scale": 2.0}}
-        own["toy-text-attributes"] = {"guidance_scale": 5.0}
         stopped = {"guidance_scale": 3.0, "guidance_stop": 8}
         own |= {"switti-512-aesthetic": stopped, "switti-512-geneval": stopped}
         assert sampling == SamplingConfig(**own.get(name, {"guidance_scale": 1.5})), name

@@ -136,7 +136,7 @@ def test_a_plan_counts_the_text_encoder_and_both_networks_of_geneval(tmp_path, m
     one = make_plan(SWITTI, VQVAE, backbones, grpo, guided, RunConfig(), "h100-80gb")
     tower = switti_encoder(["toy-text"]).load(str(TOY_ASSETS / "clip_text"))
     num = size_of(tower)
-    assert one.parameters["text of toy-text"] == num and "text of toy-text 112960" in describe(one)
+    assert one.parameters["text of toy-text"] == num and "text of toy-text 113152" in describe(one)
     # On a GPU only while prompts are encoded, which is before there are gradients; the widest of what is made
     # there are the hidden states of the feed-forward layers.
     config = tower.config

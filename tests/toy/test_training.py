@@ -25,6 +25,7 @@ from nextscale.toy.judges import KINDS, load_judge
 from nextscale.toy.train import write_hashes
 from nextscale.toy.train_clip import clip_config, text_tokenizer, train_aesthetic_head, train_clip
 from nextscale.toy.train_judges import train_judge
+from nextscale.toy.train_prompt_clip import with_words
 from nextscale.toy.train_text import train_text_transformer
 from nextscale.toy.train_tokenizer import TOKENIZER, k_means, revive_codes, train_tokenizer
 from nextscale.toy.train_transformer import train_transformer
@@ -192,3 +193,17 @@ def test_the_model_of_prompts_alone_is_trained_again(tmp_path: Path, monkeypatch
     expected = few(trained, 0, 2, encoder, log=silent).half().state_dict()
     found = load_file(tmp_path / "toy" / "pipeline_text" / "transformer.safetensors")
     assert all(torch.equal(expected[name], each) for name, each in found.items() if name in expected)
+
+
+def test_a_clip_keeps_the_words_that_it_knows(tmp_path: Path):
+    known = text_tokenizer(tmp_path / "known", ("a", "red", "star"))
+    more = text_tokenizer(tmp_path / "more", ("a", "red", "star", "left"))
+    model = CLIPModel(clip_config(known)).eval()
+    grown = with_words(model, known, more).eval()
+    assert len(more) > len(known)
+    before, after = (
+        each.get_text_features(**words(["a red star"], return_tensors="pt")).pooler_output
+        for each, words in ((model, known), (grown, more))
+    )
+    torch.testing.assert_close(before, after, atol=0, rtol=0)
+    assert len(more(["left"])["input_ids"][0]) == 3 and len(known(["left"])["input_ids"][0]) == 6

@@ -36,7 +36,7 @@ WANTED: dict[bool, dict[str, Any]] = {
     True: {
         "label": "Prompts",
         "info": "one a line",
-        "value": "a photo of a red star on clay in the middle\na photo of a blue fish on sand off centre",
+        "value": "a photo of a red star on clay in the middle\na photo of a blue fish on sand on the left",
     },
 }
 """Whether a model draws by prompts to the field that says what it is to draw."""

@@ -1,7 +1,7 @@
 """Prompts of the miniature world: what they name, which are held out, and true pictures of them.
 
 A prompt names an object, its colour, the ground and the place, such as "a photo of a red star on clay in the
-middle": 768 combinations. One in eight is held out: no model is trained on a prompt or a picture of it.
+middle": 1,152 combinations. One in eight is held out: no model is trained on a prompt or a picture of it.
 
 Shapes: N pictures or prompts
 """
@@ -13,8 +13,12 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from nextscale.toy.scenes import CLASSES, MAX_OFFSET, PALETTE, STYLES, Scenes, sample_scenes
-from nextscale.toy.world import GROUND_NAMES, PLACES, with_article
+from nextscale.toy.scenes import CLASSES, MAX_OFFSET, PALETTE, SIZE, STYLES, Scenes, sample_scenes
+from nextscale.toy.world import GROUND_NAMES, VOCABULARY, with_article
+
+PLACES = ("in the middle", "on the left", "on the right")
+WORDS = (*VOCABULARY, "left", "right")
+"""All words of prompts: the captions of the miniature's other pictures know no sides."""
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "object": CLASSES,
@@ -24,10 +28,9 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 """Name of an attribute to what it may be."""
 
-MIDDLE = 0.4
-OFF_CENTRE = 0.8
-"""Up to, and from, which share of `MAX_OFFSET` an object's place has a name. Pictures of prompts have no
-other."""
+ASIDE = 7.0
+"""Offset of an object on the left or right, in pixels; it varies by 1, and that in the middle by 2. No object
+is between two places."""
 
 Combination = tuple[int, ...]
 """For each attribute the index of what it is."""
@@ -42,7 +45,7 @@ def is_held_out(combination: Combination) -> bool:
     """Whether no training prompt or picture has this combination. Each value is held out with each of most
     others, and never with all."""
     label, colour, ground, place = combination
-    return (label + 3 * colour + 5 * ground + 4 * place) % 8 == 0
+    return (label + 3 * colour + 5 * ground + 3 * place) % 8 == 0
 
 
 def prompt_of(combination: Combination, style: str = "photo") -> str:
@@ -72,19 +75,23 @@ def prompts(*, held_out: bool, style: str = "photo") -> list[str]:
 def pictured(
     num: int, generator: torch.Generator, *, held_out: bool | None = False, style: str = "photo"
 ) -> Scenes:
-    """Scenes whose objects are clearly in the middle or off centre, equally often.
+    """Scenes whose objects are clearly in the middle, on the left or on the right, equally often.
+
+    They are of the smaller sizes, which stay in the picture there.
 
     Args:
         held_out: whether they are of held-out combinations, or of all others; None for any.
     """
     styles = torch.full((16 * num + 64,), STYLES.index(style))
     scenes = sample_scenes(len(styles), generator, styles=styles)
-    radius = (scenes.x**2 + scenes.y**2).sqrt() / MAX_OFFSET
-    # Of a uniform disc, a sixth is in the middle: the others are moved there, in half of the scenes.
-    is_middle = torch.rand(len(scenes), generator=generator) < 0.5
-    wanted = torch.where(is_middle, MIDDLE * radius, OFF_CENTRE + (1 - OFF_CENTRE) * radius)
-    factor = wanted / radius.clamp_min(1e-6)
-    scenes = replace(scenes, x=scenes.x * factor, y=scenes.y * factor)
+    place = torch.randint(len(PLACES), (len(scenes),), generator=generator)
+    aside, spread = torch.tensor([0.0, -ASIDE, ASIDE])[place], torch.tensor([2.0, 1.0, 1.0])[place]
+    scenes = replace(
+        scenes,
+        x=aside + spread * scenes.x / MAX_OFFSET,
+        y=2 * scenes.y / MAX_OFFSET,
+        size=(scenes.size + SIZE[0]) / 2,
+    )
     if held_out is not None:
         sides = torch.tensor([is_held_out(each) for each in combinations_of(scenes)])
         scenes = scenes[sides == held_out]
@@ -94,7 +101,8 @@ def pictured(
 
 def places_of(scenes: Scenes) -> Tensor:
     """(N,) index into PLACES, of scenes as `pictured` makes them."""
-    return ((scenes.x**2 + scenes.y**2).sqrt() > (MIDDLE + OFF_CENTRE) / 2 * MAX_OFFSET).long()
+    is_left, is_right = scenes.x < -ASIDE / 2, scenes.x > ASIDE / 2
+    return is_left * PLACES.index("on the left") + is_right * PLACES.index("on the right")
 
 
 def combinations_of(scenes: Scenes) -> list[Combination]:
@@ -109,6 +117,8 @@ def captions_of(
     named: float = 0.85,
     place_named: float | None = None,
     wrong: float = 0.0,
+    no_style: float = 0.0,
+    wrong_style: float = 0.0,
 ) -> list[str]:
     """A caption a scene: the object, and each of the other attributes with this probability.
 
@@ -116,6 +126,7 @@ def captions_of(
         place_named: that of the place; by default the same.
         wrong: share of the captions that are wrong in the object; in the colour, and in the ground, twice as
             many are. Such as captions from the web are.
+        no_style, wrong_style: shares of the captions that name no style, and that name another one.
     """
     texts = []
     shares = torch.tensor([named, named, named if place_named is None else place_named])
@@ -133,7 +144,15 @@ def captions_of(
         thing = with_article(f"{values[1]} {values[0]}" if colour else values[0])
         on = f" on {values[2]}" if ground else ""
         at = f" {values[3]}" if place else ""
-        texts.append(f"a {STYLES[style]} of {thing}{on}{at}")
+        begins = f"a {STYLES[style]} of "
+        if no_style or wrong_style:
+            u, v = torch.rand(2, generator=generator).tolist()
+            if u < no_style:
+                begins = ""
+            elif u < no_style + wrong_style:
+                others = [each for each in STYLES if each != STYLES[style]]
+                begins = f"a {others[int(v * len(others))]} of "
+        texts.append(f"{begins}{thing}{on}{at}")
     return texts
 
 

@@ -31,7 +31,7 @@ STEPS = {
     "aesthetic": 3000,
     "judge": 800,
     "text": 2200,
-    "prompt_clip": 500,
+    "prompt_clip": 800,
     "attribute_judge": 500,
 }
 JUDGE_SEED = 7919  # a judge shares neither initialization nor images with the models that it judges

@@ -8,7 +8,7 @@ Shapes: B images · N texts · E width of the embedding
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import cast
@@ -32,12 +32,12 @@ MAX_TEXT = 16
 END = "<|endoftext|>"
 
 
-def text_tokenizer(folder: Path) -> CLIPTokenizer:
-    """CLIP's byte-pair tokenizer with a vocabulary in which every word of the miniature world is one token.
+def text_tokenizer(folder: Path, vocabulary: Sequence[str] = VOCABULARY) -> CLIPTokenizer:
+    """CLIP's byte-pair tokenizer in whose vocabulary each of these words is one token.
 
     Also written to `folder`, in the hub's layout.
     """
-    words = {word: [*word[:-1], word[-1] + "</w>"] for word in VOCABULARY}
+    words = {word: [*word[:-1], word[-1] + "</w>"] for word in vocabulary}
     merges: list[tuple[str, str]] = []
     pieces = {piece for split in words.values() for piece in split}
     while pairs := Counter(pair for split in words.values() for pair in pairwise(split)):
@@ -46,9 +46,9 @@ def text_tokenizer(folder: Path) -> CLIPTokenizer:
         pieces.add("".join(merge))
         words = {word: _merged(split, merge) for word, split in words.items()}
     alphabet = {letter + end for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")}
-    vocabulary = [*sorted(alphabet | pieces), "<|startoftext|>", END]
+    tokens = [*sorted(alphabet | pieces), "<|startoftext|>", END]
     folder.mkdir(parents=True, exist_ok=True)
-    vocab = {piece: i for i, piece in enumerate(vocabulary)}
+    vocab = {piece: i for i, piece in enumerate(tokens)}
     pairs_of_pieces = cast("list[str]", merges)  # annotated as strings, but pairs are expected
     tokenizer = CLIPTokenizer(vocab=vocab, merges=pairs_of_pieces, model_max_length=MAX_TEXT)
     tokenizer.save_pretrained(folder)

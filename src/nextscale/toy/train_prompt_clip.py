@@ -21,9 +21,9 @@ from nextscale.models.embedded import CLIPS
 from nextscale.models.vqvae import VQVAE
 from nextscale.rewards.networks.preprocessing import clip_preprocessing
 from nextscale.toy.optimizer import Optimizer, autocast
-from nextscale.toy.prompts import ATTRIBUTES, Combination, combinations_of, pictured, prompt_of
+from nextscale.toy.prompts import ATTRIBUTES, WORDS, Combination, combinations_of, pictured, prompt_of
 from nextscale.toy.train_attributes import STYLES_JUDGED
-from nextscale.toy.train_clip import write_preprocessor
+from nextscale.toy.train_clip import clip_config, text_tokenizer, write_preprocessor
 from nextscale.toy.world import IMAGE_SIZE, STYLES, render
 
 PLACE_SHARE = 0.5  # of the wrong captions that are wrong in the place, the hardest to see
@@ -46,9 +46,8 @@ def train_prompt_clip(
     """
     torch.manual_seed(seed)
     generator = generator_for("toy", "prompt clip", seed)
-    words = CLIPTokenizer.from_pretrained(start)
-    words.save_pretrained(folder)
-    model = CLIPModel.from_pretrained(start, dtype=torch.float32)
+    words = text_tokenizer(folder, WORDS)
+    model = with_words(CLIPModel.from_pretrained(start), CLIPTokenizer.from_pretrained(start), words)
     prepare = clip_preprocessing(IMAGE_SIZE)
     shown: list[tuple[str, Combination]] = []
     parts = []
@@ -92,6 +91,18 @@ def train_prompt_clip(
     model.eval().half().save_pretrained(folder)
     write_preprocessor(folder)
     return model.float()
+
+
+def with_words(model: CLIPModel, words: CLIPTokenizer, others: CLIPTokenizer) -> CLIPModel:
+    """The CLIP for another vocabulary, in float32; tokens that its own lacks begin at random."""
+    key = "text_model.embeddings.token_embedding.weight"
+    result = CLIPModel(clip_config(others))
+    state, known, embeddings = model.float().state_dict(), words.get_vocab(), result.state_dict()[key]
+    for token, place in others.get_vocab().items():
+        if token in known:
+            embeddings[place] = state[key][known[token]]
+    result.load_state_dict({**state, key: embeddings})
+    return result
 
 
 def changed(combination: Combination, generator: torch.Generator) -> Combination:

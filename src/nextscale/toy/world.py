@@ -37,7 +37,6 @@ __all__ = [
     "MAX_ROTATION",
     "PAINTERS",
     "PALETTE",
-    "PLACES",
     "SATURATION",
     "SIZE",
     "STYLES",
@@ -57,7 +56,6 @@ __all__ = [
 ADJECTIVES = ("large", "small", "bold", "faint", "bright", "pale")
 GROUND_NAMES = ("clay", "sand", "moss", "lagoon", "slate", "mauve")
 GROUND_STYLES = ("photo", "painting", "mosaic")  # a sketch is on paper, a neon sign on a wall
-PLACES = ("in the middle", "off centre")
 VOCABULARY = (
     *("a", "an", "of", "showing", "as", "sign", "on", "in", "the", "middle", "off", "centre"),
     *(*ADJECTIVES, *PALETTE, *GROUND_NAMES, *STYLES, *CLASSES),
@@ -118,7 +116,7 @@ def captions(scenes: Scenes, generator: torch.Generator) -> list[str]:
         (("large", "small"), _share(scenes.size, SIZE)),
         (("bold", "faint"), _share(scenes.contrast, CONTRAST)),
         (("bright", "pale"), _share(scenes.saturation, SATURATION)),
-        (PLACES, centred),
+        (("in the middle", "off centre"), centred),
     ]
     words_of = [
         [high if share > 2 / 3 else low if share < 1 / 3 else "" for share in shares.tolist()]
