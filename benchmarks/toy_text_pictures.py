@@ -1,8 +1,8 @@
 """Held-out prompts, drawn by a base model above and by a tuned one below, from the same seeds.
 
     nextscale train toy-text-attributes --run.seed 90
-    python benchmarks/toy_text_pictures.py runs/toy-text-attributes --output docs/text_before_after.png
-    python benchmarks/toy_text_pictures.py runs/toy-text-painting --style painting \\
+    python benchmarks/toy_text_pictures.py runs/toy-text-attributes/final --output docs/text_before_after.png
+    python benchmarks/toy_text_pictures.py runs/toy-text-painting/final --style painting \\
         --output docs/text_painting.png
 
 Prompts are every 17th of the held-out ones, so that none is chosen by its pictures.
@@ -26,7 +26,7 @@ SIZE, GAP, HEAD, SIDE = 128, 8, 66, 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("tuned", help="folder of a run")
+    parser.add_argument("tuned", help="a model, such as a run's folder final")
     parser.add_argument("--base", default="toy-text")
     parser.add_argument("--style", default="photo")
     parser.add_argument("--guidance-scale", type=float, help="of both; by default the tuned model's")
@@ -42,7 +42,7 @@ def main() -> None:
     page = Image.new("RGB", (width, HEAD + len(models) * row), "white")
     pen = ImageDraw.Draw(page)
     for i, text in enumerate(texts):
-        lines = "\n".join(textwrap.wrap(text, 19))
+        lines = "\n".join(textwrap.wrap(text, 18))
         pen.text((SIDE + i * (SIZE + GAP), 4), lines, "black", font)
     for j, (name, pipe) in enumerate(models.items()):
         top = HEAD + j * row
