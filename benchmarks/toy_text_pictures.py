@@ -21,7 +21,7 @@ from nextscale.base.images import to_pil
 from nextscale.toy.prompts import prompts
 
 COLUMNS, EACH = 8, 2  # prompts, and images of each prompt by each model
-SIZE, GAP, HEAD, SIDE = 128, 8, 66, 64
+SIZE, GAP, HEAD, SIDE = 128, 8, 82, 64
 
 
 def main() -> None:
