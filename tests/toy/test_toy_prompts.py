@@ -122,7 +122,7 @@ def test_the_clip_of_prompts_sees_what_is_wrong() -> None:
             (*each[:i], (each[i] + 1) % len(values), *each[i + 1 :]) for each in combinations_of(scenes)
         ]
         wrong = reward(images, [Condition(None, prompt_of(each)) for each in changed])
-        assert (right > wrong).float().mean() > 0.85, list(ATTRIBUTES)[i]
+        assert (right > wrong).float().mean() > 0.95, list(ATTRIBUTES)[i]
 
 
 @needs_assets
@@ -132,6 +132,6 @@ def test_the_model_draws_photos_of_held_out_prompts() -> None:
     out = pipe(prompts=texts, seed=3)
     judged = judge_prompted(out.images, [Condition(None, text) for text in texts])
     assert judged["judge/style/photo"].mean() > 0.9
-    for name in ("object", "colour"):
-        assert judged[f"judge/{name}_right"].mean() > 0.5
+    for name, least in {"object": 0.9, "colour": 0.6, "ground": 0.6, "place": 0.9}.items():
+        assert judged[f"judge/{name}_right"].mean() > least, name
     assert torch.isfinite(out.log_probs).all()
