@@ -2,10 +2,12 @@
 
     nextscale train toy-text-attributes --run.seed 90
     python benchmarks/toy_text_pictures.py runs/toy-text-attributes/final --output docs/text_before_after.png
+    nextscale train toy-text-painting --run.seed 90
     python benchmarks/toy_text_pictures.py runs/toy-text-painting/final --style painting \\
         --output docs/text_painting.png
 
 Prompts are every 17th of the held-out ones, so that none is chosen by its pictures.
+Both models are drawn with the tuned one's guidance.
 
 Shapes: P prompts · n images of one prompt
 """
@@ -29,14 +31,13 @@ def main() -> None:
     parser.add_argument("tuned", help="a model, such as a run's folder final")
     parser.add_argument("--base", default="toy-text")
     parser.add_argument("--style", default="photo")
-    parser.add_argument("--guidance-scale", type=float, help="of both; by default the tuned model's")
     parser.add_argument("--output", required=True, help="picture to write")
     args = parser.parse_args()
 
     texts = prompts(held_out=True, style=args.style)[::17][:COLUMNS]
     tuned = ns.VARPipeline.from_pretrained(args.tuned)
-    guidance = args.guidance_scale or tuned.sampling.guidance_scale
     models = {"base": ns.VARPipeline.from_pretrained(args.base), "tuned": tuned}
+    guidance = tuned.sampling.guidance_scale
     font = ImageFont.load_default(14)
     width, row = SIDE + COLUMNS * (SIZE + GAP), EACH * (SIZE + 2) + GAP
     page = Image.new("RGB", (width, HEAD + len(models) * row), "white")

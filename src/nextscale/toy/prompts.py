@@ -144,14 +144,11 @@ def captions_of(
         thing = with_article(f"{values[1]} {values[0]}" if colour else values[0])
         on = f" on {values[2]}" if ground else ""
         at = f" {values[3]}" if place else ""
-        begins = f"a {STYLES[style]} of "
-        if no_style or wrong_style:
-            u, v = torch.rand(2, generator=generator).tolist()
-            if u < no_style:
-                begins = ""
-            elif u < no_style + wrong_style:
-                others = [each for each in STYLES if each != STYLES[style]]
-                begins = f"a {others[int(v * len(others))]} of "
+        named_style, (u, v) = STYLES[style], torch.rand(2, generator=generator).tolist()
+        if no_style <= u < no_style + wrong_style:
+            others = [each for each in STYLES if each != named_style]
+            named_style = others[int(v * len(others))]
+        begins = "" if u < no_style else f"a {named_style} of "
         texts.append(f"{begins}{thing}{on}{at}")
     return texts
 

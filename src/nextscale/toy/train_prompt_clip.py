@@ -26,7 +26,7 @@ from nextscale.toy.train_attributes import STYLES_JUDGED
 from nextscale.toy.train_clip import clip_config, text_tokenizer, write_preprocessor
 from nextscale.toy.world import IMAGE_SIZE, STYLES, render
 
-PLACE_SHARE = 0.5  # of the wrong captions that are wrong in the place, the hardest to see
+PLACE_SHARE = 0.5  # of the wrong captions that are wrong in the place, of which its start knows no sides
 
 
 def train_prompt_clip(
