@@ -16,6 +16,7 @@ from nextscale.rewards import ClipScore
 from nextscale.toy.judges import judge_prompted
 from nextscale.toy.prompts import (
     ATTRIBUTES,
+    NAMED,
     WORDS,
     captions_of,
     combinations,
@@ -37,10 +38,11 @@ def test_a_prompt_tells_its_combination() -> None:
     assert prompt_of((0, 0, 0, 0)) == "a photo of a red star on clay in the middle"
     assert prompt_of((5, 1, 4, 1), "painting") == "a painting of an orange fish on slate on the left"
     for each in combinations():
-        assert tuple(read_prompt(prompt_of(each)).values()) == each
+        assert tuple(read_prompt(prompt_of(each)).values()) == (*each, STYLES.index("photo"))
         assert set(prompt_of(each).split()) <= set(WORDS)
-    assert read_prompt("a photo of a moon") == {"object": 2}
+    assert read_prompt("a photo of a moon") == {"object": 2, "style": STYLES.index("photo")}
     assert targets_of(["a photo of a moon", "a red star"], "colour").tolist() == [-1, 0]
+    assert targets_of(["a painting of a moon", "a moon"], "style").tolist() == [STYLES.index("painting"), -1]
 
 
 def test_an_eighth_is_held_out_and_every_value_is_on_both_sides() -> None:
@@ -76,7 +78,7 @@ def test_captions_name_the_object_and_most_of_the_rest() -> None:
     scenes = pictured(200, generator_for("test"))
     read = [read_prompt(text) for text in captions_of(scenes, generator_for("words"), named=0.5)]
     for each, combination in zip(read, combinations_of(scenes), strict=True):
-        truth = dict(zip(ATTRIBUTES, combination, strict=True))
+        truth = dict(zip(NAMED, (*combination, STYLES.index("photo")), strict=True))
         assert each["object"] == truth["object"] and each.items() <= truth.items()
     assert 0.4 < sum("place" in each for each in read) / 200 < 0.6
 
@@ -103,13 +105,17 @@ def test_the_judges_know_what_true_pictures_show() -> None:
     scenes = pictured(200, generator_for("judged"), held_out=None)
     conditions = [Condition(None, prompt_of(each)) for each in combinations_of(scenes)]
     judged = judge_prompted(render(scenes), conditions)
-    assert all(judged[f"judge/{name}_right"].mean() > 0.95 for name in ATTRIBUTES)
+    assert all(judged[f"judge/{name}_right"].mean() > 0.95 for name in NAMED)
     assert judged["judge/all_right"].mean() > 0.9 and judged["judge/style/photo"].mean() > 0.95
     others = [Condition(None, prompt_of((a, b, c, (d + 1) % 3))) for a, b, c, d in combinations_of(scenes)]
     wrong = judge_prompted(render(scenes), others)
     assert wrong["judge/all_right"].mean() < 0.1 and wrong["judge/colour_right"].mean() > 0.95
-    unsaid = judge_prompted(render(scenes), [Condition(None, "a photo")] * len(scenes))
+    unsaid = judge_prompted(render(scenes), [Condition(None, "anything")] * len(scenes))
     assert unsaid["judge/all_right"].mean() == 1
+    painted = [Condition(None, prompt_of(each, "painting")) for each in combinations_of(scenes)]
+    other = judge_prompted(render(scenes), painted)  # no prompt for another style is met by a photo
+    assert other["judge/style_right"].mean() < 0.05 and other["judge/all_right"].mean() < 0.05
+    assert torch.equal(other["judge/ground_right"], judged["judge/ground_right"])
 
 
 @needs_assets

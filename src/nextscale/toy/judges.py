@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nextscale.base.conditions import Condition
 from nextscale.base.tensors import build_strictly, read_state_dict
 from nextscale.models.zoo import TOY_ASSETS
-from nextscale.toy.prompts import ATTRIBUTES, targets_of
+from nextscale.toy.prompts import ATTRIBUTES, NAMED, targets_of
 from nextscale.toy.world import CLASSES, STYLES
 
 KINDS = {"class": CLASSES, "style": STYLES}
@@ -106,17 +106,19 @@ def judge_prompted(images: Tensor, conditions: Sequence[Condition]) -> dict[str,
     """What the shipped judges say of images that were asked for by prompts.
 
     Returns:
-        (B,) values: `judge/{attribute}_right` for object, colour, ground and place, 1 where a judge sees what
-        the prompt names, or where it names nothing; `judge/all_right`, 1 where all are; and
+        (B,) values: `judge/{name}_right` for object, colour, ground, place and style, 1 where a judge sees
+        what the prompt names, or where it names nothing; `judge/all_right`, 1 where all are; and
         `judge/style/{style}`, 1 where the style judge calls the image so.
     """
-    texts, found = [condition.text for condition in conditions], {}
-    all_right = torch.ones(len(images))
-    for name in ATTRIBUTES:
-        seen = look(images, "class" if name == "object" else name)[0].cpu().argmax(-1)
-        asked = targets_of(texts, name)
-        found[f"judge/{name}_right"] = ((seen == asked) | (asked < 0)).float()
-        all_right *= found[f"judge/{name}_right"]
-    styles = look(images, "style")[0].cpu().argmax(-1)
-    found["judge/all_right"] = all_right
-    return found | {f"judge/style/{style}": (styles == i).float() for i, style in enumerate(STYLES)}
+    texts = [condition.text for condition in conditions]
+    kinds = {name: "class" if name == "object" else name for name in NAMED}
+    seen = {name: look(images, kind)[0].cpu().argmax(-1) for name, kind in kinds.items()}
+    right = {}
+    for name, seen_B in seen.items():
+        asked_B = targets_of(texts, name)
+        right[name] = ((seen_B == asked_B) | (asked_B < 0)).float()
+    right["all"] = torch.stack(list(right.values())).prod(0)
+    return {
+        **{f"judge/{name}_right": each for name, each in right.items()},
+        **{f"judge/style/{style}": (seen["style"] == i).float() for i, style in enumerate(STYLES)},
+    }

@@ -28,6 +28,9 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 """Name of an attribute to what it may be."""
 
+NAMED: dict[str, tuple[str, ...]] = {**ATTRIBUTES, "style": STYLES}
+"""The same, and the style: all that a prompt may name."""
+
 ASIDE = 7.0
 """Offset of an object on the left or right, in pixels; it varies by 1, and that in the middle by 2. No object
 is between two places."""
@@ -57,10 +60,10 @@ def prompt_of(combination: Combination, style: str = "photo") -> str:
 
 
 def read_prompt(text: str) -> dict[str, int]:
-    """The attributes that a prompt names, each as the index of its value."""
+    """What a prompt names, each as the index of its value in `NAMED`."""
     words = text.lower().split()
     found = {}
-    for name, values in ATTRIBUTES.items():
+    for name, values in NAMED.items():
         named = [i for i, value in enumerate(values) if all(word in words for word in value.split())]
         if named:
             found[name] = named[0]
@@ -153,6 +156,6 @@ def captions_of(
     return texts
 
 
-def targets_of(texts: Sequence[str], attribute: str) -> Tensor:
-    """(N,) index of what each prompt says of an attribute; -1 where it says nothing."""
-    return torch.tensor([read_prompt(text).get(attribute, -1) for text in texts])
+def targets_of(texts: Sequence[str], name: str) -> Tensor:
+    """(N,) index of what each prompt says of an attribute or of the style; -1 where it says nothing."""
+    return torch.tensor([read_prompt(text).get(name, -1) for text in texts])
