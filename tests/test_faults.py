@@ -15,8 +15,11 @@ from torch import Tensor
 
 from nextscale.base.errors import CheckpointError, ConfigError, RewardError, TrainingError
 from nextscale.base.interrupt import Interrupted, StopOnSignal
+from nextscale.credit import Scored
 from nextscale.losses import LOSSES, LossOutput, grpo_loss
 from nextscale.pipeline import VARPipeline
+from nextscale.rewards.reward_set import RewardSet
+from nextscale.rewards.roles import AtLeast
 from nextscale.runs.config import RunConfig
 from nextscale.runs.launch import asks_for_fsdp, make_accelerator, reshards_after_forward
 from nextscale.runs.manifest import write_manifest
@@ -411,3 +414,41 @@ def test_metrics_are_json_that_any_reader_takes(tiny_pipeline: VARPipeline, tmp_
 
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=refuse)
+
+
+# ---- what a checkpoint after a failure holds
+
+
+def test_an_update_that_fails_in_the_middle_of_a_step_leaves_the_last_checkpoint(
+    tiny_pipeline: VARPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four iterations on the images of step 2 the last two fail, when two have moved the model."""
+    spoil(monkeypatch, 7, 8)
+    options = {"loss_type": "spoilt", "max_skipped_updates": 1, "num_iterations": 4, "save_steps": 1}
+    trainer = make_trainer(tiny_pipeline, tmp_path / "run", max_steps=3, **options)
+    written: list[Tensor] = []
+    monkeypatch.setattr(trainer.bar, "on_save", lambda *_: written.append(weights_of(tiny_pipeline)))
+    with pytest.raises(TrainingError):
+        trainer.train()
+    assert len(written) == 1 and not torch.equal(written[0], weights_of(tiny_pipeline))
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert checkpoint.name == "step-000001"
+
+
+def test_a_step_that_fails_moves_no_multiplier(tiny_pipeline: VARPipeline, tmp_path: Path) -> None:
+    rewards = RewardSet({"red": redness, "more": redness}, constraints={"more": AtLeast(2.0)})
+    trainer = make_trainer(tiny_pipeline, tmp_path / "run", rewards, credit="gradient", max_steps=3)
+    multipliers: list[float] = []
+
+    def credit(scored: Scored) -> Tensor:
+        multipliers.extend(trainer.constraints.multipliers)
+        if len(multipliers) == 2:
+            raise RewardError("no such thing")
+        return scored.advantages
+
+    trainer.crediting.credit = credit
+    with pytest.raises(RewardError):
+        trainer.train()
+    assert multipliers[0] < multipliers[1]
+    state = json.loads((tmp_path / "run/checkpoints/step-000001/trainer_state.json").read_text())
+    assert state["controllers"]["constraints"]["values"] == multipliers[:1]

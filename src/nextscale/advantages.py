@@ -240,8 +240,7 @@ def start_values(rewards_NPK: Tensor, temperature: float) -> Tensor:
 
     Source: the middle return of "VAR RL Done Right" (arXiv 2601.02256).
     """
-    spread = deviation(rewards_NPK).square().mean().sqrt()
-    unit = temperature * spread
+    unit = temperature * spread_within_groups(rewards_NPK.flatten(0, 1))
     num_NP = (~rewards_NPK.isnan()).sum(-1)
     if unit == 0:  # all images of a start score alike
         return rewards_NPK.nanmean(-1)

@@ -150,10 +150,10 @@ def by_function(reference: str) -> Credit:
         except Exception as error:
             told = f"{in_words(error)}{user_line(error)}"
             raise RewardError(f"grpo.credit '{reference}' raised {told}") from error
-        if found.ndim != 3 or len(found) != len(images) or not bool((found >= 0).all()):
+        if found.ndim != 3 or len(found) != len(images) or not bool(((found >= 0) & found.isfinite()).all()):
             raise RewardError(
-                f"grpo.credit '{reference}' returned shape {tuple(found.shape)} or numbers below 0, expected "
-                f"({len(images)}, height, width) of numbers that are at least 0"
+                f"grpo.credit '{reference}' returned shape {tuple(found.shape)} or numbers that are "
+                f"infinite or below 0, expected ({len(images)}, height, width) of finite numbers from 0"
             )
         return found
 

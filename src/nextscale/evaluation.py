@@ -157,9 +157,9 @@ def evaluate(
     given = rewards.rewards if rewards else {}
     compares = embed is not None or any(isinstance(each, GroupReward) for each in given.values())
     fewest = 2 if compares else 1  # images of a condition
-    chosen = _spread(
-        pipe.all_conditions() if conditions is None else conditions, max(num_images // fewest, 1), seed
-    )
+    asked = pipe.all_conditions() if conditions is None else conditions
+    different = list({each.key: each for each in asked}.values())  # a class given twice has the same images
+    chosen = _spread(different, max(num_images // fewest, 1), seed)
     per_condition = max(-(-num_images // len(chosen)), fewest)
     seeds = [("evaluate", seed, condition.key) for condition in chosen]
     columns, total = min(num_columns, per_condition), len(chosen) * per_condition
@@ -176,7 +176,11 @@ def evaluate(
         places = [divmod(i, per_condition) for i in images]
         return [i for i, (row, column) in enumerate(places) if row < max_rows and column < columns]
 
-    to_base = Objective(GRPOConfig(), sampling, pipe.transformer.schedule, Reference(base)) if base else None
+    # As training logs it: of the unfiltered distributions.
+    unfiltered = sampling.replace(top_k=0, top_p=1.0)
+    to_base = (
+        Objective(GRPOConfig(), unfiltered, pipe.transformer.schedule, Reference(base)) if base else None
+    )
 
     def found_in(batch: Drawn, images: range) -> dict[str, Tensor]:
         """All that is kept of a batch, what kind it is before its name: no images but those of the grid."""

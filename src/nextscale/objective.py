@@ -212,18 +212,22 @@ class Objective:
 
     @torch.no_grad()
     def divergence(self, model: nn.Module, batch: Microbatch) -> tuple[Tensor, Tensor]:
-        """(B, L) log policy - log reference of the drawn tokens, and the exact KL of their distributions, in
-        nats; of the trained tokens."""
+        """(B, L) log policy - log reference of the drawn tokens, and its expectation, the exact KL, in nats;
+        of the trained tokens. The policy is the one that draws, filtered or not, the reference unfiltered."""
         reference, inputs_BLD = self.reference, batch.inputs[:, : sum(self.lengths) - 1]
         assert reference is not None, "with beta there is a reference"
         features_BLC = self.reference_features(batch)
         ramp = Ramp.of(self.reference_sampling, self.schedule, inputs_BLD.device)
 
         def read(logits_BlV: Tensor, at: slice) -> dict[str, Tensor]:
-            ours_BlV = logits_BlV.log_softmax(-1)
+            # Of the policy that draws, filtered or not: as an advantage, the log-ratio of what it drew then
+            # has the gradient of this very KL. What may be drawn is possible in an unfiltered reference.
+            drawn_Bl = batch.tokens[:, at]
+            ours_BlV = policy_log_probs(logits_BlV, self.sampling, drawn_Bl)
             theirs_BlV = reference.log_probs(features_BLC[:, at], ramp[at], self.reference_sampling)
-            parts = ours_BlV, theirs_BlV, ours_BlV.exp(), batch.tokens[:, at]
-            return {"log_ratios": kl_divergence(*parts, "k1"), "kl": kl_divergence(*parts)}
+            log_ratios_Bl = token_log_probs(ours_BlV, drawn_Bl) - token_log_probs(theirs_BlV, drawn_Bl)
+            finite_BlV = torch.where(ours_BlV.isinf(), theirs_BlV, ours_BlV)  # never drawn: costs nothing
+            return {"log_ratios": log_ratios_Bl, "kl": exact_kl(finite_BlV, theirs_BlV, ours_BlV.exp())}
 
         found = read_policy(model, self.schedule, batch.conditioning, inputs_BLD, self.sampling, read)
         return found["log_ratios"], found["kl"]

@@ -29,6 +29,11 @@ class OptimizerConfig(Record):
     lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     """Learning rate schedule after the warm-up."""
 
+    @property
+    def depends_on_the_end(self) -> bool:
+        """Whether the number of steps shapes the schedule, and not only where it is cut off."""
+        return self.lr_scheduler_type != "constant_with_warmup"
+
 
 def make_optimizer(
     model: nn.Module, config: OptimizerConfig, num_updates: int

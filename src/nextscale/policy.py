@@ -21,6 +21,7 @@ from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from nextscale.base.errors import ConfigError
 from nextscale.base.records import Record
 
 if TYPE_CHECKING:
@@ -97,7 +98,16 @@ class Ramp:
 
     @staticmethod
     def of(config: SamplingConfig, schedule: "ScaleSchedule", device: torch.device | str = "cpu") -> "Ramp":
-        """That of all tokens, (L,)."""
+        """That of all tokens, (L,).
+
+        Raises:
+            ConfigError: guidance that starts after the last scale.
+        """
+        if config.is_guided and config.guidance_start >= schedule.num_scales:
+            raise ConfigError(
+                f"guidance_start {config.guidance_start} leaves no scale to guide, of "
+                f"{schedule.num_scales}: set a lower one, or guidance_scale 0"
+            )
         scale_L, temperature = schedule.scale_of_token(), config.temperature
         stop = schedule.num_scales if config.guidance_stop is None else config.guidance_stop
         is_guided_L = (scale_L >= config.guidance_start) & (scale_L < stop)

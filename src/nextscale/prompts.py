@@ -6,6 +6,7 @@ hf://datasets/OWNER/NAME/FILE.
 """
 
 import csv
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,12 +76,12 @@ Rows = list[tuple[int, Any, dict[str, Any]]]
 
 
 def _from_text(text: str, source: str) -> Rows:
-    return [(i, line, {}) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    return [(i, line, {}) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _from_jsonl(text: str, source: str) -> Rows:
     rows: Rows = []
-    for i, line in enumerate(text.splitlines(), 1):
+    for i, line in enumerate(text.split("\n"), 1):  # and not at U+2028, which JSON may have in a string
         if not line.strip():
             continue
         try:
@@ -94,7 +95,7 @@ def _from_jsonl(text: str, source: str) -> Rows:
 
 
 def _from_csv(text: str, source: str) -> Rows:
-    reader = csv.DictReader(text.splitlines(keepends=True))
+    reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
         return [(reader.line_num, *_split(dict(row), source, reader.line_num)) for row in reader]
     except csv.Error as error:

@@ -59,6 +59,8 @@ def read_policy(
             guided_BlD = inputs_BlD if num_guided is None else inputs_BlD[:, : num_guided - 1]
             null_BlC = model.features(null, guided_BlD)
             null_BlC = F.pad(null_BlC, (0, 0, 0, inputs_BlD.shape[1] - guided_BlD.shape[1]))
+        # Before 2.11 torch reuses the casts made here, which have no gradient, in the pass below.
+        torch.clear_autocast_cache()
 
         def read_beside(logits_BlV: Tensor, at: slice) -> dict[str, Tensor]:
             with torch.no_grad():

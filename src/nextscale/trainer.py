@@ -3,6 +3,7 @@
 Shapes: N groups · G images of one group · B = N G images · K rewards
 """
 
+import copy
 import json
 import math
 import sys
@@ -23,6 +24,7 @@ from nextscale.base.files import replacing_folder
 from nextscale.base.interrupt import Interrupted, StopOnSignal
 from nextscale.base.metrics import Means, finite
 from nextscale.base.processes import fail_together
+from nextscale.base.records import fixed_values
 from nextscale.callbacks import Callback, ProgressBar, Trackers, Warnings, best_model, named
 from nextscale.collector import Collector
 from nextscale.controllers import AdaptiveKL, Constraints, Controller, EntropyFloor
@@ -44,6 +46,7 @@ from nextscale.rewards.protocol import Reward
 from nextscale.rewards.reward_set import RewardSet
 from nextscale.runs.checkpoint import (
     check_finite,
+    check_options,
     find_checkpoint,
     list_checkpoints,
     tidy_checkpoints,
@@ -197,6 +200,9 @@ class GRPOTrainer:
         self.last_metrics: dict[str, float] = {}
         self.step_evaluated: int | None = None
         self.saved: tuple[int, int | None] | None = None  # the two, when the last checkpoint was written
+        # Of the step in hand: the controllers' states before it, and whether an update has been made.
+        self.before_step: dict[str, dict[str, Any]] | None = None
+        self.has_moved = False
 
     # ---- the loop
 
@@ -274,13 +280,13 @@ class GRPOTrainer:
                     self.finish_step(metrics)
             except (RewardError, TrainingError):
                 try:
-                    self.save()
+                    self.save_last_whole_step()
                 finally:
                     self.learner.unshard()
                 raise
             except BrokenPipeError:  # of this process alone: the others would not come to save
                 if process.num_processes == 1:
-                    self.save()
+                    self.save_last_whole_step()
                 raise
 
         # The end: a checkpoint to go on from, and the final model if nothing is left to do.
@@ -328,6 +334,7 @@ class GRPOTrainer:
             step: from 1; the images depend on it.
         """
         begin, clock = time.perf_counter(), Clock(self.accelerator.device)
+        self.before_step, self.has_moved = copy.deepcopy(self._controller_states()), False
 
         # Draw and score: this process's share of the step's groups. All see the scores of all.
         rollout = self.collector.rollout(step)
@@ -360,6 +367,7 @@ class GRPOTrainer:
                 grad_norm = learner.clip_gradients()
                 if math.isfinite(grad_norm):
                     learner.update()
+                    self.has_moved = True
                 else:
                     num_skipped += 1
                     learner.num_skipped += 1
@@ -410,6 +418,7 @@ class GRPOTrainer:
     def finish_step(self, metrics: dict[str, float]) -> None:
         """Evaluate, log and save where it is time to; what a step measured is logged even if that fails."""
         self.step_done += 1
+        self.before_step, self.has_moved = None, False
         self.seconds_done += metrics["step_time"]
         self.tell("on_step_end", metrics)
         evaluated: dict[str, float] = {}
@@ -425,7 +434,10 @@ class GRPOTrainer:
         """Measure the model on fixed seeds and write its sample grid; metrics with the prefix `eval_`."""
         begin = time.perf_counter()
         result = self.evaluator.measure(self.step_done, partial(self.tell, "on_prediction_step"))
-        if self.step_done == 0:
+        # "base" is what the untrained model scores on what it is trained on, by the policy that draws there:
+        # where evaluations draw otherwise, the first step says it.
+        draws_alike = self.evaluator.conditions == self.conditions and self.explored == self.sampling
+        if self.step_done == 0 and draws_alike:
             self.constraints.set_base(result.metrics)
         metrics = {f"eval_{name}": value for name, value in result.metrics.items()}
         warning_metrics = self.watch.update(metrics)
@@ -451,8 +463,9 @@ class GRPOTrainer:
             "seconds": self.seconds_done,
             "step_evaluated": self.step_evaluated,
             "num_skipped": self.learner.num_skipped,
+            "options": self.fixed_options,
             "scheduler": self.learner.scheduler.state_dict(),
-            "controllers": {name: each.state_dict() for name, each in self.controllers.items()},
+            "controllers": self._controller_states(),
             "callbacks": {name: each.state_dict() for name, each in named(self.callbacks).items()},
             "first_evaluation": finite(self.first_evaluation),
             "last_metrics": finite(self.last_metrics),
@@ -462,6 +475,17 @@ class GRPOTrainer:
         path = self.learner.save(folder, self.step_done, state, limit=limit)
         self.tell("on_save", path)
         return path
+
+    def save_last_whole_step(self) -> None:
+        """Write a checkpoint of the state before a step that failed, unless there is one. Where the step had
+        moved the model, in one of several iterations, the last one that was written stands."""
+        for name, state in (self.before_step or {}).items():
+            self.controllers[name].load_state_dict(state)
+        if not self.has_moved and self.saved != (self.step_done, self.step_evaluated):
+            self.save()
+
+    def _controller_states(self) -> dict[str, dict[str, Any]]:
+        return {name: each.state_dict() for name, each in self.controllers.items()}
 
     def export(self, folder: Path) -> None:
         """Write the model as evaluations measure it, to a folder that it can be loaded from. All processes
@@ -519,12 +543,23 @@ class GRPOTrainer:
         self.saved = step, evaluated
 
     def _check_continuable(self) -> None:
+        if self.run.resume:
+            check_options(self.run.resume, self.folder.checkpoints, self.fixed_options)
         is_lost = self.run.resume == "auto" and not list_checkpoints(self.folder.checkpoints)
         if is_lost and self.folder.final.exists():
             raise ConfigError(
                 f"the run in '{self.folder.path}' is finished and kept no checkpoint: train its "
                 f"model, '{self.folder.final}', in another folder, or replace it with run.overwrite"
             )
+
+    @property
+    def fixed_options(self) -> dict[str, Any]:
+        """The options that a resumed run must keep, by dotted key."""
+        sections = {"grpo": self.grpo, "sampling": self.sampling, "tuning": self.tuning, "run": self.run}
+        fixed = fixed_values({**sections, "optimizer": self.optimizer_config})
+        if self.optimizer_config.depends_on_the_end:
+            fixed["run.max_steps"] = self.run.max_steps
+        return fixed
 
     def _default_config(self, model: str | None) -> str:
         sections = {

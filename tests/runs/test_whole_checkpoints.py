@@ -226,16 +226,22 @@ def test_what_a_killed_process_did_not_come_to_remove_goes_when_the_run_goes_on(
     assert [each.name for each in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
 
 
-def test_later_checkpoints_do_not_push_out_those_of_a_run_that_went_back(
+def test_a_run_that_went_back_leaves_no_later_checkpoints(
     make_pipeline: MakePipeline, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"save_steps": 1, "save_total_limit": 2}
     make_trainer(make_pipeline(), tmp_path, max_steps=2, **options).train()
-    later = stand_in(tmp_path / "checkpoints" / "step-000009", "later")
+    stand_in(tmp_path / "checkpoints" / "step-000009", "later")
     resume = str(tmp_path / "checkpoints" / "step-000001")
     make_trainer(make_pipeline(), tmp_path, max_steps=3, resume=resume, **options).train()
     names = sorted(each.name for each in (tmp_path / "checkpoints").iterdir())
-    assert names == ["step-000002", "step-000003", later.name]
+    assert names == ["step-000002", "step-000003"]
+    # And that as soon as it goes on: what it would have to fall back on is what it began with.
+    resume = str(tmp_path / "checkpoints" / "step-000002")
+    trainer = make_trainer(make_pipeline(), tmp_path, max_steps=2, resume=resume, **options)
+    trainer.train()
+    assert [each.name for each in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+    assert [each["step"] for each in metrics_of(tmp_path)] == [1, 2]
 
 
 def test_a_model_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:

@@ -69,6 +69,33 @@ def free_on_resume(record: type[Record]) -> set[str]:
     return {name for name, field in record.model_fields.items() if field.json_schema_extra == FREE_ON_RESUME}
 
 
+def fixed_values(value: Any, key: str = "") -> dict[str, Any]:
+    """The values that a resumed run must keep, by dotted key: those of fields not marked FREE_ON_RESUME.
+
+    Args:
+        value: a record, or a mapping of records.
+        key: where it stands.
+    """
+    if isinstance(value, Record):
+        free = free_on_resume(type(value))
+        value = {name: getattr(value, name) for name in type(value).model_fields if name not in free}
+    if not isinstance(value, Mapping):
+        return {} if value is None else {key: value}
+    fixed: dict[str, Any] = {}
+    for name, each in value.items():
+        fixed |= fixed_values(each, f"{key}.{name}" if key else name)
+    return fixed
+
+
+def changed_value(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first key whose values differ, the earlier and the present one; None where all are equal."""
+    for key in [*present, *(key for key in earlier if key not in present)]:
+        was, now = earlier.get(key), present.get(key)
+        if was != now:
+            return key, was, now
+    return None
+
+
 def unknown_key(key: str, valid: Iterable[str]) -> PydanticCustomError:
     """The error for a validator to raise about an unknown key; `describe_validation_error` words it."""
     return PydanticCustomError("unknown_key", "{key}{hint}", {"key": key, "hint": did_you_mean(key, valid)})

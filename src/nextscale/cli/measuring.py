@@ -73,6 +73,8 @@ class Measuring:
         what = dict(self.what) | {key: settings[key] for key in ("sampling", "mixed_precision", "seed")}
         what |= {"weights": weights_of(pipe), "conditions": told_conditions(conditions)}
         what |= {"num_images": args.num_images, "batch_size": batch_size, "device": pipe.device.type}
+        num_compared = recipe.grpo.num_generations if recipe else None  # as in the recipe's own evaluations
+        what |= {"num_compared": num_compared}
         kept = Kept(what, args.npz, pipe.tokenizer.config.image_size)
         self.kept.append(kept)
         is_main = PartialState().is_main_process
@@ -100,6 +102,7 @@ class Measuring:
                     measures=[*measures_for(pipe), *self.measures],
                     embed=embedder(self.clip),
                     batch_size=batch_size,
+                    num_compared=num_compared,
                     base=self.base.transformer if self.base else None,
                     progress=progress,
                     kept=kept.parts,

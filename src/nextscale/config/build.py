@@ -19,6 +19,7 @@ from nextscale.models.embedded import CLIPS
 from nextscale.models.vqvae import VQVAEConfig
 from nextscale.objective import check_guidance
 from nextscale.pipeline import VARPipeline
+from nextscale.policy import Ramp
 from nextscale.prompts import check_apart, read_prompts
 from nextscale.rewards import Reward, RewardSet
 from nextscale.rewards.networks.clip import load_clip
@@ -184,6 +185,7 @@ def check_fit(recipe: Recipe, pipe: VARPipeline) -> None:
     loss_weights(pipe.transformer.schedule.lengths, recipe.grpo)
     branches_of(recipe.grpo, pipe.transformer.schedule)
     check_guidance(recipe.grpo, recipe.grpo.explored(recipe.sampling))
+    Ramp.of(recipe.sampling, pipe.transformer.schedule)
 
 
 def build_trainer(recipe: Recipe, command: Sequence[str] = ()) -> GRPOTrainer:

@@ -1,13 +1,13 @@
 """Whether a run can start in its folder: afresh, replacing an earlier run, or continuing it."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nextscale.base.errors import ConfigError
-from nextscale.base.records import Record, free_on_resume
+from nextscale.base.records import changed_value, fixed_values
 from nextscale.config.recipe import Recipe, load_recipe
 from nextscale.runs.checkpoint import check_resume
+from nextscale.runs.paths import run_of
 from nextscale.runs.writer import RunFolder
 
 
@@ -27,8 +27,11 @@ def check_folder(recipe: Recipe) -> None:
     folder.check(resume=bool(run.resume), overwrite=run.overwrite)
     if run.resume:
         check_resume(run.resume)
-    if run.resume and folder.metrics.exists():
-        check_resumable(recipe, folder.path / "config.yaml")
+    # A checkpoint that is asked for by its path may be of a run in another folder.
+    runs = [folder] if not run.resume or run.resume == "auto" else [folder, run_of(Path(run.resume))]
+    for each in runs if run.resume else ():
+        if each.metrics.exists() and each.config.exists():
+            check_resumable(recipe, each.config)
 
 
 def check_resumable(recipe: Recipe, path: Path) -> None:
@@ -37,32 +40,17 @@ def check_resumable(recipe: Recipe, path: Path) -> None:
     Raises:
         ConfigError: names the first key that would make it another run, and both values.
     """
-    earlier, present = fixed_settings(load_recipe(path)), fixed_settings(recipe)
-    for key in [*present, *(key for key in earlier if key not in present)]:
-        was, now = earlier.get(key), present.get(key)
-        if was != now:
-            raise ConfigError(
-                f"{key} is {now!r}, but the run in '{path.parent}' has {was!r}: resume it with that value, "
-                "replace it with --run.overwrite true, or choose another --run.output_dir"
-            )
+    if changed := changed_value(fixed_settings(load_recipe(path)), fixed_settings(recipe)):
+        key, was, now = changed
+        raise ConfigError(
+            f"{key} is {now!r}, but the run in '{path.parent}' has {was!r}: resume it with that value, "
+            "replace it with --run.overwrite true, or choose another --run.output_dir"
+        )
 
 
 def fixed_settings(recipe: Recipe) -> dict[str, Any]:
-    """The values that a resumed run must keep, by dotted key: those of fields not marked FREE_ON_RESUME."""
-    fixed: dict[str, Any] = {}
-
-    def walk(key: str, value: Any) -> None:
-        if isinstance(value, Record):
-            value = {name: getattr(value, name) for name in type(value).model_fields} | dict.fromkeys(
-                free_on_resume(type(value))
-            )
-        if isinstance(value, Mapping):
-            for name, each in value.items():
-                walk(f"{key}.{name}" if key else name, each)
-        elif value is not None:
-            fixed[key] = value
-
-    walk("", recipe)
-    if recipe.optimizer.lr_scheduler_type != "constant_with_warmup":
-        fixed["run.max_steps"] = recipe.run.max_steps  # it shapes the schedule
+    """The values that a resumed run must keep, by dotted key."""
+    fixed = fixed_values(recipe)
+    if recipe.optimizer.depends_on_the_end:
+        fixed["run.max_steps"] = recipe.run.max_steps
     return fixed

@@ -91,7 +91,7 @@ def leave_one_out_coverage(embeddings_NGE: Tensor, softness: float = 0.01) -> Te
     """
     num = embeddings_NGE.shape[1]
     embeddings_NGE = embeddings_NGE.double()
-    cosines_NGG = embeddings_NGE @ embeddings_NGE.mT + softness * torch.eye(num, dtype=torch.float64)
+    cosines_NGG = embeddings_NGE @ embeddings_NGE.mT + softness * torch.eye(num).to(embeddings_NGE)
     return -torch.linalg.inv(cosines_NGG).diagonal(dim1=1, dim2=2).log().float()
 
 

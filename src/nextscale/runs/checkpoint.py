@@ -16,7 +16,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from nextscale.base.average import Average
-from nextscale.base.errors import CheckpointError, first_sentence
+from nextscale.base.errors import CheckpointError, ConfigError, first_sentence
 from nextscale.base.files import REPLACED, discard_folder, put_in_place, read_text, write_text_aside
 from nextscale.base.processes import fail_together
+from nextscale.base.records import changed_value
 from nextscale.base.tensors import check_tensors, save_tensors
 from nextscale.runs.manifest import MANIFEST_FILE, find_damage, write_manifest
 from nextscale.runs.paths import by_step, step_name
@@ -225,15 +226,18 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def tidy_checkpoints(folder: Path, step: int, limit: int) -> None:
-    """Remove all but the newest `limit` checkpoints up to a whole one, and what killed processes left.
+    """Remove all but the newest `limit` checkpoints up to a whole one, all later ones, and what killed
+    processes left.
 
     Args:
-        step: that of the whole one. Later ones, of before the run went on from an earlier one, stay.
+        step: that of the whole one. Later ones go: they are of before the run went back to it.
     """
     kept = folder / step_name(step)
     if (former := folder / f"{REPLACED}{kept.name}").is_dir() and not kept.exists():
         former.rename(kept)
-    for old in [each for number, each in by_step(folder).items() if number <= step][:-limit]:
+    found = by_step(folder)
+    later = [each for number, each in found.items() if number > step]
+    for old in [*later, *[each for number, each in found.items() if number <= step][:-limit]]:
         discard_folder(old)
     if kept.is_dir():
         for left in folder.glob(".*step-*"):
@@ -258,6 +262,34 @@ def find_checkpoint(
         if accelerator.is_main_process:
             found = _newest_whole(folder, warn) if resume == "auto" else _whole(Path(resume))
     return broadcast_object_list([found])[0]
+
+
+def check_options(resume: str, folder: Path, options: Mapping[str, Any]) -> None:
+    """Check that a run goes on with the options of the checkpoint that it resumes from: what the optimizer
+    and its schedule have been through is of those.
+
+    Args:
+        resume: as in `find_checkpoint`.
+        options: what has to stay, from `fixed_values`.
+
+    Raises:
+        ConfigError: names the first that differs, and both values.
+    """
+    path = next(reversed(list_checkpoints(folder)), None) if resume == "auto" else Path(resume)
+    if path is None:
+        return
+    try:
+        earlier = json.loads(read_text(path / STATE_FILE)).get("options")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return  # damaged, which loading it says
+    if not isinstance(earlier, Mapping):
+        return  # of an earlier version
+    if changed := changed_value(earlier, json.loads(json.dumps(options))):
+        key, was, now = changed
+        raise ConfigError(
+            f"{key} is {now!r}, but checkpoint '{path}' was written with {was!r}: resume it with that value, "
+            "or begin a new run"
+        )
 
 
 def check_resume(resume: str) -> None:
@@ -359,6 +391,6 @@ def _set_random_state(state: dict[str, Tensor]) -> None:
     position, has_gauss, numpy_gauss = state["numpy_gauss"].tolist()
     words = state["numpy"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", words, int(position), int(has_gauss), numpy_gauss))
-    devices = [state[name] for name in sorted(state) if name.startswith("cuda_")]
-    if torch.cuda.is_available() and len(devices) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(devices)
+    num_devices = sum(name.startswith("cuda_") for name in state)
+    if torch.cuda.is_available() and num_devices == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state[f"cuda_{i}"] for i in range(num_devices)])

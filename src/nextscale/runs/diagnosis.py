@@ -30,8 +30,8 @@ def diagnose(
     told = ", ".join(f"{what} '{name}'" for what, name in found.items() if name)
     return (
         f"the gradient was infinite or NaN in {num_skipped} updates in a row, and the weights were left as "
-        f"they were; not finite first: {told or 'something in another process'}; lower "
-        "optimizer.learning_rate, raise grpo.beta, or look at the rewards, and go on with run.resume auto"
+        f"they were; not finite first: {told or 'something in another process'}; look at the rewards and go "
+        "on with run.resume auto, or begin anew with a lower optimizer.learning_rate or a higher grpo.beta"
     )
 
 

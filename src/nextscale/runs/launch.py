@@ -75,6 +75,7 @@ def make_accelerator(run: RunConfig) -> Accelerator:
     with patch_environment(ACCELERATE_USE_FSDP="false"):  # sharding is left to torch, too
         accelerator = Accelerator(
             mixed_precision="no",
+            cpu=not torch.cuda.is_available(),  # and not Apple's GPU, which has no float64 to draw with
             log_with=_trackers(run.report_to) or None,
             project_config=project,
             kwargs_handlers=[

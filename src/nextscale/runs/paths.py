@@ -42,6 +42,11 @@ class RunPaths:
         return by_step(self.samples, ".png")
 
 
+def run_of(checkpoint: Path) -> RunPaths:
+    """The run whose checkpoint this is."""
+    return RunPaths(checkpoint.resolve().parent.parent)
+
+
 def step_name(step: int) -> str:
     """What a checkpoint or a grid is called."""
     return f"step-{step:06d}"
