@@ -312,6 +312,9 @@ def test_a_start_is_worth_between_the_mean_and_the_best_of_its_images() -> None:
     unscored = torch.tensor([[[1.0, float("nan")], [float("nan")] * 2]])
     values = start_values(unscored, 1.0)[0]
     assert values[0].item() == pytest.approx(1.0) and values[1].isnan()
+    # The unit is the spread of those starts that have one.
+    lone = torch.tensor([[[0.0, 2.0], [1.0, float("nan")]]])
+    assert torch.equal(start_values(lone, 1.0)[0, 0], start_values(lone[:, :1], 1.0)[0, 0])
 
 
 BRANCHING = GRPOConfig(

@@ -101,6 +101,16 @@ def test_batches_are_full_across_conditions(
     assert [each.label for each in found.conditions] == list(range(16))
 
 
+def test_a_class_that_is_given_twice_is_drawn_once(tiny_pipeline: VARPipeline) -> None:
+    """Its images would be the same again, and the standard error too small."""
+    rewards = RewardSet({"bright": lambda images, conditions: images.mean((1, 2, 3))})
+    twice, once = (
+        evaluate(tiny_pipeline, rewards, tiny_pipeline.sampling, 8, conditions=tiny_pipeline.conditions(each))
+        for each in ([0, 1, 0], [0, 1])
+    )
+    assert twice.metrics == once.metrics and len(twice.scores["bright"].unique()) == 8
+
+
 def test_the_grid_has_the_first_images_of_each_condition(tiny_pipeline: VARPipeline) -> None:
     options = {"num_images": 20, "num_columns": 3}
     whole, parts = (

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nextscale.base.errors import CheckpointError, ConfigError, RewardError, TrainingError
 from nextscale.base.interrupt import Interrupted, StopOnSignal
+from nextscale.callbacks import Callback
 from nextscale.credit import Scored
 from nextscale.losses import LOSSES, LossOutput, grpo_loss
 from nextscale.pipeline import VARPipeline
@@ -23,7 +24,8 @@ from nextscale.rewards.roles import AtLeast
 from nextscale.runs.config import RunConfig
 from nextscale.runs.launch import asks_for_fsdp, make_accelerator, reshards_after_forward
 from nextscale.runs.manifest import write_manifest
-from test_trainer import MakePipeline, brightness, make_trainer, metrics_of, redness
+from nextscale.trainer import GRPOTrainer
+from test_trainer import GUIDED, MakePipeline, brightness, make_trainer, metrics_of, redness
 
 
 def weights_of(pipe: VARPipeline) -> Tensor:
@@ -452,3 +454,56 @@ def test_a_step_that_fails_moves_no_multiplier(tiny_pipeline: VARPipeline, tmp_p
     assert multipliers[0] < multipliers[1]
     state = json.loads((tmp_path / "run/checkpoints/step-000001/trainer_state.json").read_text())
     assert state["controllers"]["constraints"]["values"] == multipliers[:1]
+
+
+class Fails(Callback):
+    def on_step_end(self, trainer: GRPOTrainer, metrics: Any) -> None:
+        if trainer.step_done == 2:
+            raise ValueError("of a callback")
+
+
+def test_a_callback_that_fails_loses_no_step(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    trainer = make_trainer(make_pipeline(), tmp_path / "run", max_steps=3)
+    trainer.callbacks.append(Fails())
+    with pytest.raises(ValueError, match="of a callback"):
+        trainer.train()
+    pipe = make_pipeline()
+    make_trainer(pipe, tmp_path / "run", max_steps=3, resume="auto").train()
+    assert [each["step"] for each in metrics_of(tmp_path / "run")] == [1, 2, 3]
+    straight = make_pipeline()
+    make_trainer(straight, tmp_path / "straight", max_steps=3).train()
+    assert torch.equal(weights_of(pipe), weights_of(straight))
+
+
+def test_a_trainer_runs_once(tiny_pipeline: VARPipeline, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_pipeline, tmp_path / "run", overwrite=True)
+    trainer.train()
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match="has been run: make a new one"):
+        trainer.train()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before and before
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            {"learning_rate": 1e-7},
+            r"optimizer\.learning_rate is 1e-07, but checkpoint '.*' .* 0\.001",
+        ),
+        ({"beta": 0.5}, r"grpo\.beta is 0\.5"),
+        ({"sampling": GUIDED.replace(top_k=3)}, r"sampling\.top_k is 3"),
+        ({"use_peft": True}, r"tuning\.use_peft is True"),
+    ],
+)
+def test_a_run_goes_on_with_the_options_of_its_checkpoint(
+    make_pipeline: MakePipeline, tmp_path: Path, options: dict[str, Any], says: str
+) -> None:
+    """The optimizer and its schedule come from there: others would have no effect."""
+    make_trainer(make_pipeline(), tmp_path / "run", save_steps=1).train()
+    checkpoint = tmp_path / "run/checkpoints/step-000001"
+    for folder, resume in (("run", "auto"), ("other", str(checkpoint))):
+        make_trainer(make_pipeline(), tmp_path / folder, max_steps=3, resume=resume)  # more steps: as ever
+        with pytest.raises(ConfigError, match=says):
+            make_trainer(make_pipeline(), tmp_path / folder, resume=resume, **options)
+    assert metrics_of(tmp_path / "run")[-1]["step"] == 2 and not (tmp_path / "other").exists()

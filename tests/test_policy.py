@@ -74,6 +74,12 @@ def test_temperature_divides_the_guided_logits():
     torch.testing.assert_close(cooler, plain / torch.tensor([[0.7], [1.0], [0.1]]))
 
 
+def test_guidance_begins_at_a_scale_that_there_is(schedule):
+    with pytest.raises(ConfigError, match=rf"guidance_start 9 leaves .*, of {schedule.num_scales}"):
+        Ramp.of(SamplingConfig(guidance_scale=1.0, guidance_start=9), schedule)
+    assert Ramp.of(SamplingConfig(guidance_start=9), schedule).shares.sum() == 0  # nothing is guided anyway
+
+
 def test_guidance_may_begin_late_and_stop_early_and_its_growth_counts_from_the_first_scale(schedule):
     config = SamplingConfig(
         guidance_scale=3.0, guidance_start=1, guidance_stop=3, unguided_temperature=0.1, temperature=2.0

@@ -34,6 +34,20 @@ def test_further_columns_are_kept(tmp_path: Path) -> None:
     assert two.text == "two lines"
 
 
+def test_a_prompt_ends_where_its_line_does(tmp_path: Path) -> None:
+    """And not at what else Unicode has of line ends, which a JSON string or a cell may hold."""
+    others = "\u2028 \x85 \u2029"
+    for name, text in (
+        ("a.txt", f"a cat{others} \x0b \x0c on a mat\r\na dog\r\n"),
+        ("a.jsonl", f'{{"prompt": "a cat{others}on a mat"}}\n{{"prompt": "a dog"}}'),
+        ("a.csv", f'prompt,tag\na cat{others}on a mat,1\n"a\ndog",2\n'),
+    ):
+        assert [each.text for each in read_prompts(write(tmp_path, name, text))] == [
+            "a cat on a mat",
+            "a dog",
+        ]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "told"),
     [

@@ -26,7 +26,7 @@ from nextscale.models.lora import METADATA, TENSORS
 from nextscale.models.protocol import Conditioning
 from nextscale.optimizer import OptimizerConfig
 from nextscale.pipeline import VARPipeline
-from nextscale.policy import SamplingConfig
+from nextscale.policy import SamplingConfig, kept_tokens
 from nextscale.rescoring import teacher_forced_logits
 from nextscale.rewards import AtLeast, AtMost, RewardSet
 from nextscale.runs.config import RunConfig
@@ -188,6 +188,26 @@ def test_base_is_what_the_evaluation_before_training_found(
     (first,) = metrics_of(tmp_path / "unmeasured")
     assert first["constraints/bright/bound"] == first["rewards/bright/mean"]
     assert first["constraints/bright/violation"] == first["constraints/bright/multiplier"] == 0
+
+
+def test_base_is_of_what_is_trained_on(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    """Evaluations draw other classes here, whose mean is another one though nothing has moved."""
+    rewards = RewardSet({"red": redness, "bright": brightness}, constraints={"bright": AtLeast("base")})
+    pipe = make_pipeline()
+    trainer = GRPOTrainer(
+        pipe,
+        rewards,
+        GRPOConfig(num_groups=2, num_generations=4),
+        conditions=pipe.conditions([0]),
+        eval_conditions=pipe.conditions([1]),
+        run=RunConfig(
+            output_dir=str(tmp_path / "run"), max_steps=1, eval_steps=1, eval_num_images=8, report_to="none"
+        ),
+    )
+    trainer.train()
+    before, first = metrics_of(tmp_path / "run")
+    assert first["constraints/bright/bound"] == first["rewards/bright/mean"]
+    assert first["constraints/bright/bound"] != before["eval_rewards/bright/mean"]
 
 
 def test_a_held_out_reward_is_measured_in_evaluations_alone(
@@ -485,12 +505,14 @@ def test_a_kl_in_the_reward_keeps_the_model_near_as_one_in_the_loss_does(
         assert held < free / 2, (held, free)
 
 
+@pytest.mark.parametrize("sampling", [GUIDED, GUIDED.replace(top_k=4, top_p=0.9)], ids=["all", "filtered"])
 def test_what_a_token_cost_in_kl_is_taken_from_its_advantage(
-    make_pipeline: MakePipeline, tmp_path: Path
+    make_pipeline: MakePipeline, tmp_path: Path, sampling: SamplingConfig
 ) -> None:
     """Against log-probs of the two models by themselves, after the model has moved."""
     pipe = make_pipeline()
-    trainer = make_trainer(pipe, tmp_path / "run", kl_in_reward=True, beta=0.3, per_device_train_batch_size=3)
+    options = {"kl_in_reward": True, "beta": 0.3, "per_device_train_batch_size": 3}
+    trainer = make_trainer(pipe, tmp_path / "run", sampling=sampling, **options)
     base = copy.deepcopy(pipe.transformer)
     trainer.train()
 
@@ -500,12 +522,15 @@ def test_what_a_token_cost_in_kl_is_taken_from_its_advantage(
     schedule = pipe.transformer.schedule
     with torch.no_grad():
         ours, theirs = (
-            teacher_forced_logits(model, schedule, drawn.conditioning, drawn.inputs, GUIDED).log_softmax(-1)
+            teacher_forced_logits(model, schedule, drawn.conditioning, drawn.inputs, sampling)
             for model in (pipe.transformer, base)
         )
+    kept = kept_tokens(ours, sampling).scatter(-1, drawn.tokens[..., None], True)
+    probs = ours.softmax(-1) * kept
+    probs, theirs = probs / probs.sum(-1, keepdim=True), theirs.log_softmax(-1)
     picked = drawn.tokens[..., None]
-    log_ratios = (ours - theirs).gather(-1, picked)[..., 0]
-    kl = (ours.exp() * (ours - theirs)).sum(-1)
+    log_ratios = probs.gather(-1, picked)[..., 0].log() - theirs.gather(-1, picked)[..., 0]
+    kl = torch.where(kept, probs * (probs.log() - theirs), 0.0).sum(-1)
     later = torch.stack([kl[:, slice_.stop :].sum(1) for slice_ in schedule.slices], 1)
     surplus = later - later.unflatten(0, (4, 4)).mean(1).repeat_interleave(4, 0)
     expected = log_ratios - kl + surplus.repeat_interleave(torch.tensor(schedule.lengths), 1)

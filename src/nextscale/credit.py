@@ -152,8 +152,8 @@ def by_function(reference: str) -> Credit:
             raise RewardError(f"grpo.credit '{reference}' raised {told}") from error
         if found.ndim != 3 or len(found) != len(images) or not bool(((found >= 0) & found.isfinite()).all()):
             raise RewardError(
-                f"grpo.credit '{reference}' returned shape {tuple(found.shape)} or numbers that are "
-                f"infinite or below 0, expected ({len(images)}, height, width) of finite numbers from 0"
+                f"grpo.credit '{reference}' returned shape {tuple(found.shape)}, numbers below 0 or infinite "
+                f"ones, expected ({len(images)}, height, width) of numbers that are at least 0"
             )
         return found
 

@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,14 @@ from tqdm.auto import tqdm
 
 from nextscale.base.clock import Clock
 from nextscale.base.conditions import Condition
-from nextscale.base.errors import CheckpointError, ConfigError, RewardError, TrainingError, in_words
+from nextscale.base.errors import (
+    CheckpointError,
+    ConfigError,
+    NextscaleError,
+    RewardError,
+    TrainingError,
+    in_words,
+)
 from nextscale.base.files import replacing_folder
 from nextscale.base.interrupt import Interrupted, StopOnSignal
 from nextscale.base.metrics import Means, finite
@@ -134,10 +142,11 @@ class GRPOTrainer:
         )
         credit = find_credit(self.grpo.credit, self.rewards)
         self.folder = RunFolder(Path(self.run.output_dir), self.accelerator.is_main_process)
-        self.folder.check(resume=bool(self.run.resume), overwrite=self.run.overwrite)
+        self.sources = {**(sources or {}), **credit_source(self.grpo.credit)}
+        needed = [*self.sources.values(), *([Path(pipe.source)] if pipe.source else [])]
+        self.folder.check(resume=bool(self.run.resume), overwrite=self.run.overwrite, needed=needed)
         self._check_continuable()
         self.config_yaml, self.command = config_yaml or self._default_config(pipe.source), command
-        self.sources = {**(sources or {}), **credit_source(self.grpo.credit)}
 
         self.pipe = pipe
         self.learner = Learner(
@@ -195,7 +204,7 @@ class GRPOTrainer:
         own: list[Callback] = [self.bar, Warnings(), Trackers(), *([self.best] if self.best else [])]
         self.callbacks = [*own, *callbacks]
 
-        self.step_done, self.seconds_done, self.should_stop = 0, 0.0, False
+        self.step_done, self.seconds_done, self.should_stop, self.has_trained = 0, 0.0, False, False
         self.first_evaluation: dict[str, float] = {}
         self.last_metrics: dict[str, float] = {}
         self.step_evaluated: int | None = None
@@ -236,7 +245,10 @@ class GRPOTrainer:
                 "the pipeline no longer has this trainer's adapter: make a trainer anew, and train before "
                 "another one is made for the same pipeline"
             )
+        if self.has_trained:
+            raise ConfigError("this trainer has been run: make a new one, to resume its run or for another")
         self.open()
+        self.has_trained = True
         try:
             return self._train()
         finally:
@@ -284,9 +296,10 @@ class GRPOTrainer:
                 finally:
                     self.learner.unshard()
                 raise
-            except BrokenPipeError:  # of this process alone: the others would not come to save
+            except Exception:  # such as a callback's; of this process alone: others would not come to save
                 if process.num_processes == 1:
-                    self.save_last_whole_step()
+                    with suppress(NextscaleError, OSError):  # what it failed with first is what to tell
+                        self.save_last_whole_step()
                 raise
 
         # The end: a checkpoint to go on from, and the final model if nothing is left to do.
@@ -420,9 +433,9 @@ class GRPOTrainer:
         self.step_done += 1
         self.before_step, self.has_moved = None, False
         self.seconds_done += metrics["step_time"]
-        self.tell("on_step_end", metrics)
         evaluated: dict[str, float] = {}
         try:
+            self.tell("on_step_end", metrics)
             if self.evaluation_is_due:
                 evaluated = self.evaluate()
         finally:

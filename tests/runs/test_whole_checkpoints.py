@@ -212,6 +212,7 @@ def test_leftovers_go_with_the_next_checkpoint(make_pipeline: MakePipeline, tmp_
     checkpoints = tmp_path / "checkpoints"
     stand_in(checkpoints / ".writing-step-000007", "half")
     stand_in(checkpoints / ".replaced-step-000001", "former")
+    (tmp_path / ".lock").touch()  # of the run that was killed
     make_trainer(make_pipeline(), tmp_path, max_steps=1, save_steps=1).train()
     assert [each.name for each in checkpoints.iterdir()] == ["step-000001"]
 

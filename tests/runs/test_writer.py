@@ -306,3 +306,36 @@ def test_a_run_from_python_records_prompts_roles_and_environment(tiny_pipeline: 
     assert "sesame" not in text
     told = json.loads(trainer.folder.environment.read_text())
     assert told["num_processes"] == 1 and told["command"] == ""
+
+
+# ---- what is not the run's
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "rewards", "samples", "final", "best", "checkpoints"])
+def test_a_folder_with_what_no_run_has_written_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match=rf"'.*{name}' was written by no run"):
+        RunFolder(tmp_path).check(resume=False, overwrite=True)
+    assert [each.name for each in tmp_path.iterdir()] == [name]
+    RunFolder(tmp_path).check(resume=True, overwrite=False)  # checkpoints brought along alone
+
+
+def test_a_folder_that_a_run_was_killed_in_is_taken_again(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.open("model: toy\n", resume=False, overwrite=False)
+    folder.close()
+    assert [each.name for each in tmp_path.iterdir() if each.suffix == ".yaml"] == ["config.yaml"]
+    RunFolder(tmp_path).check(resume=False, overwrite=False)
+
+
+def test_overwriting_spares_what_the_run_reads(tmp_path: Path) -> None:
+    source = tmp_path / "run" / "rewards" / "mine.py"
+    source.parent.mkdir(parents=True)
+    source.write_text("")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    for run in ("run", "link"):
+        with pytest.raises(ConfigError, match=r"mine\.py' is needed, and lies in '.*', which run\.overwrite"):
+            RunFolder(tmp_path / run).check(resume=False, overwrite=True, needed=[source])
+    RunFolder(tmp_path / "run").check(resume=True, overwrite=False, needed=[source])
+    RunFolder(tmp_path / "other").check(resume=False, overwrite=True, needed=[source])

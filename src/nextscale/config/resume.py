@@ -19,10 +19,6 @@ def check_folder(recipe: Recipe) -> None:
         CheckpointError: `run.resume` names a path that is no checkpoint.
     """
     run = recipe.run
-    if run.resume and run.overwrite:
-        raise ConfigError(
-            "run.resume and run.overwrite exclude each other: keep the earlier run, or replace it"
-        )
     folder = RunFolder(Path(run.output_dir))
     folder.check(resume=bool(run.resume), overwrite=run.overwrite)
     if run.resume:

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from einops import rearrange
@@ -35,17 +35,32 @@ class RunFolder(RunPaths):
         # Of the object, not of the thread: a run may be started in one thread and end in another.
         self._lock = FileLock(self.lock_file, timeout=PATIENCE, thread_local=False)
 
-    def check(self, *, resume: bool, overwrite: bool) -> None:
+    def check(self, *, resume: bool, overwrite: bool, needed: Iterable[Path] = ()) -> None:
         """Whether `open` would succeed now. Changes nothing.
 
+        Args:
+            needed: files and folders that the run reads.
+
         Raises:
-            ConfigError: the folder is a file, is in use, or holds a run that is neither to be resumed nor
-                overwritten.
+            ConfigError: the folder is a file, is in use, holds a run that is neither to be resumed nor
+                overwritten, or what is no run's: a run would write over that, and overwriting empty it.
         """
+        if resume and overwrite:
+            raise ConfigError(
+                "run.resume and run.overwrite exclude each other: keep the earlier run, or replace it"
+            )
         if self.lock_file.exists() and not self._lock.is_locked:
             self.lock()
             self.close()
         self._check_content(resume, overwrite)
+        if not resume:
+            self._check_owner()
+        for path in needed if overwrite and not resume else ():
+            if path.resolve().is_relative_to(self.path.resolve()):
+                raise ConfigError(
+                    f"'{path}' is needed, and lies in '{self.path}', which run.overwrite would empty: move "
+                    "it out, or choose another --run.output_dir"
+                )
 
     def open(self, config_yaml: str, *, resume: bool, overwrite: bool) -> None:
         """Lock the folder, remove the run that is to be overwritten, and write `config.yaml`.
@@ -217,9 +232,24 @@ class RunFolder(RunPaths):
                 "--run.overwrite true, or choose another --run.output_dir"
             )
 
+    def _check_owner(self) -> None:
+        if any(each.exists() for each in (self.lock_file, self.metrics, self.environment)):
+            return
+        for each in (self.config, *self._folders):
+            if each.exists():
+                raise ConfigError(
+                    f"'{each}' was written by no run, and a run would write there: choose another "
+                    "--run.output_dir, or move it"
+                )
+
+    @property
+    def _folders(self) -> tuple[Path, ...]:
+        """What a run makes, and overwriting removes."""
+        return self.checkpoints, self.final, self.best, self.rewards, self.samples, self.tensorboard
+
     def _clear(self) -> None:
         """Remove what a run has written; its metrics last, for they mark the folder as a run's."""
-        for folder in (self.checkpoints, self.final, self.best, self.rewards, self.samples, self.tensorboard):
+        for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
         for file in (self.report, self.environment, self.metrics):
             file.unlink(missing_ok=True)
