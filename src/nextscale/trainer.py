@@ -567,9 +567,10 @@ class GRPOTrainer:
 
     @property
     def fixed_options(self) -> dict[str, Any]:
-        """The options that a resumed run must keep, by dotted key."""
-        sections = {"grpo": self.grpo, "sampling": self.sampling, "tuning": self.tuning, "run": self.run}
-        fixed = fixed_values({**sections, "optimizer": self.optimizer_config})
+        """The options that a resumed run must keep, by dotted key: those that shape its course."""
+        sections = {"grpo": self.grpo, "sampling": self.sampling, "tuning": self.tuning}
+        of_run = {"seed": self.run.seed, "mixed_precision": self.run.mixed_precision}
+        fixed = fixed_values({**sections, "optimizer": self.optimizer_config, "run": of_run})
         if self.optimizer_config.depends_on_the_end:
             fixed["run.max_steps"] = self.run.max_steps
         return fixed
