@@ -32,6 +32,8 @@ def test_further_columns_are_kept(tmp_path: Path) -> None:
     one, two = read_prompts(path)
     assert (one.text, one.data) == ("a sign, lit", {"says": "HELLO, YOU"})
     assert two.text == "two lines"
+    path = write(tmp_path, "b.csv", 'prompt,says\r\na 6" ruler,\r\n\r\n"the ""best"" one","x"')
+    assert [each.text for each in read_prompts(path)] == ['a 6" ruler', 'the "best" one']
 
 
 def test_a_prompt_ends_where_its_line_does(tmp_path: Path) -> None:
@@ -62,6 +64,14 @@ def test_a_prompt_ends_where_its_line_does(tmp_path: Path) -> None:
         ("a.csv", "prompt\na, b\n", "more values than columns"),
         ("a.csv", "prompt,says\n,b\n", "expected a prompt, got ''"),
         ("a.csv", "prompt,says\n", "has no prompts"),
+        (
+            "a.jsonl",
+            '{"prompt": "a"}\n{"prompt": "\\ud800 star"}',
+            r"line 2: the prompt '\\ud800 star' is no Uni",
+        ),
+        ("a.csv", 'prompt\na\n"b\nc\nd\n', r"from line 3 on: not CSV \(unexpected end of data\); close each"),
+        ("a.csv", 'prompt\n"a"b\n', "from line 2 on: not CSV"),
+        ("a.csv", '"prompt\na\n', "from line 1 on: not CSV"),
     ],
 )
 def test_what_cannot_be_read_is_said_in_a_sentence(tmp_path: Path, name: str, text: str, told: str) -> None:
@@ -75,6 +85,11 @@ def test_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_prompts(tmp_path / "b.txt")
+    for encoding, byte in (("latin-1", 6), ("utf-16", 1)):
+        (tmp_path / "b.txt").write_text("a caf\u00e9\n", encoding=encoding)
+        told = f"cannot be read as UTF-8, from byte {byte} on: save it in that encoding"
+        with pytest.raises(ConfigError, match=told):
+            read_prompts(tmp_path / "b.txt")
     with pytest.raises(ConfigError, match="expected hf://datasets/OWNER/NAME/FILE"):
         read_prompts("hf://datasets/owner/a.txt")
 

@@ -143,10 +143,16 @@ def test_a_negative_prompt_that_cannot_be_used(make_pipeline: Any, capsys: Any, 
     for given, says in (
         ({"negative_prompt": ["a", "b"]}, "2 negative prompts for 3 prompts: give one, or one for each"),
         ({"negative_prompt": [3]}, "negative prompt 3 cannot be used"),
+        (
+            {"negative_prompt": "a \udcff"},
+            r"the negative prompt 'a \\udcff' is no Unicode: '\\udcff' stands for no",
+        ),
         ({"negative_prompt": "a", "guidance_scale": 0.0}, "has no effect without guidance"),
     ):
         with pytest.raises(ConfigError, match=says):
             pipe(prompts=PROMPTS, **given)
+    with pytest.raises(ConfigError, match=r"the prompt 'a \\udcff' is no Unicode"):
+        pipe(prompts=["a moon", "a \udcff"])
     with pytest.raises(ConfigError, match="the model draws by classes and takes no negative prompt"):
         make_pipeline()([0], negative_prompt="a")
     assert main(["sample", "--classes", "star", "--negative-prompt", "a moon"]) == 2

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nextscale.base.conditions import Condition
+from nextscale.base.conditions import Condition, check_unicode
 from nextscale.base.errors import ConfigError
 from nextscale.models.class_names import find_class
 
@@ -58,7 +58,8 @@ def prompt_conditions(prompts: str | Sequence[str | Condition], num_classes: int
         num_classes: 0 for a model that draws by prompts.
 
     Raises:
-        ConfigError: the model draws by classes, or no prompts are given, or an empty one.
+        ConfigError: the model draws by classes, or no prompts are given, or an empty one, or one that is no
+            Unicode.
     """
     if num_classes:
         raise ConfigError("the model draws by classes, not by prompts: say what with class labels")
@@ -69,6 +70,7 @@ def prompt_conditions(prompts: str | Sequence[str | Condition], num_classes: int
         text = each.text if isinstance(each, Condition) else each
         if not isinstance(text, str) or not text.strip():
             raise ConfigError(f"prompt {each!r} cannot be used: give a text")
+        check_unicode(text, "the prompt")
     return [Condition(None, each) if isinstance(each, str) else each for each in several]
 
 
@@ -81,8 +83,8 @@ def negative_prompts(
         is_guided: whether the model is sampled with guidance.
 
     Raises:
-        ConfigError: the model draws by classes or without guidance, or one is no text, or they are neither
-            one nor as many as the prompts.
+        ConfigError: the model draws by classes or without guidance, or one is no text or no Unicode, or
+            they are neither one nor as many as the prompts.
     """
     texts = [given] if isinstance(given, str) else list(given)
     if num_classes:
@@ -90,6 +92,7 @@ def negative_prompts(
     for each in texts:
         if not isinstance(each, str):
             raise ConfigError(f"negative prompt {each!r} cannot be used: give a text")
+        check_unicode(each, "the negative prompt")
     if len(texts) not in (1, num_prompts):
         raise ConfigError(
             f"{len(texts)} negative prompts for {num_prompts} prompts: give one, or one for each"

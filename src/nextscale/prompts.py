@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nextscale.base.conditions import Condition
+from nextscale.base.conditions import Condition, check_unicode
 from nextscale.base.errors import CheckpointError, ConfigError, first_sentence
 from nextscale.models import hub
 
@@ -38,13 +38,18 @@ def read_prompts(source: str | Path) -> list[Condition]:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"no file '{source}': give the path of a file of prompts") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"'{source}' cannot be read as UTF-8, from byte {error.start + 1} on: save it in that encoding"
+        ) from None
+    except OSError as error:
         raise ConfigError(f"'{source}' cannot be read: {first_sentence(error)}") from None
     read = {".txt": _from_text, ".jsonl": _from_jsonl, ".csv": _from_csv}[path.suffix]
     found, lines = [], {}
     for line, prompt, data in read(text, str(source)):
         if not isinstance(prompt, str) or not prompt.strip():
             raise ConfigError(f"'{source}', line {line}: expected a prompt, got {prompt!r}")
+        check_unicode(prompt, f"'{source}', line {line}: the prompt")
         prompt = " ".join(prompt.split())
         if prompt in lines:
             raise ConfigError(
@@ -95,11 +100,22 @@ def _from_jsonl(text: str, source: str) -> Rows:
 
 
 def _from_csv(text: str, source: str) -> Rows:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+    rows: Rows = []
+    read = 0  # lines
+    # Strict, or a quote that is never closed would make one prompt of all the rows after it.
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
-        return [(reader.line_num, *_split(dict(row), source, reader.line_num)) for row in reader]
+        if reader.fieldnames:  # which reads the first line
+            read = reader.line_num
+        for row in reader:
+            read = reader.line_num
+            rows.append((read, *_split(dict(row), source, read)))
     except csv.Error as error:
-        raise ConfigError(f"'{source}', line {reader.line_num}: {error}") from None
+        raise ConfigError(
+            f"'{source}', from line {read + 1} on: not CSV ({error}); close each quote, and write one within "
+            "a text twice"
+        ) from None
+    return rows
 
 
 def _split(row: dict[Any, Any], source: str, line: int) -> tuple[Any, dict[str, Any]]:

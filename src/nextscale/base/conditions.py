@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nextscale.base.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Condition:
@@ -23,3 +25,21 @@ class Condition:
     def key(self) -> int | str:
         """What seeds are derived from: the label, or else the prompt."""
         return self.text if self.label is None else self.label
+
+
+def check_unicode(text: str, told: str) -> None:
+    """Check that a text can be encoded: no tokenizer takes half of a surrogate pair, which JSON can have, and
+    which bytes of the command line become that are not UTF-8.
+
+    Args:
+        told: what to call it.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{told} {text!r} is no Unicode: {text[error.start]!r} stands for no character; write it in UTF-8"
+        ) from None
