@@ -16,7 +16,7 @@ from nextscale.pipeline import VARPipeline
 from nextscale.prompts import read_prompts
 from nextscale.rewards.clip_score import ClipScore
 from nextscale.studio import training
-from nextscale.studio.models import MAX_KEPT, Frame, Models, draw, score
+from nextscale.studio.models import MAX_KEPT, Frame, Models, draw, score, words_of
 from test_trainer import make_trainer
 
 gr = pytest.importorskip("gradio", reason="Gradio, of the extra ui, is not installed")
@@ -123,6 +123,7 @@ def test_prompts_are_drawn_in_place_of_classes(tmp_path):
     *frames, last = app._draw_both(models, "toy-text", "toy-text", 1.0, wanted, *options)
     assert frames[0][2] == "scale 1 of 6" and last[0].tobytes() == last[1].tobytes()
     pipe = models.load("toy-text")
+    assert words_of(pipe, "a\u2028b\r\nc\x85d\x0ce\r\n") == ["a\u2028b", "c\x85d\x0ce"]
     images = pipe(prompts=prompts, num_images_per_prompt=2, seed=5).images
     assert last[0].tobytes() == app.grid_of(images, 2).tobytes()
     conditions = [Condition(None, each) for each in prompts for _ in range(2)]
@@ -202,6 +203,8 @@ def test_a_model_of_prompts_is_tuned_on_the_miniatures_or_on_those_that_were_wri
     assert recipe.eval_prompts is None and recipe.run.max_steps == 2
     assert recipe.prompts is not None
     assert [each.text for each in read_prompts(recipe.prompts)] == ["a red star", "a blue fish"]
+    cut = training.prompts_of("a\u2028b\r\nc\x85d\x0ce\r\n", needs_some=True)  # at the ends of lines alone
+    assert cut == ["a b", "c d e"]
     with pytest.raises(ConfigError, match="the prompt 'a b' stands there 2 times"):
         training.prompts_of("a b\na  b", needs_some=False)
     with pytest.raises(ConfigError, match="write the prompts to train on, one a line"):

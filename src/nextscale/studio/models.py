@@ -173,7 +173,8 @@ class Frame:
 
 def words_of(pipe: VARPipeline, text: str) -> list[str]:
     """What a field of the page asks for: classes with commas between, or a prompt a line."""
-    parts = text.split(",") if pipe.num_classes else text.splitlines()
+    # Not `splitlines`: that cuts at U+2028 and its like, which a prompt may hold.
+    parts = text.split(",") if pipe.num_classes else text.replace("\r\n", "\n").split("\n")
     return [each.strip() for each in parts if each.strip()]
 
 

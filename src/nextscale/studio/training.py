@@ -116,7 +116,8 @@ def prompts_of(text: str, needs_some: bool) -> list[str]:
     Raises:
         ConfigError: one stands there twice, or there are none where some are needed.
     """
-    found = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    lines = text.replace("\r\n", "\n").split("\n")  # and not at U+2028 and its like, as in a file of prompts
+    found = [" ".join(line.split()) for line in lines if line.strip()]
     for prompt, number in Counter(found).items():
         if number > 1:
             raise ConfigError(f"the prompt '{prompt}' stands there {number} times: give it once")
