@@ -56,7 +56,7 @@ def test_a_curve_over_images_has_its_points_where_they_were_drawn(tmp_path, monk
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
     folders = [make_run(tmp_path / study / "7", metrics(5), grids=()) for study in ("plain", "best")]
-    assert "plain/7" in Page(write_comparison(folders, tmp_path / "page.html")).text
+    assert "plain/7" in Page(write_comparison(folders, tmp_path / "new" / "page.html")).text
     with pytest.raises(ConfigError, match=r"run '.*7' is given twice"):
         write_comparison([folders[0], folders[0]], tmp_path / "page.html")
     with pytest.raises(ConfigError, match="2 to 8 runs, got 1"):

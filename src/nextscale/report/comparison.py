@@ -25,6 +25,9 @@ MAX_RUNS = len(COLOURS)
 def write_comparison(folders: Sequence[Path], output: Path) -> Path:
     """Write one page about several runs, which needs no other file; returns its path.
 
+    Args:
+        output: its folder is made if need be.
+
     Raises:
         ConfigError: fewer than two runs or more than eight, a folder that is no run folder or is given twice,
             or a broken file.
@@ -52,6 +55,7 @@ def write_comparison(folders: Sequence[Path], output: Path) -> Path:
         numbers=_numbers(runs),
         settings=_differing(runs),
     )  # fmt: skip
+    output.parent.mkdir(parents=True, exist_ok=True)
     write_text_aside(output, page)
     return output
 
