@@ -44,6 +44,18 @@ def test_a_reward_has_one_kind():
             read_reward(values)
 
 
+def test_a_kind_without_a_value_is_told_with_an_example():
+    with pytest.raises(ConfigError, match="'jpeg' has no value: give one, such as 'jpeg: compressibility'"):
+        read_reward({"jpeg": None, "weight": 2.0})
+    for kind, record in REWARD_KINDS.items():
+        with pytest.raises(ConfigError, match=f"'{kind}' has no value: give one, such as '{kind}: ") as told:
+            read_reward({kind: None})
+        example = str(told.value).split(f"such as '{kind}: ")[1].removesuffix("'")
+        needed = {"vlm_model": "m"} if kind == "vlm_judge" else {}
+        read_reward({kind: example, **needed})
+        assert example != record.main_option.upper()
+
+
 def test_the_short_form_is_that_of_the_kind_and_its_main_option():
     for kind, record in REWARD_KINDS.items():
         (value, *_) = get_args(record.model_fields[record.main_option].annotation) or ("word",)

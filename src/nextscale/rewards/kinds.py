@@ -1,7 +1,7 @@
 """The kinds of rewards: one table, and the types that are built from it."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
 import pydantic
 from pydantic import BeforeValidator, Discriminator, Field, Tag, TypeAdapter, WithJsonSchema
@@ -49,6 +49,19 @@ RECORDS: tuple[type[RewardConfig], ...] = (
 REWARD_KINDS = {record.model_fields["kind"].default: record for record in RECORDS}
 """Name of a kind to its record."""
 
+EXAMPLES = {
+    "head": "laion-v2-l14",
+    "prompt": "a photo of a {label}",
+    "among": "imagenet",
+    "classifier": "google/vit-base-patch16-224",
+    "detector": "facebook/mask2former-swin-small-coco-instance",
+    "reader": "microsoft/trocr-base-printed",
+    "folder": "pictures/",
+    "function": "rewards.py:score",
+    "url": "http://localhost:8000/v1",
+}
+"""A value of each main option that takes any word, for errors."""
+
 
 def read_reward(values: Mapping[str, Any]) -> RewardConfig:
     """The record of a reward as a recipe writes it, in full or in short.
@@ -66,7 +79,7 @@ def in_full(reward: Any) -> Any:
     """`{clip_score: VALUE, ...}` as `{kind: clip_score, prompt: VALUE, ...}`; options that are null left out.
 
     Raises:
-        ValueError: it does not have exactly one kind.
+        ValueError: it does not have exactly one kind, or that has no value.
     """
     if not isinstance(reward, Mapping):
         return reward
@@ -84,6 +97,9 @@ def in_full(reward: Any) -> Any:
         if name not in RewardOptions.model_fields:
             raise unknown_key(str(name), RewardOptions.model_fields)
     named = dict.fromkeys([str(given["kind"]), *kinds] if "kind" in given else kinds)
+    for kind in REWARD_KINDS if not named else ():
+        if kind in reward:
+            raise ValueError(f"'{kind}' has no value: give one, such as '{kind}: {_example(kind)}'")
     if len(named) != 1:
         found = f", got {' and '.join(named)}" if named else ""
         raise ValueError(f"a reward needs exactly one of {', '.join(REWARD_KINDS)}{found}")
@@ -91,6 +107,13 @@ def in_full(reward: Any) -> Any:
     if main in given:
         raise ValueError(f"'{main}' and '{kinds[0]}' mean the same option; remove one of them")
     return {"kind": kinds[0], main: given.pop(kinds[0]), **given}
+
+
+def _example(kind: str) -> str:
+    """What the main option of a kind may be: the first of its words, or else one of any."""
+    option = REWARD_KINDS[kind].main_option
+    words = get_args(REWARD_KINDS[kind].model_fields[option].annotation)
+    return words[0] if words and isinstance(words[0], str) else EXAMPLES.get(option, option.upper())
 
 
 def _union() -> Any:
