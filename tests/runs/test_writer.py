@@ -87,6 +87,24 @@ def test_a_check_writes_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_link_that_leads_nowhere_is_told(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "away")
+    told = r"link' is a link to '.*away', which does not exist: make"
+    for path in (tmp_path / "link", tmp_path / "link" / "run"):
+        with pytest.raises(ConfigError, match=told):
+            RunFolder(path).check(resume=False, overwrite=False)
+        with pytest.raises(ConfigError, match=told):
+            opened(path)
+    (tmp_path / "away").mkdir()
+    opened(tmp_path / "link").close()
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_a_run_does_not_write_to_the_working_directory_unasked(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"output_dir = '.*' cannot be used: give the folder to write to"):
+        RunConfig(output_dir=name)
+
+
 def test_checks_of_many_processes_do_not_refuse_each_other(tmp_path: Path) -> None:
     """Each process of a distributed run checks the folder that it is going to resume."""
     opened(tmp_path / "run").close()

@@ -2,7 +2,7 @@
 
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from nextscale.base.precision import AskedPrecision
 from nextscale.base.records import FREE_ON_RESUME, Record
@@ -65,6 +65,13 @@ class RunConfig(Record):
     """Trackers that get the metrics besides metrics.jsonl: one or several of Accelerate's, or "none"."""
     disable_tqdm: bool = Field(default=False, json_schema_extra=FREE_ON_RESUME)
     """Hide the progress bar."""
+
+    @field_validator("output_dir")
+    @classmethod
+    def _names_a_folder(cls, output_dir: str) -> str:
+        if not output_dir.strip():  # which would be the working directory
+            raise ValueError("give the folder to write to, such as runs/mine")
+        return output_dir
 
     @model_validator(mode="after")
     def _check_offloading(self) -> Self:

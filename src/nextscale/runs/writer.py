@@ -223,6 +223,12 @@ class RunFolder(RunPaths):
     def _check_is_folder(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"'{self.path}' is not a folder: choose another --run.output_dir")
+        for each in (self.path, *self.path.parents):
+            if each.is_symlink() and not each.exists():
+                raise ConfigError(
+                    f"'{each}' is a link to '{os.readlink(each)}', which does not exist: make that folder, "
+                    "or choose another --run.output_dir"
+                )
 
     def _check_content(self, resume: bool, overwrite: bool) -> None:
         self._check_is_folder()
