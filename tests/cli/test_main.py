@@ -534,12 +534,29 @@ def test_a_failing_reward_in_a_process(folder, tmp_path):
         (["--rewards.bright.clip", "toy"], "'clip' has no effect on a reward of kind 'python'"),
         (["--run.output_dir", "{folder}/rewards.py"], "is not a folder"),
         (["--run.diversity_clip", "{folder}/model"], "cannot be loaded"),
+        (["--run.output_dir", ""], "run.output_dir = '' cannot be used: give the folder to write to"),
+        (["--run.report_to", "wandbb"], "tracker 'wandbb' is unknown, or its package is not installed"),
+        (
+            ["--run.save_best", "foo"],
+            "run.save_best 'foo' is no metric of the evaluations: use one of eval_reward, "
+            "eval_rewards/bright/mean",
+        ),
+        (["--run.save_best", "eval_rewards/brigth/mean"], "is no metric of the evaluations: use one of"),
+        (["--run.save_best", "eval_rewards/bright"], "is no metric of the evaluations: use one of"),
+        (["--run.save_best", "eval_reward", "--run.eval_steps", "0"], "save_best has no effect with"),
     ],
 )
 def test_a_dry_run_finds_what_would_fail(folder, fails, tmp_path, words, says):
     words = [word.format(folder=folder) for word in words]
     place = [] if "--run.output_dir" in words else ["--run.output_dir", tmp_path / "run"]
     assert says in fails("train", folder / "recipe.yaml", *place, *words, "--dry-run")
+
+
+@pytest.mark.parametrize("metric", ["eval_reward", "eval_rewards/bright/sem", "eval_diversity"])
+def test_a_dry_run_takes_what_an_evaluation_may_measure(folder, tmp_path, capsys, metric):
+    words = ["train", str(folder / "recipe.yaml"), "--run.output_dir", str(tmp_path / "run")]
+    assert main([*words, "--run.save_best", metric, "--dry-run"]) == 0
+    assert f"save_best: {metric}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -895,6 +912,37 @@ def test_evaluate_the_classes_asked_for(folder, capsys):
 )
 def test_what_cannot_be_evaluated(folder, fails, words, says):
     assert says in fails("evaluate", folder / "model", *(word.format(folder=folder) for word in words))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        (None, "draws by prompts, but '{folder}/model' draws by 4 classes"),
+        ({"num_classes": 5}, "draws by 5 classes, but '{folder}/model' draws by 4 classes"),
+        ({"scale_sizes": (1, 2, 4)}, "has scales (1, 2, 4), but '{folder}/model' has scales (1, 2, 3, 4)"),
+        ({"codebook_size": 32}, "of 32 codes of width 8, but '{folder}/model' has a codebook of 48 codes"),
+    ],
+)
+def test_a_base_that_does_not_fit(folder, make_pipeline, tmp_path, fails, sizes, says):
+    base = tmp_path / "base" if sizes else "toy-text"
+    if sizes:
+        make_pipeline(**sizes).save_pretrained(base)
+    reward = ["--reward", f"python={folder}/rewards.py:bright", "--num-images", "4"]
+    told = fails("evaluate", folder / "model", *reward, "--base", base)
+    assert told.startswith(f"the base '{base}' ") and says.format(folder=folder) in told
+    assert told.endswith(": give the base that it was tuned from")
+
+
+def test_a_base_has_to_fit_all_models(folder, make_pipeline, tmp_path, fails):
+    smaller = make_pipeline(class_names=NAMES, scale_sizes=(1, 2, 4)).save_pretrained(tmp_path / "smaller")
+    reward = ["--reward", f"python={folder}/rewards.py:bright", "--num-images", "4"]
+    told = fails("evaluate", folder / "model", smaller, *reward, "--base", folder / "model")
+    assert f"has scales (1, 2, 3, 4), but '{smaller}' has scales (1, 2, 4)" in told
+
+
+def test_a_base_that_draws_by_classes_where_the_model_draws_by_prompts(fails):
+    words = ["--prompt", "a red star", "--num-images", "2", "--reward", "pixels=brightness"]
+    assert "the base 'toy' draws by " in fails("evaluate", "toy-text", *words, "--base", "toy")
 
 
 # toy

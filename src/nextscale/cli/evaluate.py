@@ -125,6 +125,7 @@ def run(args: Namespace) -> int:
     recipe = recipe if args.recipe else None  # else it was for its rewards alone: the model says the rest
     reward_set = make_rewards(rewards) if rewards else None
     base = load_pipeline(args.base, device=str(pipe.device)) if args.base else None
+    check_base(args, base, args.models[0], pipe)
     what = {
         "rewards": with_files({name: each.model_dump() for name, each in (rewards or {}).items()}),
         "clip": with_files(clip),
@@ -163,6 +164,7 @@ def _measure_all(measuring: "Measuring", alphas: list[float], pipe: "VARPipeline
         for name, source in named(args.models).items():
             if found:
                 pipe = load_like(args, source, pipe)
+                check_base(args, base, source, pipe)
             found.append(measuring.measure(name, source, pipe))
     add_distances(found, real)
     return found
@@ -257,6 +259,34 @@ def load_like(args: Namespace, model: str, first: "VARPipeline") -> "VARPipeline
             f"'{model}' draws other classes than '{args.models[0]}': compare models of the same classes"
         )
     return pipe
+
+
+def check_base(args: Namespace, base: "VARPipeline | None", model: str, pipe: "VARPipeline") -> None:
+    """Check that a base, if there is one, draws the same tokens as a model, under the same conditions.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if base is None:
+        return
+    ours, theirs = _fitted(pipe), _fitted(base)
+    for word, mine in ours.items():
+        if theirs[word] != mine:
+            raise ConfigError(
+                f"the base '{args.base}' {word} {theirs[word]}, but '{model}' {word} {mine}: give the "
+                "base that it was tuned from"
+            )
+
+
+def _fitted(pipe: "VARPipeline") -> dict[str, str]:
+    """What a model and its base have in common, in words."""
+    config, taken = pipe.transformer.config, pipe.transformer.blank_conditions(1).tensors
+    return {
+        "draws by": f"{pipe.num_classes} classes" if pipe.num_classes else "prompts",
+        "takes": ", ".join(f"{name} {tuple(each.shape[1:])}" for name, each in sorted(taken.items())),
+        "has scales": str(config.scale_sizes),
+        "has a codebook of": f"{config.codebook_size} codes of width {config.codebook_width}",
+    }
 
 
 def rewards_of_words(words: list[str], clip: str | None) -> "dict[str, RewardConfig]":

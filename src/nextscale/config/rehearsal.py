@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 
+from nextscale.base.errors import ConfigError
+from nextscale.callbacks import best_model
 from nextscale.config.build import build_parts, check_fit, make_reward, read_conditions, resolve
 from nextscale.config.recipe import Recipe
 from nextscale.config.resume import check_folder
@@ -14,6 +16,7 @@ from nextscale.models.vqvae import VQVAE
 from nextscale.pipeline import VARPipeline
 from nextscale.plan.gpus import find_gpu, gpu_at_hand, with_memory
 from nextscale.plan.planning import Plan, make_plan
+from nextscale.runs.launch import trackers_of
 
 
 def rehearse(recipe: Recipe, num_processes: int) -> list[str]:
@@ -29,6 +32,8 @@ def rehearse(recipe: Recipe, num_processes: int) -> list[str]:
         NextscaleError: something cannot be loaded, or does not fit together.
     """
     recipe.grpo.check_processes(num_processes)
+    trackers_of(recipe.run.report_to)
+    _check_best(recipe)
     networks = [each for config in recipe.rewards.values() for each in config.networks]
     names = [recipe.model, *networks, recipe.run.diversity_clip]
     missing = [name for name in dict.fromkeys(names) if name and _needs_download(name)]
@@ -46,6 +51,19 @@ def rehearse(recipe: Recipe, num_processes: int) -> list[str]:
         if not set(config.networks) & set(missing):
             make_reward(name, config)
     return missing
+
+
+def _check_best(recipe: Recipe) -> None:
+    """Check what can be known before an evaluation of the metric that the best model is kept by."""
+    best_model(recipe.run)
+    metric = recipe.run.save_best
+    rewards = [f"eval_rewards/{name}" for name in recipe.rewards]
+    measured = [f"{name}/{each}" for name in rewards for each in ("mean", "std", "sem")]
+    if metric is None or metric in measured:
+        return
+    if not metric.startswith("eval_") or metric.startswith("eval_rewards/"):
+        names = ", ".join(["eval_reward", *(f"{name}/mean" for name in rewards)])
+        raise ConfigError(f"run.save_best '{metric}' is no metric of the evaluations: use one of {names}")
 
 
 def _needs_download(name: str) -> bool:

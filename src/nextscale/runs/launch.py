@@ -76,7 +76,7 @@ def make_accelerator(run: RunConfig) -> Accelerator:
         accelerator = Accelerator(
             mixed_precision="no",
             cpu=not torch.cuda.is_available(),  # and not Apple's GPU, which has no float64 to draw with
-            log_with=_trackers(run.report_to) or None,
+            log_with=trackers_of(run.report_to) or None,
             project_config=project,
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(seconds=run.ddp_timeout)),
@@ -154,7 +154,12 @@ def _says_yes(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() == "true"
 
 
-def _trackers(report_to: str | Sequence[str]) -> list[Any]:
+def trackers_of(report_to: str | Sequence[str]) -> list[Any]:
+    """The trackers that `run.report_to` names; for "none" there are none.
+
+    Raises:
+        ConfigError: one is unknown, or its package is not installed.
+    """
     names = [report_to] if isinstance(report_to, str) else list(report_to)
     available = [str(each) for each in get_available_trackers()]
     for name in names:
