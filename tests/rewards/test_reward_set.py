@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from nextscale.base.errors import ConfigError, RewardError
 from nextscale.base.roles import ROLES
 from nextscale.rewards import Aesthetic, AtLeast, AtMost, JpegCompressibility, RewardSet
 from nextscale.rewards.protocol import require_scores
+from nextscale.rewards.roles import Constraint
 
 NAN = math.nan
 CONDITIONS = [Condition(i, name) for i, name in enumerate(("star", "heart", "moon"))]
@@ -174,6 +176,46 @@ def test_training_asks_all_but_the_held_out_rewards():
 def test_roles_that_cannot_be(roles: dict, says: str):
     with pytest.raises(ConfigError, match=says):
         RewardSet({"a": answering(0), "b": answering(0)}, **roles)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"weights": {"a": NAN}}, "weight of 'a': got nan, expected a finite number"),
+        ({"weights": {"a": -math.inf}}, "weight of 'a': got -inf, expected a finite number"),
+        ({"weights": {"a": "x"}}, "weight of 'a': got 'x', expected a finite number"),
+        ({"weights": {"a": "1"}}, "weight of 'a': got '1', expected a finite number"),
+        ({"weights": {"a": None}}, "weight of 'a': got None, expected a finite number"),
+        ({"weights": {"a": True}}, "weight of 'a': got True, expected a finite number"),
+        ({"weights": {"a": torch.ones(2)}}, r"weight of 'a': got tensor\(\[1\., 1\.\]\), expected a finite"),
+        ({"weights": {"a": 10**400}}, r"weight of 'a': got 10+\.\.\.0+, expected a finite number"),
+        ({"weights": ["a"]}, "weights: got an object of type list, expected a dict by the rewards' names"),
+        (
+            {"constraints": {"b": 0.5}},
+            r"constraint of 'b': got 0\.5, expected AtLeast\(0\.5\) or AtMost\(0\.5\)",
+        ),
+        ({"constraints": {"b": AtMost}}, "constraint of 'b': got the class AtMost, expected AtLeast"),
+        (
+            {"constraints": {"b": Constraint(0.5)}},
+            "constraint of 'b': got an object of type Constraint, expected",
+        ),
+        ({"timeouts": {"a": -1}}, "timeout of 'a': got -1, expected seconds, a finite number above 0"),
+        ({"timeouts": {"a": 0}}, "timeout of 'a': got 0, expected seconds"),
+        ({"timeouts": {"a": NAN}}, "timeout of 'a': got nan, expected seconds"),
+        ({"timeouts": {"a": math.inf}}, "timeout of 'a': got inf, .* 0 .leave it out for no limit"),
+        ({"timeouts": {"a": None}}, "timeout of 'a': got None, expected seconds"),
+    ],
+)
+def test_values_of_roles_that_cannot_be(given: dict, says: str):
+    with pytest.raises(ConfigError, match=f"^{says}"):
+        RewardSet({"a": answering(0), "b": answering(0)}, **given)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    weights = {"a": np.float32(2.0), "b": torch.tensor(0.5)}
+    total = RewardSet({"a": answering(0), "b": answering(0)}, weights, timeouts={"a": np.int64(3)})
+    assert total.weights == {"a": 2.0, "b": 0.5} and total.timeouts == {"a": 3.0}
+    assert {type(each) for each in (*total.weights.values(), *total.timeouts.values())} == {float}
 
 
 def test_a_part_of_a_step_may_be_without_any_score():

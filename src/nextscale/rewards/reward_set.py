@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from nextscale.base.checks import check_kind, check_number, found
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError
 from nextscale.rewards.asking.answers import ask, check_answer
 from nextscale.rewards.asking.waiting import begin, is_async, settings_kept
 from nextscale.rewards.groups import GroupReward, check_features
 from nextscale.rewards.protocol import Reward
-from nextscale.rewards.roles import Constraint
+from nextscale.rewards.roles import AtLeast, AtMost, Constraint
 
 PROMPTS = ("prompt", "prompts", "positive", "negative", "question")
 """Attributes that hold what a reward asks for."""
@@ -33,7 +34,7 @@ class RewardSet:
 
     Raises:
         ConfigError: `rewards` is not a mapping of callables, there is no reward to train on, a role names no
-            reward, or a reward has two roles.
+            reward, a reward has two roles, or a weight, constraint or timeout is none.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class RewardSet:
         weights, constraints, timeouts = weights or {}, constraints or {}, timeouts or {}
         if not isinstance(rewards, Mapping):
             raise ConfigError(
-                f"rewards: got {_found(rewards)}, expected a function, an object such as "
+                f"rewards: got {found(rewards)}, expected a function, an object such as "
                 "nextscale.rewards.Aesthetic(), or a dict of them by name"
             )
         if not rewards:
@@ -56,12 +57,14 @@ class RewardSet:
         for name, reward in rewards.items():
             if isinstance(reward, type) or not callable(reward):
                 raise ConfigError(
-                    f"reward '{name}': got {_found(reward)}, expected a function or an object such as "
+                    f"reward '{name}': got {found(reward)}, expected a function or an object such as "
                     "nextscale.rewards.Aesthetic()"
                 )
         named = {"weight": weights, "constraint": constraints, "held_out": held_out, "timeout": timeouts}
         roles: dict[str, str] = {}
         for key, names in named.items():
+            if key != "held_out":
+                check_kind(f"{key}s", names, Mapping, "a dict by the rewards' names")
             for name in names:
                 if name not in rewards:
                     raise ConfigError(
@@ -71,12 +74,20 @@ class RewardSet:
                     raise ConfigError(
                         f"reward '{name}': '{roles[name]}' has no effect beside '{key}'; remove one of them"
                     )
-        self.rewards, self.timeouts = dict(rewards), dict(timeouts)
+        for name, bound in constraints.items():
+            # The base class alone has no side on which its bound holds.
+            check_kind(f"constraint of '{name}'", bound, (AtLeast, AtMost), "AtLeast(0.5) or AtMost(0.5)")
+        seconds = "seconds, a finite number above 0 (leave it out for no limit)"
+        self.rewards = dict(rewards)
+        self.timeouts = {
+            name: check_number(f"timeout of '{name}'", each, seconds, above=0)
+            for name, each in timeouts.items()
+        }
         self.constraints, self.held_out = dict(constraints), tuple(held_out)
         trained = [name for name in rewards if roles.get(name, "weight") == "weight"]
         if not trained:
             raise ConfigError("every reward is a constraint or held out: give one to train on")
-        self.weights = {name: float(weights.get(name, 1.0)) for name in trained}
+        self.weights = {name: check_number(f"weight of '{name}'", weights.get(name, 1.0)) for name in trained}
 
     @classmethod
     def of(cls, rewards: Reward | Mapping[str, Reward]) -> "RewardSet":
@@ -184,12 +195,3 @@ class RewardSet:
             if isinstance(reward, GroupReward):
                 scores[name] = reward.scores_by_condition(scores[name], conditions)
         return self.total(scores)
-
-
-def _found(given: object) -> str:
-    """What was given in place of a reward, for a sentence about it."""
-    if isinstance(given, type):
-        return f"the class {given.__name__}"
-    if given is None or isinstance(given, str):
-        return repr(given)
-    return f"an object of type {type(given).__name__}"
