@@ -17,7 +17,9 @@ from torch import Tensor
 
 from nextscale import rollout
 from nextscale.base import compiling
+from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError, RewardError
+from nextscale.callbacks import Callback
 from nextscale.drawing import Drawn, draw_batches
 from nextscale.evaluation import evaluate
 from nextscale.grpo import GRPOConfig
@@ -796,3 +798,60 @@ def test_an_evaluation_needs_a_score_of_some_image_not_of_every_class(tiny_pipel
     assert (metrics["rewards/mine/mean"], metrics["num_images"]) == (1.0, 8.0)
     with pytest.raises(RewardError, match="reward 'mine' returned NaN for all 6 images"):
         evaluate(tiny_pipeline, rewards, GUIDED, num_images=6, conditions=tiny_pipeline.conditions([0, 1, 3]))
+
+
+@pytest.mark.parametrize("name", ["conditions", "eval_conditions"])
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ([], "an empty list"),
+        (["star"], "a list with 'star'"),
+        ([0], "a list with an object of type int"),
+        ("a red star", "'a red star'"),
+        (Condition(0, "star"), "an object of type Condition"),
+        (torch.tensor(3), r"a tensor of shape \(\) and torch\.int64"),
+        ([Condition(0, "star"), None], "a list with None"),
+    ],
+)
+def test_what_is_no_list_of_conditions_is_refused(
+    tiny_pipeline: VARPipeline, tmp_path: Path, name: str, given: Any, found: str
+) -> None:
+    run = RunConfig(output_dir=str(tmp_path / "run"))
+    says = f"{name}: got {found}, expected a list of conditions: .*classes, .* of prompts"
+    with pytest.raises(ConfigError, match=f"^{says}$"):
+        GRPOTrainer(tiny_pipeline, redness, run=run, **{name: given})
+    assert not (tmp_path / "run").exists()
+
+
+def test_conditions_may_come_one_by_one(tiny_pipeline: VARPipeline, tmp_path: Path) -> None:
+    conditions = iter(tiny_pipeline.conditions([0, 2]))
+    run = RunConfig(output_dir=str(tmp_path / "run"), eval_num_images=4)
+    trainer = GRPOTrainer(tiny_pipeline, redness, conditions=conditions, run=run)  # type: ignore[arg-type]
+    assert [each.label for each in trainer.conditions] == [0, 2]
+    assert trainer.evaluator.conditions == trainer.conditions
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"grpo": {}}, r"grpo: got an object of type dict, expected GRPOConfig\(\.\.\.\)"),
+        ({"run": {"max_steps": 1}}, r"run: got an object of type dict, expected RunConfig\("),
+        ({"run": RunConfig}, r"run: got the class RunConfig, expected RunConfig\("),
+        ({"sampling": {"top_k": 3}}, r"sampling: got an object of type dict, expected SamplingConfig\("),
+        ({"optimizer": {}}, r"optimizer: got an object of type dict, expected OptimizerConfig\("),
+        ({"tuning": GUIDED}, r"tuning: got an object of type SamplingConfig, expected TuningConfig\("),
+        ({"callbacks": Callback()}, "callbacks: got an object of type Callback, expected a list of objects"),
+        ({"callbacks": Callback}, "callbacks: got the class Callback, expected a list of objects"),
+        ({"callbacks": [Callback]}, "callbacks: got a list with the class Callback, expected a list of obj"),
+        ({"callbacks": [print]}, "callbacks: got a list with an object of type builtin_function_or_method"),
+        ({"callbacks": None}, "callbacks: got None, expected a list of objects of subclasses of Callback"),
+        ({"pipe": "toy"}, r"pipe: got 'toy', expected a pipeline, such as VARPipeline\.from_pretrained\("),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(
+    tiny_pipeline: VARPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: Any, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"^{says}"):
+        GRPOTrainer(**{"pipe": tiny_pipeline, "rewards": redness} | given)
+    assert not list(tmp_path.iterdir())

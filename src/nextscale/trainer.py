@@ -18,6 +18,7 @@ from typing import Any
 from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
 
+from nextscale.base.checks import check_kind, check_list
 from nextscale.base.clock import Clock
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import (
@@ -68,6 +69,8 @@ from nextscale.runs.result import TrainResult
 from nextscale.runs.writer import RunFolder
 from nextscale.tuning import TuningConfig
 
+LISTED = "a list of conditions: pipe.conditions([...]) makes it of classes, pipe.prompted([...]) of prompts"
+
 
 class GRPOTrainer:
     """Fine-tunes a pipeline's transformer, in place.
@@ -95,8 +98,8 @@ class GRPOTrainer:
         should_stop: set it, in any process, to end the run after the step in hand.
 
     Raises:
-        ConfigError: options that do not fit the model or each other, or a folder that is in use or holds a
-            run.
+        ConfigError: arguments of another kind, options that do not fit the model or each other, or a folder
+            that is in use or holds a run.
     """
 
     def __init__(
@@ -119,6 +122,14 @@ class GRPOTrainer:
         sources: Mapping[str, Path] | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        check_kind("pipe", pipe, VARPipeline, "a pipeline, such as VARPipeline.from_pretrained(...)")
+        records = {"grpo": (grpo, GRPOConfig), "sampling": (sampling, SamplingConfig)}
+        records |= {"tuning": (tuning, TuningConfig), "optimizer": (optimizer, OptimizerConfig)}
+        for name, (given, kind) in {**records, "run": (run, RunConfig)}.items():
+            if given is not None:
+                check_kind(name, given, kind, f"{kind.__name__}(...)")
+        looking_on = "a list of objects of subclasses of Callback"
+        callbacks = check_list("callbacks", callbacks, Callback, looking_on, may_be_empty=True)
         self.grpo, self.run = grpo or GRPOConfig(), run or RunConfig()
         self.sampling, self.optimizer_config = sampling or pipe.sampling, optimizer or OptimizerConfig()
         self.explored = self.grpo.explored(self.sampling)  # the policy that draws in training and is trained
@@ -130,7 +141,10 @@ class GRPOTrainer:
         if conditions is None:
             labels = self.grpo.class_labels
             conditions = pipe.conditions(labels) if labels else pipe.all_conditions()
-        self.conditions = list(conditions)
+        self.conditions = check_list("conditions", conditions, Condition, LISTED)
+        if eval_conditions is None:
+            eval_conditions = self.conditions
+        eval_conditions = check_list("eval_conditions", eval_conditions, Condition, LISTED)
         self.grpo.check_processes(self.accelerator.num_processes)
         check_evaluated(self.run, self.rewards)
         check_reference(self.grpo, self.run)
@@ -172,7 +186,7 @@ class GRPOTrainer:
         self.evaluator = Evaluator(
             pipe,
             self.learner,
-            list(eval_conditions or conditions),
+            eval_conditions,
             self.rewards,
             self.folder,
             grpo=self.grpo,
