@@ -204,6 +204,32 @@ def test_no_images_for_a_label(tiny_pipeline, number):
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("num_images_per_label", each) for each in (1.5, "2", None, True, [2])),
+        *(("num_images_per_prompt", each) for each in (1.5, "2")),
+        *(("batch_size", each) for each in (1.5, "2", None)),
+    ],
+)
+def test_a_number_of_images_that_is_none(tiny_pipeline, name, value):
+    says = rf"^{name} must be a whole number, got {re.escape(repr(value))}: give 1 or more$"
+    with pytest.raises(ConfigError, match=says):
+        tiny_pipeline([0], **{name: value})
+
+
+def test_numpys_numbers_of_images(tiny_pipeline):
+    out = tiny_pipeline([0], np.int64(3), batch_size=np.int32(2))
+    assert torch.equal(out.tokens, tiny_pipeline([0], 3).tokens)
+
+
+@pytest.mark.parametrize("given", [3, np.random.default_rng(3), [torch.Generator()]])
+def test_what_is_no_generator(tiny_pipeline, given):
+    says = rf"^generator: got an object of type {type(given).__name__}, expected a torch\.Generator, such as"
+    with pytest.raises(ConfigError, match=says):
+        tiny_pipeline([0], generator=given)
+
+
+@pytest.mark.parametrize(
     ("setting", "value"),
     [("guidance_scale", -1.0), ("top_k", -1), ("top_p", 1.5), ("top_p", -0.1), ("temperature", 0.0)],
 )

@@ -148,6 +148,18 @@ def test_a_model_that_diverged_says_so(make_pipeline):
         draw(pipe, [0], uniforms_of(0, num_images=1))
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"guidance_scale": 3e38}, r"infinite or NaN at scale .* guidance_scale 3e\+38 is too large"),
+        ({"temperature": 1e-39}, r"infinite or NaN at scale 1: .* temperature 1e-39 too small"),
+    ],
+)
+def test_a_setting_that_the_numbers_do_not_bear_is_named(tiny_pipeline, settings, says):
+    with pytest.raises(CheckpointError, match=says):
+        draw(tiny_pipeline, [0], uniforms_of(0, num_images=1), SamplingConfig(**settings))
+
+
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.5])
 @pytest.mark.parametrize("num_scales", [1, 3])
 def test_a_prefix_sampled_once_is_as_if_each_image_had_sampled_it(make_pipeline, guidance_scale, num_scales):

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nextscale.base.checks import as_list, shown
 from nextscale.base.conditions import Condition, check_unicode
 from nextscale.base.errors import ConfigError
 from nextscale.models.class_names import find_class
@@ -30,9 +31,7 @@ def class_conditions(
         raise ConfigError(
             "the model draws by prompts and has no classes: say what to draw with `conditions` or prompts"
         )
-    is_several = isinstance(classes, Iterable) and not isinstance(classes, str)
-    several: Any = classes if is_several and getattr(classes, "ndim", 1) else [classes]
-    labels = [_label(each, class_names or (), num_classes) for each in several]
+    labels = [_label(each, class_names or (), num_classes) for each in as_list(classes)]
     if not labels:
         raise ConfigError(f"no class labels given: give at least one of 0 to {num_classes - 1}")
     return [Condition(label, class_names[label] if class_names else f"class {label}") for label in labels]
@@ -44,7 +43,7 @@ def _label(given: Any, class_names: Sequence[str], num_classes: int) -> int:
     if isinstance(value, str):
         value = find_class(value, class_names, num_classes)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ConfigError(f"class {value!r} cannot be used: give a name, or a number of 0 to {last}")
+        raise ConfigError(f"class {shown(value)} cannot be used: give a name, or a number of 0 to {last}")
     if not 0 <= value <= last:
         raise ConfigError(f"class {value} is out of range: the model has classes 0 to {last}")
     return value
@@ -63,13 +62,13 @@ def prompt_conditions(prompts: str | Sequence[str | Condition], num_classes: int
     """
     if num_classes:
         raise ConfigError("the model draws by classes, not by prompts: say what with class labels")
-    several = [prompts] if isinstance(prompts, str) else list(prompts)
+    several = as_list(prompts)
     if not several:
         raise ConfigError("no prompts given: give at least one")
     for each in several:
         text = each.text if isinstance(each, Condition) else each
         if not isinstance(text, str) or not text.strip():
-            raise ConfigError(f"prompt {each!r} cannot be used: give a text")
+            raise ConfigError(f"prompt {shown(each)} cannot be used: give a text")
         check_unicode(text, "the prompt")
     return [Condition(None, each) if isinstance(each, str) else each for each in several]
 
@@ -86,12 +85,12 @@ def negative_prompts(
         ConfigError: the model draws by classes or without guidance, or one is no text or no Unicode, or
             they are neither one nor as many as the prompts.
     """
-    texts = [given] if isinstance(given, str) else list(given)
+    texts = as_list(given)
     if num_classes:
         raise ConfigError("the model draws by classes and takes no negative prompt: leave it out")
     for each in texts:
         if not isinstance(each, str):
-            raise ConfigError(f"negative prompt {each!r} cannot be used: give a text")
+            raise ConfigError(f"negative prompt {shown(each)} cannot be used: give a text")
         check_unicode(each, "the negative prompt")
     if len(texts) not in (1, num_prompts):
         raise ConfigError(

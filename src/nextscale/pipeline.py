@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from nextscale.asked import Classes, class_conditions, negative_prompts, prompt_conditions
+from nextscale.base.checks import check_count, check_kind
 from nextscale.base.compiling import compile_parts
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import CheckpointError, ConfigError
@@ -382,20 +383,22 @@ class VARPipeline:
         if output_type not in ("pt", "np", "pil"):
             raise ConfigError(f"output_type must be pt, np or pil, got {output_type!r}")
         if generator is not None:
+            expected = "a torch.Generator, such as torch.Generator().manual_seed(3)"
+            check_kind("generator", generator, torch.Generator, expected)
             seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
         if class_labels is not None and prompts is not None:
             raise ConfigError("class_labels has no effect beside prompts: give one of them")
         if num_images_per_prompt is not None:
-            num_images_per_label = num_images_per_prompt
-        for name, number in (("num_images_per_label", num_images_per_label), ("batch_size", batch_size)):
-            if number < 1:
-                raise ConfigError(f"{name} must be at least 1, got {number}")
+            num_images_per_label = check_count("num_images_per_prompt", num_images_per_prompt)
+        num_images_per_label = check_count("num_images_per_label", num_images_per_label)
+        batch_size = check_count("batch_size", batch_size)
         given = dict(guidance_scale=guidance_scale, top_k=top_k, top_p=top_p, temperature=temperature)
         given |= dict(guidance_start=guidance_start, guidance_stop=guidance_stop)
         given |= dict(unguided_temperature=unguided_temperature)
         sampling = self.sampling.replace(**{key: each for key, each in given.items() if each is not None})
         is_prompted = prompts is not None or (class_labels is None and not self.num_classes)
-        conditions = self.prompted(prompts or []) if is_prompted else self.conditions(class_labels)
+        texts = [] if prompts is None else prompts
+        conditions = self.prompted(texts) if is_prompted else self.conditions(class_labels)
         negative = [""]
         if negative_prompt:
             asked = negative_prompt, len(conditions), self.num_classes, sampling.is_guided

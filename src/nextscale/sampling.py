@@ -111,7 +111,7 @@ def sample(
         on_scale: called after every scale.
 
     Raises:
-        CheckpointError: the model's logits are NaN.
+        CheckpointError: the model's logits are infinite or NaN.
     """
     schedule, cache = transformer.schedule, transformer.new_cache()
     of_images, uniforms_of_images_BL = conditioning, uniforms_BL
@@ -143,10 +143,10 @@ def sample(
         if k > 0:
             inputs.append(tokenizer.next_inputs(latent_BDhw, k))
         logits_BlV = guided_logits(transformer, conditioning, inputs[-1], ramp[part], of_scale, cache)
-        is_nan.append(logits_BlV.isnan().any())
         log_probs_BlV = policy_log_probs(logits_BlV, config)
         tokens_Bl = draw_tokens(log_probs_BlV, uniforms_BL[:, part])
         log_probs.append(token_log_probs(log_probs_BlV, tokens_Bl))
+        is_nan.append(logits_BlV.isnan().any() | log_probs[-1].isnan().any())  # infinite logits: the second
         expected_codes.append(mean_codes(log_probs_BlV, tokenizer.codebook))
         tokens.append(tokens_Bl)
         latent_BDhw = tokenizer.add_scale(latent_BDhw, tokens_Bl, k)
@@ -156,8 +156,10 @@ def sample(
     if is_nan_S.any():  # looked at once, in the end: it waits for the device
         scale = is_nan_S.tolist().index(True) + 1
         raise CheckpointError(
-            f"the model's logits are NaN at scale {scale}: its weights hold NaN or infinity, or training "
-            "has diverged; go back to an earlier checkpoint, or lower the learning rate"
+            f"the model's logits are infinite or NaN at scale {scale}: its weights hold NaN or infinity, "
+            f"training has diverged, or guidance_scale {config.guidance_scale:g} is too large or temperature "
+            f"{config.temperature:g} too small; go back to an earlier checkpoint, lower the learning rate, "
+            "or change that setting of sampling"
         )
     return Samples(
         tokens=torch.cat(tokens, 1),
