@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from nextscale.base.errors import ConfigError
 from nextscale.policy import SamplingConfig, kept_tokens
 from nextscale.rescoring import log_probs, teacher_forced_logits
 
@@ -66,6 +67,38 @@ def test_the_pipelines_own_log_probs(tiny_pipeline):
     config = SamplingConfig(guidance_scale=2.0, top_k=10, top_p=0.95, temperature=1.2)
     recomputed = log_probs(tiny_pipeline, torch.tensor([3, 3, 1, 1]), out.tokens, config).detach()
     torch.testing.assert_close(recomputed, out.log_probs, rtol=0, atol=1e-4)
+
+
+def test_tokens_of_any_integers(tiny_pipeline):
+    out = tiny_pipeline([3, 1])
+    expected = log_probs(tiny_pipeline, [3, 1], out.tokens).detach()
+    assert torch.equal(log_probs(tiny_pipeline, [3, 1], out.tokens.to(torch.int32)).detach(), expected)
+
+
+TOKENS = torch.zeros(2, 30, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "tokens", "says"),
+    [
+        (TOKENS, [0, 1], "tokens: got an object of type list, expected the .B, 30. integers that"),
+        (TOKENS, torch.tensor([0, 1]), r"tokens: got a tensor of shape \(2,\) and torch\.int64, expected"),
+        ([0, 1], TOKENS[:, :29], r"tokens: got a tensor of shape \(2, 29\)"),
+        ([0, 1], TOKENS[0], r"tokens: got a tensor of shape \(30,\)"),
+        ([0, 1], TOKENS.float(), r"tokens: got a tensor of shape \(2, 30\) and torch\.float32"),
+        ([0, 1], TOKENS.bool(), r"tokens: got a tensor of shape \(2, 30\) and torch\.bool"),
+        ([0, 1], TOKENS - 1, "tokens: got numbers of -1 to -1, expected .* of 0 to 47"),
+        ([0, 1], TOKENS + 48, "tokens: got numbers of 48 to 48, expected"),
+        ([0], TOKENS, "conditions: got 1, expected 2: give one for each row of tokens"),
+        ([0, 1, 2], TOKENS, "conditions: got 3, expected 2: give one"),
+        (TOKENS, TOKENS, r"class tensor\(\[0, 0.*\.\.\..*0\]\) cannot be used"),
+        (["a red star", "a moon"], TOKENS, "the model has no class 'a red star'"),
+    ],
+)
+def test_what_cannot_be_rescored_is_told_in_a_line(tiny_pipeline, conditions, tokens, says):
+    with pytest.raises(ConfigError, match=f"^{says}") as caught:
+        log_probs(tiny_pipeline, conditions, tokens)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 160
 
 
 def test_unguided_and_unfiltered_it_is_the_models_own_distribution(tiny_pipeline):

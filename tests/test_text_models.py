@@ -84,6 +84,8 @@ def test_a_prompts_images_are_its_own_and_rescored_exactly(kind: str, make_pipel
     conditioning = pipe.transformer.encode_conditions(conditions)
     found = log_probs(pipe, conditioning, out.tokens, STOPPED).detach()
     torch.testing.assert_close(found, out.log_probs, rtol=0, atol=1e-4)
+    by_prompts = log_probs(pipe, [each.text for each in conditions], out.tokens, STOPPED).detach()
+    assert torch.equal(by_prompts, found)
     for change in ({"guidance_stop": 4}, {"guidance_start": 1}, {"unguided_temperature": 1.0}):
         other = log_probs(pipe, conditioning, out.tokens, STOPPED.replace(**change)).detach()
         assert (other - out.log_probs).abs().max() > 1e-3, change
@@ -147,6 +149,7 @@ def test_a_negative_prompt_that_cannot_be_used(make_pipeline: Any, capsys: Any, 
             {"negative_prompt": "a \udcff"},
             r"the negative prompt 'a \\udcff' is no Unicode: '\\udcff' stands for no",
         ),
+        ({"negative_prompt": 3}, "negative prompt 3 cannot be used"),
         ({"negative_prompt": "a", "guidance_scale": 0.0}, "has no effect without guidance"),
     ):
         with pytest.raises(ConfigError, match=says):
@@ -316,6 +319,9 @@ def test_what_a_model_does_not_draw_by(make_pipeline: Any, tiny_pipeline: VARPip
         (lambda: pipe([0]), "draws by prompts"),
         (lambda: pipe(), "no prompts given"),
         (lambda: pipe(prompts=["a", " "]), "prompt ' ' cannot be used"),
+        (lambda: pipe(prompts=3), "prompt 3 cannot be used: give a text"),
+        (lambda: pipe(prompts=0), "prompt 0 cannot be used: give a text"),
+        (lambda: pipe(prompts=torch.zeros(200, 2)), r"^prompt tensor\(\[0\., 0\.\]\) cannot be used"),
         (lambda: tiny_pipeline(prompts="a star"), "draws by classes"),
         (lambda: tiny_pipeline([0], prompts="a star"), "class_labels has no effect beside prompts"),
     ):

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nextscale.base.checks import found
+from nextscale.base.errors import ConfigError
 from nextscale.models.protocol import Conditioning, Reader
 from nextscale.models.scales import ScaleSchedule
 from nextscale.policy import (
@@ -122,16 +124,26 @@ def log_probs(
     kept (docs/policy.md).
 
     Args:
-        conditions: B classes by number or name, or a conditioning of B images from `encode_conditions`.
-        tokens: (B, L) int64, as `pipe(...)` returns them.
+        conditions: of each of the B images, its class by number or name, or its prompt of a model that draws
+            by prompts; or a conditioning of them from `encode_conditions`.
+        tokens: (B, L) integers below V, as `pipe(...)` returns them.
         sampling: the policy; by default the pipeline's, `pipe.sampling`.
 
     Returns:
         (B, L) float32.
+
+    Raises:
+        ConfigError: these are no tokens of the model, or there are not as many conditions.
     """
-    config = sampling or pipe.sampling
+    config, model = sampling or pipe.sampling, pipe.transformer
+    tokens = _checked_tokens(tokens, model.schedule.num_tokens, model.config.codebook_size)
     if not isinstance(conditions, Conditioning):
-        conditions = pipe.transformer.encode_conditions(pipe.conditions(conditions))
+        asked: Any = pipe.conditions if pipe.num_classes else pipe.prompted
+        conditions = model.encode_conditions(asked(conditions))
+    if len(conditions) != len(tokens):
+        raise ConfigError(
+            f"conditions: got {len(conditions)}, expected {len(tokens)}: give one for each row of tokens"
+        )
 
     def read(logits_BlV: Tensor, at: slice) -> dict[str, Tensor]:
         drawn_Bl = tokens[:, at]
@@ -140,5 +152,16 @@ def log_probs(
         }
 
     inputs_BLD = pipe.tokenizer.tokens_to_inputs(tokens)
-    model = pipe.transformer
     return read_policy(model, model.schedule, conditions, inputs_BLD, config, read)["log_probs"]
+
+
+def _checked_tokens(tokens: Tensor, num_tokens: int, num_codes: int) -> Tensor:
+    """The tokens as int64; looking at their values waits for the device, where a wrong one would end all."""
+    expected = f"the (B, {num_tokens}) integers that pipe(...).tokens are, of 0 to {num_codes - 1}"
+    is_whole = isinstance(tokens, Tensor) and not (tokens.is_floating_point() or tokens.is_complex())
+    if not is_whole or tokens.dtype == torch.bool or tokens.shape[1:] != (num_tokens,):
+        raise ConfigError(f"tokens: got {found(tokens)}, expected {expected}")
+    if tokens.numel() and not 0 <= tokens.min() <= tokens.max() < num_codes:
+        lowest, highest = tokens.min().item(), tokens.max().item()
+        raise ConfigError(f"tokens: got numbers of {lowest} to {highest}, expected {expected}")
+    return tokens.long()
