@@ -217,9 +217,16 @@ def test_a_number_of_images_that_is_none(tiny_pipeline, name, value):
         tiny_pipeline([0], **{name: value})
 
 
+@pytest.mark.parametrize("seed", [None, 1.5, "1", True])
+def test_a_seed_that_is_none(tiny_pipeline, seed):
+    with pytest.raises(ConfigError, match=f"seed must be a whole number, got {seed!r}: the same"):
+        tiny_pipeline([0], seed=seed)
+
+
 def test_numpys_numbers_of_images(tiny_pipeline):
     out = tiny_pipeline([0], np.int64(3), batch_size=np.int32(2))
     assert torch.equal(out.tokens, tiny_pipeline([0], 3).tokens)
+    assert torch.equal(tiny_pipeline([0], seed=np.int64(7)).tokens, tiny_pipeline([0], seed=7).tokens)
 
 
 @pytest.mark.parametrize("given", [3, np.random.default_rng(3), [torch.Generator()]])

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from nextscale.asked import Classes, class_conditions, negative_prompts, prompt_conditions
-from nextscale.base.checks import check_count, check_kind
+from nextscale.base.checks import check_count, check_kind, check_whole
 from nextscale.base.compiling import compile_parts
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import CheckpointError, ConfigError
@@ -386,6 +386,7 @@ class VARPipeline:
             expected = "a torch.Generator, such as torch.Generator().manual_seed(3)"
             check_kind("generator", generator, torch.Generator, expected)
             seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+        seed = check_whole("seed", seed, "the same number draws the same images")
         if class_labels is not None and prompts is not None:
             raise ConfigError("class_labels has no effect beside prompts: give one of them")
         if num_images_per_prompt is not None:

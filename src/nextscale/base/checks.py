@@ -63,17 +63,30 @@ def check_list(name: str, given: Any, kind: type, expected: str, *, may_be_empty
     return several
 
 
+def check_whole(name: str, given: object, hint: str) -> int:
+    """The whole number that was given, as a plain one; numpy has others.
+
+    Args:
+        hint: what to give.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not isinstance(given, Integral) or isinstance(given, bool):
+        raise ConfigError(f"{name} must be a whole number, got {shown(given)}: {hint}")
+    return int(given)
+
+
 def check_count(name: str, given: object) -> int:
     """The number of things that was given, as a plain one.
 
     Raises:
         ConfigError: it is no whole number, or is below 1.
     """
-    if not isinstance(given, Integral) or isinstance(given, bool):
-        raise ConfigError(f"{name} must be a whole number, got {shown(given)}: give 1 or more")
+    given = check_whole(name, given, "give 1 or more")
     if given < 1:
         raise ConfigError(f"{name} must be at least 1, got {given}")
-    return int(given)
+    return given
 
 
 def check_number(name: str, given: Any, expected: str = "a finite number", above: float = -math.inf) -> float:

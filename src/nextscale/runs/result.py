@@ -47,10 +47,7 @@ class TrainResult:
     def _shown(self) -> list[str]:
         """The means of the evaluation; of a run without one, the reward and the KL."""
         evaluated = [
-            name
-            for name in self.metrics
-            if name.startswith("eval_")
-            and not name.endswith(("_std", "_sem", "/std", "/sem", "_time", "images"))
+            name for name in self.metrics if name.startswith("eval_") and not name.endswith(NOT_SHOWN)
         ]
         return evaluated or [name for name in ("reward", "kl_per_image") if name in self.metrics]
 
