@@ -40,7 +40,7 @@ def check_resumable(recipe: Recipe, path: Path) -> None:
         key, was, now = changed
         raise ConfigError(
             f"{key} is {now!r}, but the run in '{path.parent}' has {was!r}: resume it with that value, "
-            "replace it with --run.overwrite true, or choose another --run.output_dir"
+            "or begin a new run in another --run.output_dir, without --run.resume"
         )
 
 
