@@ -168,7 +168,7 @@ def _frozen(config: TuningConfig, trained: list[str]) -> set[str]:
 
 @torch.no_grad()
 def interpolated(base: NextScaleModel, tuned: NextScaleModel, alpha: float) -> NextScaleModel:
-    """A model between two: the base at 0, the tuned one at 1. For a plain LoRA that is the same as scaling it.
+    """A model between two: the base at 0, the tuned one at 1. For a plain LoRA that is scaling it.
 
     Raises:
         ConfigError: alpha is not in [0, 1], or the two are not of the same shape.
