@@ -475,6 +475,27 @@ def test_a_callback_that_fails_loses_no_step(make_pipeline: MakePipeline, tmp_pa
     assert torch.equal(weights_of(pipe), weights_of(straight))
 
 
+def test_what_failed_first_is_raised_and_that_nothing_was_saved_is_said(
+    tiny_pipeline: VARPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_room(*_: Any, **__: Any) -> Path:
+        raise OSError("no space left")
+
+    trainer = make_trainer(tiny_pipeline, tmp_path / "run", max_steps=3)
+    trainer.callbacks.append(Fails())
+    trainer.learner.save = no_room  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="of a callback"):
+        trainer.train()
+    assert "Warning: no checkpoint was written either: OSError: no space left" in capsys.readouterr().err
+
+
+def test_before_the_first_step_there_is_nothing_to_save(tiny_pipeline: VARPipeline, tmp_path: Path) -> None:
+    options = {"eval_steps": 1, "eval_num_images": 4, "save_best": "eval_none"}
+    with pytest.raises(ConfigError, match="is no metric of the evaluations"):
+        make_trainer(tiny_pipeline, tmp_path / "run", **options).train()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_a_trainer_runs_once(tiny_pipeline: VARPipeline, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_pipeline, tmp_path / "run", overwrite=True)
     trainer.train()

@@ -205,14 +205,12 @@ def _imported() -> None:
 @cases(0.06)
 @given(words=st.lists(st.one_of(KEYS, WORDS), max_size=4))
 def test_overrides(words: list[str]) -> None:
-    # A plan that can be made takes half of that by itself, and the other tests' processes share the cores.
-    begin, begin_here = time.monotonic(), time.process_time()
+    begin = time.monotonic()
     try:
         status = main(["plan", "toy-painting", *words])
     except SystemExit as stopped:  # of --help
         status = stopped.code
-    assert time.process_time() - begin_here < LONGEST and time.monotonic() - begin < 6 * LONGEST
-    assert status in (0, 2) and not written()
+    assert status in (0, 2) and time.monotonic() - begin < LONGEST and not written()
 
 
 @cases(0.1)

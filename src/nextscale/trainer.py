@@ -9,7 +9,6 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -311,9 +310,11 @@ class GRPOTrainer:
                     self.learner.unshard()
                 raise
             except Exception:  # such as a callback's; of this process alone: others would not come to save
-                if process.num_processes == 1:
-                    with suppress(NextscaleError, OSError):  # what it failed with first is what to tell
+                if process.num_processes == 1 and self.step_done:
+                    try:
                         self.save_last_whole_step()
+                    except (NextscaleError, OSError) as error:  # what failed first is what is raised
+                        self.say(f"Warning: no checkpoint was written either: {in_words(error)}")
                 raise
 
         # The end: a checkpoint to go on from, and the final model if nothing is left to do.

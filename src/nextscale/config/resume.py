@@ -23,11 +23,11 @@ def check_folder(recipe: Recipe) -> None:
     folder.check(resume=bool(run.resume), overwrite=run.overwrite)
     if run.resume:
         check_resume(run.resume)
-    # A checkpoint that is asked for by its path may be of a run in another folder.
-    runs = [folder] if not run.resume or run.resume == "auto" else [folder, run_of(Path(run.resume))]
-    for each in runs if run.resume else ():
-        if each.metrics.exists() and each.config.exists():
-            check_resumable(recipe, each.config)
+        # A checkpoint that is asked for by its path may be of a run in another folder.
+        runs = [folder] if run.resume == "auto" else [folder, run_of(Path(run.resume))]
+        for each in runs:
+            if each.metrics.exists():
+                check_resumable(recipe, each.config)
 
 
 def check_resumable(recipe: Recipe, path: Path) -> None:
