@@ -8,8 +8,8 @@ Source: Switti (arXiv 2412.01819); parameter names are those of the published fi
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, Self, cast
+from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,11 @@ from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError
 from nextscale.base.records import Record
 from nextscale.models.attention import AttentionByScale, KVCache
-from nextscale.models.layers import NORM_EPS, AdaLNBeforeHead, Head, as_stored, last_weight
-from nextscale.models.protocol import Conditioning, NextScaleModel
+from nextscale.models.layers import NORM_EPS, as_stored, last_weight
+from nextscale.models.protocol import Conditioning
 from nextscale.models.scales import ScaleSchedule
 from nextscale.models.texts import SWITTI_ENCODERS, TextEncoder, switti_encoder
+from nextscale.models.transformer import BlockTransformer, init_adaln
 
 CROP_SIZE = 512
 """Side of the square that training images were cropped to, in pixels; of the models at 1024 px as well."""
@@ -315,7 +316,7 @@ def crops_of(image_sizes: Tensor | Sequence[Sequence[int]], device: torch.device
     return torch.cat([scaled_B2, corners_B2], 1).to(device)
 
 
-class Switti(NextScaleModel):
+class Switti(BlockTransformer):
     """The text-conditional next-scale transformer.
 
     Attributes:
@@ -328,24 +329,16 @@ class Switti(NextScaleModel):
     LORA_TARGETS = ("to_qkv", "to_q", "to_kv", "proj", "up_proj", "gate_proj", "down_proj")
 
     config: SwittiConfig
-    lvl_1L: Tensor
 
     def __init__(self, config: SwittiConfig, text_encoder: TextEncoder | None = None) -> None:
-        super().__init__()
-        self.config, self.schedule = config, ScaleSchedule(config.scale_sizes)
+        super().__init__(config)
         self.text_encoder = text_encoder or switti_encoder(config.text_encoders)
         width = config.width
-        self.register_buffer("lvl_1L", self.schedule.scale_of_token()[None])
-        self.word_embed = nn.Linear(config.codebook_width, width)
         self.text_pooler = nn.Linear(config.pooled_width, width)
-        self.pos_start = nn.Parameter(torch.empty(1, 1, width))
         self.lvl_embed = nn.Embedding(self.schedule.num_scales, width)
         self.crop_embed = CropEmbedding(width // 8)
         self.crop_proj = nn.Linear(width, width)
-        self.blocks = nn.ModuleList(SwittiBlock(config) for _ in range(config.depth))
-        self.head_nm = AdaLNBeforeHead(width)
-        self.head = Head(width, config.codebook_size)
-        self.init_weights()
+        self.add_blocks(SwittiBlock(config) for _ in range(config.depth))
 
     def encode_conditions(self, conditions: Sequence[Condition]) -> Conditioning:
         """The embeddings of the prompts, as of square images.
@@ -423,62 +416,21 @@ class Switti(NextScaleModel):
         """The text's tokens, and in causal models those of all scales."""
         return NUM_TEXT_TOKENS + (self.schedule.num_tokens if self.config.is_causal else 0)
 
-    def parts(self) -> list[list[nn.Module]]:
-        """The blocks."""
-        return [[block] for block in self.blocks]
+    def condition(self, conditioning: Conditioning) -> Tensor:
+        return as_stored(self.text_pooler, conditioning["pooled"].to(self.text_pooler.weight.dtype))
 
-    def new_cache(self) -> KVCache:
-        return KVCache(self.schedule.num_tokens)
-
-    def features(
-        self, conditioning: Conditioning, inputs_BlD: Tensor, cache: KVCache | None = None
-    ) -> Tensor:
-        start, dtype = 0 if cache is None else cache.num_tokens, self.text_pooler.weight.dtype
-        condition_BC = as_stored(self.text_pooler, conditioning["pooled"].to(dtype))
-        crop_BC = as_stored(self.crop_proj, self.crop_embed(conditioning["crop"]).to(dtype))
-        x_BlC = self._embed(condition_BC, inputs_BlD, start)
-        scale_l = self.lvl_1L[0, start : start + x_BlC.shape[1]]
-        lengths = self.schedule.lengths_of(start, start + x_BlC.shape[1])
+    def shared_inputs(
+        self, conditioning: Conditioning, condition_BC: Tensor, at: slice
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The crop, (B, C), the text's tokens and their bias, and the angles of the tokens at hand."""
+        crop_BE = self.crop_embed(conditioning["crop"]).to(self.crop_proj.weight.dtype)
+        crop_BC = as_stored(self.crop_proj, crop_BE)
         head_width = self.config.width // self.config.num_heads
         theta, size = self.config.rope_theta, self.config.rope_size
-        rope_2lp = rope_table(scale_l, start, self.schedule, head_width, theta, size)
-        of_text = conditioning["context"], conditioning["bias"]
-        recomputes = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
-        for layer, block in enumerate(cast("Iterable[SwittiBlock]", self.blocks)):
-            arguments = x_BlC, condition_BC, crop_BC, *of_text, rope_2lp, lengths, cache, layer
-            x_BlC = self._through(block, *arguments, recomputes=recomputes)
-        if cache is not None:
-            cache.num_tokens += x_BlC.shape[1]
-        return self.head_nm(x_BlC, condition_BC)
+        rope_2lp = rope_table(self.lvl_1L[0, at], at.start, self.schedule, head_width, theta, size)
+        return crop_BC, conditioning["context"], conditioning["bias"], rope_2lp
 
-    def _embed(self, condition_BC: Tensor, inputs_BlD: Tensor, start: int) -> Tensor:
-        inputs_BlD = inputs_BlD.to(self.word_embed.weight.dtype).contiguous()
-        x_BlC = self.word_embed(inputs_BlD).float()
-        if start == 0:
-            first_B1C = (condition_BC[:, None] + self.pos_start).float()
-            x_BlC = torch.cat([first_B1C, x_BlC], dim=1)
-        return x_BlC + self.lvl_embed(self.lvl_1L[:, start : start + x_BlC.shape[1]]).float()
-
-    def init_weights(self, adaln_std: float = 0.5, adaln_gamma_std: float = 1e-5) -> None:
-        """Random weights, such that every block starts near the identity, as VAR's do.
-
-        Args:
-            adaln_std: factor on the weights of the AdaLN projections.
-            adaln_gamma_std: factor on those of the gates.
-        """
-        std = math.sqrt(1 / self.config.width / 3)
-        nn.init.trunc_normal_(self.pos_start, std=std)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.trunc_normal_(module.weight, std=std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        with torch.no_grad():
-            self.head.weight.mul_(0.02)
-            last_weight(self.head_nm.ada_lin).mul_(adaln_std)
-            for block in cast("Iterable[SwittiBlock]", self.blocks):
-                weight, gamma = last_weight(block.ada_lin), 2 * self.config.width
-                weight[gamma:].mul_(adaln_std)
-                weight[:gamma].mul_(adaln_gamma_std)
-                # No gate: the norm after it makes even a small output as large as its weight.
-                block.cross_attention_norm2.weight.fill_(0.1)
+    def init_block(self, block: SwittiBlock, adaln_std: float, adaln_gamma_std: float) -> None:
+        init_adaln(last_weight(block.ada_lin), adaln_std, adaln_gamma_std)
+        # No gate: the norm after it makes even a small output as large as its weight.
+        block.cross_attention_norm2.weight.fill_(0.1)

@@ -8,8 +8,8 @@ Source: VAR (arXiv 2404.02905), section 3.2; parameter names are those of the of
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,9 @@ from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError
 from nextscale.base.records import Record
 from nextscale.models.attention import AttentionByScale, KVCache
-from nextscale.models.layers import AdaLNBeforeHead, Head, as_stored, last_weight, modulate
-from nextscale.models.protocol import Conditioning, NextScaleModel
-from nextscale.models.scales import ScaleSchedule
+from nextscale.models.layers import as_stored, last_weight, modulate
+from nextscale.models.protocol import Conditioning
+from nextscale.models.transformer import BlockTransformer, init_adaln
 
 MAX_LOG_ATTENTION_SCALE = math.log(100)
 
@@ -172,7 +172,7 @@ class Block(Fusible):
         return torch.addcmul(x_BlC, fed_BlC, gamma2_B1C)
 
 
-class VARStack(NextScaleModel):
+class VARStack(BlockTransformer):
     """The next-scale transformer of VAR. A subclass says what it is conditioned on.
 
     Raises:
@@ -181,110 +181,49 @@ class VARStack(NextScaleModel):
 
     LORA_TARGETS = ("mat_qkv", "proj", "fc1", "fc2")
 
-    lvl_1L: Tensor
     attn_bias_for_masking: Tensor
 
     def __init__(self, config: Any) -> None:
-        super().__init__()
+        super().__init__(config)
         if config.width % config.num_heads:
             raise ValueError(f"num_heads ({config.num_heads}) must divide width ({config.width})")
-        self.config = config
-        self.schedule = ScaleSchedule(config.scale_sizes)
-        width, num_tokens = config.width, self.schedule.num_tokens
-        self.pos_start = nn.Parameter(torch.empty(1, 1, width))
-        self.pos_1LC = nn.Parameter(torch.empty(1, num_tokens, width))
-        self.register_buffer("lvl_1L", self.schedule.scale_of_token()[None])
+        width = config.width
+        self.pos_1LC = nn.Parameter(torch.empty(1, self.schedule.num_tokens, width))
         # Of the official files alone, which have it: attention runs scale by scale, and needs no mask.
         self.register_buffer("attn_bias_for_masking", self.schedule.attention_bias()[None, None])
-        self.word_embed = nn.Linear(config.codebook_width, width)
         self.add_condition_layers()
         self.lvl_embed = nn.Embedding(self.schedule.num_scales, width)
         if config.shared_adaln:
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.head_nm = AdaLNBeforeHead(width)
-        self.head = Head(width, config.codebook_size)
-        self.init_weights()
+        self.add_blocks(Block(config) for _ in range(config.depth))
 
     @abstractmethod
     def add_condition_layers(self) -> None:
         """The layers that `condition` needs."""
-
-    @abstractmethod
-    def condition(self, conditioning: Conditioning) -> Tensor:
-        """(B, C): the start of the first token, and what every AdaLN is computed from."""
 
     def in_float32(self) -> list[nn.Module]:
         """The head and all modulations."""
         named = self.named_modules()
         return [self.head, *(each for name, each in named if name.endswith(("ada_lin", "shared_ada_lin")))]
 
-    def parts(self) -> list[list[nn.Module]]:
-        """The blocks."""
-        return [[block] for block in self.blocks]
+    def shared_inputs(
+        self, conditioning: Conditioning, condition_BC: Tensor, at: slice
+    ) -> tuple[Tensor | None]:
+        if not self.config.shared_adaln:
+            return (None,)
+        six_BC = as_stored(self.shared_ada_lin, condition_BC)
+        return (rearrange(six_BC, "B (n C) -> B 1 n C", n=6),)
 
-    def new_cache(self) -> KVCache:
-        return KVCache(self.schedule.num_tokens)
+    def positions(self, at: slice) -> tuple[Tensor, ...]:
+        return *super().positions(at), self.pos_1LC[:, at].float()
 
-    def features(
-        self, conditioning: Conditioning, inputs_BlD: Tensor, cache: KVCache | None = None
-    ) -> Tensor:
-        start = 0 if cache is None else cache.num_tokens
-        condition_BC = self.condition(conditioning)
-        x_BlC = self._embed(condition_BC, inputs_BlD, start)
-        lengths = self.schedule.lengths_of(start, start + x_BlC.shape[1])
-        shared_B16C = None
-        if self.config.shared_adaln:
-            six_BC = as_stored(self.shared_ada_lin, condition_BC)
-            shared_B16C = rearrange(six_BC, "B (n C) -> B 1 n C", n=6)
-        recomputes = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
-        for layer, block in enumerate(cast("Iterable[Block]", self.blocks)):
-            arguments = x_BlC, condition_BC, shared_B16C, lengths, cache, layer
-            x_BlC = self._through(block, *arguments, recomputes=recomputes)
-        if cache is not None:
-            cache.num_tokens += x_BlC.shape[1]
-        return self.head_nm(x_BlC, condition_BC)
-
-    def _embed(self, condition_BC: Tensor, inputs_BlD: Tensor, start: int) -> Tensor:
-        # In one layout: a CPU rounds products of others in another way.
-        inputs_BlD = inputs_BlD.to(self.word_embed.weight.dtype).contiguous()
-        x_BlC = self.word_embed(inputs_BlD).float()
-        if start == 0:
-            first_B1C = (condition_BC[:, None] + self.pos_start).float()
-            x_BlC = torch.cat([first_B1C, x_BlC], dim=1)
-        at = slice(start, start + x_BlC.shape[1])
-        return x_BlC + self.lvl_embed(self.lvl_1L[:, at]).float() + self.pos_1LC[:, at].float()
-
-    def init_weights(self, adaln_std: float = 0.5, adaln_gamma_std: float = 1e-5) -> None:
-        """Random weights as in the official code: every block starts near the identity.
-
-        Args:
-            adaln_std: factor on the weights of the AdaLN projections.
-            adaln_gamma_std: factor on those of the gates.
-        """
-        std = math.sqrt(1 / self.config.width / 3)
-        for parameter in (self.pos_start, self.pos_1LC):
-            nn.init.trunc_normal_(parameter, std=std)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=std)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.trunc_normal_(module.weight, std=std)
-        with torch.no_grad():
-            self.head.weight.mul_(0.02)
-            last_weight(self.head_nm.ada_lin).mul_(adaln_std)
-            for block in cast("Iterable[Block]", self.blocks):
-                block.attn.proj.weight.div_(math.sqrt(2 * self.config.depth))
-                block.ffn.fc2.weight.div_(math.sqrt(2 * self.config.depth))
-                if not self.config.shared_adaln:
-                    weight, gamma = last_weight(block.ada_lin), 2 * self.config.width
-                    weight[gamma:].mul_(adaln_std)
-                    weight[:gamma].mul_(adaln_gamma_std)
-                else:
-                    block.ada_gss[:, :, 2:].mul_(adaln_std)
-                    block.ada_gss[:, :, :2].mul_(adaln_gamma_std)
+    def init_block(self, block: Block, adaln_std: float, adaln_gamma_std: float) -> None:
+        block.attn.proj.weight.div_(math.sqrt(2 * self.config.depth))
+        block.ffn.fc2.weight.div_(math.sqrt(2 * self.config.depth))
+        if not self.config.shared_adaln:
+            init_adaln(last_weight(block.ada_lin), adaln_std, adaln_gamma_std)
+        else:
+            init_adaln(block.ada_gss[0, 0], adaln_std, adaln_gamma_std)
 
 
 class VAR(VARStack):
