@@ -193,7 +193,7 @@ def test_an_unknown_metric_is_told_with_those_that_there_are(
 
 def test_the_time_left_counts_the_evaluations_to_come(make_pipeline: MakePipeline, tmp_path: Path) -> None:
     trainer = make_trainer(make_pipeline(), tmp_path / "run", max_steps=10, eval_steps=4, eval_num_images=8)
-    bar, trainer.step_done = ProgressBar(), 5
+    bar, trainer.progress.step = ProgressBar(), 5
     for seconds in (1.0, 3.0):
         bar.on_step_end(trainer, {"step_time": seconds})
         bar.on_evaluate(trainer, {"eval_time": 30.0})

@@ -407,7 +407,7 @@ def test_resumed_is_straight_bit_for_bit(make_pipeline: MakePipeline, tmp_path: 
     interrupted.log(0, interrupted.evaluate())
     for step in (1, 2):
         interrupted.log(step, interrupted.step(step))
-        interrupted.step_done = step
+        interrupted.saver.end_step(seconds=0.0)
     interrupted.save()
     interrupted.log(3, interrupted.step(3))  # lost with the interruption: done after the checkpoint
     interrupted.folder.close()  # as the end of its process would

@@ -105,7 +105,7 @@ class Learner:
         if tuning.ema_decay is not None:
             trained = (each for each in transformer.parameters() if each.requires_grad)
             self.average = Average(trained, tuning.ema_decay)
-        self.num_skipped = 0
+        self.num_updates, self.num_skipped = 0, 0  # by this process; updates left out in a row
         # Last, since it holds for the process: where something above fails, nothing is left behind.
         self.uses_tf32 = self.precision == "bf16" and accelerator.device.type == "cuda"
         if self.uses_tf32:  # for the little that is not bfloat16
@@ -166,6 +166,7 @@ class Learner:
 
     def update(self) -> None:
         """One step of the optimizer, of its schedule and of the moving average."""
+        self.num_updates += 1  # also one that fails half way
         self.optimizer.step()
         self.scheduler.step()
         if self.average is not None:

@@ -3,8 +3,6 @@
 Shapes: N groups · G images of one group · B = N G images · K rewards
 """
 
-import copy
-import json
 import math
 import sys
 import time
@@ -20,20 +18,12 @@ from tqdm.auto import tqdm
 from nextscale.base.checks import check_kind, check_list
 from nextscale.base.clock import Clock
 from nextscale.base.conditions import Condition
-from nextscale.base.errors import (
-    CheckpointError,
-    ConfigError,
-    NextscaleError,
-    RewardError,
-    TrainingError,
-    in_words,
-)
+from nextscale.base.errors import ConfigError, NextscaleError, RewardError, TrainingError, in_words
 from nextscale.base.files import replacing_folder
 from nextscale.base.interrupt import Interrupted, StopOnSignal
-from nextscale.base.metrics import Means, finite
+from nextscale.base.metrics import Means
 from nextscale.base.processes import fail_together
-from nextscale.base.records import fixed_values
-from nextscale.callbacks import Callback, ProgressBar, Trackers, Warnings, best_model, named
+from nextscale.callbacks import Callback, ProgressBar, Trackers, Warnings, best_model
 from nextscale.collector import Collector
 from nextscale.controllers import AdaptiveKL, Constraints, Controller, EntropyFloor
 from nextscale.credit import credit_source, find_credit
@@ -52,13 +42,7 @@ from nextscale.report.model_card import write_model_card
 from nextscale.report.page import write_report
 from nextscale.rewards.protocol import Reward
 from nextscale.rewards.reward_set import RewardSet
-from nextscale.runs.checkpoint import (
-    check_finite,
-    check_options,
-    find_checkpoint,
-    list_checkpoints,
-    tidy_checkpoints,
-)
+from nextscale.runs.checkpoint import check_finite, find_checkpoint, tidy_checkpoints
 from nextscale.runs.config import RunConfig
 from nextscale.runs.diagnosis import diagnose
 from nextscale.runs.environment import environment
@@ -66,6 +50,7 @@ from nextscale.runs.hacking import HackingWatch
 from nextscale.runs.launch import make_accelerator
 from nextscale.runs.result import TrainResult
 from nextscale.runs.writer import RunFolder
+from nextscale.saver import Options, Progress, Saver
 from nextscale.tuning import TuningConfig
 
 LISTED = "a list of conditions: pipe.conditions([...]) makes it of classes, pipe.prompted([...]) of prompts"
@@ -93,7 +78,6 @@ class GRPOTrainer:
         callbacks: what else looks on, after the progress bar and the trackers.
 
     Attributes:
-        step_done: the number of training steps done.
         should_stop: set it, in any process, to end the run after the step in hand.
 
     Raises:
@@ -134,6 +118,7 @@ class GRPOTrainer:
         self.explored = self.grpo.explored(self.sampling)  # the policy that draws in training and is trained
         self.tuning = tuning or TuningConfig()
         self.rewards = RewardSet.of(rewards)
+        options = Options(self.grpo, self.sampling, self.tuning, self.optimizer_config, self.run)
         self.accelerator = make_accelerator(self.run)
         if conditions is not None and self.grpo.class_labels:
             raise ConfigError("grpo.class_labels has no effect beside `conditions`: give one of them")
@@ -158,8 +143,9 @@ class GRPOTrainer:
         self.sources = {**(sources or {}), **credit_source(self.grpo.credit)}
         needed = [*self.sources.values(), *([Path(pipe.source)] if pipe.source else [])]
         self.folder.check(resume=bool(self.run.resume), overwrite=self.run.overwrite, needed=needed)
-        self._check_continuable()
-        self.config_yaml, self.command = config_yaml or self._default_config(pipe.source), command
+        options.check_continuable(self.folder)
+        self.config_yaml = config_yaml or options.as_yaml(pipe.source, self.rewards.describe())
+        self.command = command
 
         self.pipe = pipe
         self.learner = Learner(
@@ -217,14 +203,18 @@ class GRPOTrainer:
         own: list[Callback] = [self.bar, Warnings(), Trackers(), *([self.best] if self.best else [])]
         self.callbacks = [*own, *callbacks]
 
-        self.step_done, self.seconds_done, self.should_stop, self.has_trained = 0, 0.0, False, False
-        self.first_evaluation: dict[str, float] = {}
-        self.last_metrics: dict[str, float] = {}
-        self.step_evaluated: int | None = None
-        self.saved: tuple[int, int | None] | None = None  # the two, when the last checkpoint was written
-        # Of the step in hand: the controllers' states before it, and whether an update has been made.
-        self.before_step: dict[str, dict[str, Any]] | None = None
-        self.has_moved = False
+        self.saver = Saver(self.learner, self.folder, options, self.controllers, self.callbacks)
+        self.should_stop, self.has_trained = False, False
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run has come."""
+        return self.saver.progress
+
+    @property
+    def step_done(self) -> int:
+        """The number of whole steps done."""
+        return self.progress.step
 
     # ---- the loop
 
@@ -277,7 +267,9 @@ class GRPOTrainer:
         # Continue where an earlier run stopped. What it logged after its last checkpoint is logged anew.
         # All that is drawn here has seeds of its own. A user's reward may draw from the generators of all.
         set_seed(run.seed, device_specific=True)
-        path = self._checkpoint_to_resume()
+        path: Path | None = None
+        if run.resume:
+            path = find_checkpoint(process, run.resume, self.folder.checkpoints, self.warn)
         if path is not None:
             self.load(path)
             if self.step_done >= run.max_steps:
@@ -293,12 +285,12 @@ class GRPOTrainer:
         with StopOnSignal() as stop:
             try:
                 while not (signal_number := max(gather_object([stop.requested]))):
-                    if self.evaluation_is_due and self.step_evaluated != self.step_done:
+                    if self.evaluation_is_due and self.progress.step_evaluated != self.step_done:
                         self.log(self.step_done, self.evaluate())
                     if self.step_done >= run.max_steps:
                         break
                     if any(gather_object([self.should_stop])):
-                        if run.eval_steps and self.step_evaluated != self.step_done:
+                        if run.eval_steps and self.progress.step_evaluated != self.step_done:
                             self.log(self.step_done, self.evaluate())
                         break
                     metrics = self.step(self.step_done + 1)
@@ -314,12 +306,12 @@ class GRPOTrainer:
                     try:
                         self.save_last_whole_step()
                     except (NextscaleError, OSError) as error:  # what failed first is what is raised
-                        self.say(f"Warning: no checkpoint was written either: {in_words(error)}")
+                        self.warn(f"no checkpoint was written either: {in_words(error)}")
                 raise
 
         # The end: a checkpoint to go on from, and the final model if nothing is left to do.
         self.pipe.sampling = self.sampling
-        if self.saved != (self.step_done, self.step_evaluated):
+        if not self.saver.is_saved:
             self.save()
         self.learner.unshard()
         if signal_number and self.step_done < run.max_steps:
@@ -342,8 +334,10 @@ class GRPOTrainer:
     def result(self) -> TrainResult:
         """What has been reached so far."""
         best_step = self.best.step if self.best else None
-        state = self.folder.path, self.step_done, self.seconds_done, self.last_metrics, self.first_evaluation
-        return TrainResult(*state, best_step)
+        done = self.progress
+        return TrainResult(
+            self.folder.path, done.step, done.seconds, done.last_metrics, done.first_evaluation, best_step
+        )
 
     def tell(self, event: str, *arguments: Any) -> None:
         """Call an event of all callbacks."""
@@ -355,6 +349,10 @@ class GRPOTrainer:
         if self.accelerator.is_main_process:
             tqdm.write(sentence, file=sys.stderr)
 
+    def warn(self, sentence: str) -> None:
+        """`say` what does not end the run."""
+        self.say(f"Warning: {sentence}")
+
     def step(self, step: int) -> dict[str, float]:
         """One training step: a batch of rollouts and its updates; returns its metrics.
 
@@ -362,7 +360,7 @@ class GRPOTrainer:
             step: from 1; the images depend on it.
         """
         begin, clock = time.perf_counter(), Clock(self.accelerator.device)
-        self.before_step, self.has_moved = copy.deepcopy(self._controller_states()), False
+        self.saver.begin_step()
 
         # Draw and score: this process's share of the step's groups. All see the scores of all.
         rollout = self.collector.rollout(step)
@@ -395,7 +393,6 @@ class GRPOTrainer:
                 grad_norm = learner.clip_gradients()
                 if math.isfinite(grad_norm):
                     learner.update()
-                    self.has_moved = True
                 else:
                     num_skipped += 1
                     learner.num_skipped += 1
@@ -445,9 +442,7 @@ class GRPOTrainer:
 
     def finish_step(self, metrics: dict[str, float]) -> None:
         """Evaluate, log and save where it is time to; what a step measured is logged even if that fails."""
-        self.step_done += 1
-        self.before_step, self.has_moved = None, False
-        self.seconds_done += metrics["step_time"]
+        self.saver.end_step(metrics["step_time"])
         evaluated: dict[str, float] = {}
         try:
             self.tell("on_step_end", metrics)
@@ -470,11 +465,11 @@ class GRPOTrainer:
         metrics = {f"eval_{name}": value for name, value in result.metrics.items()}
         warning_metrics = self.watch.update(metrics)
         for warning in self.watch.warnings.values():
-            self.say(f"Warning: {warning}")
-        self.step_evaluated = self.step_done
+            self.warn(warning)
+        self.progress.step_evaluated = self.step_done
         metrics |= warning_metrics | {"eval_time": time.perf_counter() - begin}
         if self.step_done == 0:
-            self.first_evaluation = dict(metrics)
+            self.progress.first_evaluation = dict(metrics)
         self.tell("on_evaluate", metrics)
         return metrics
 
@@ -482,38 +477,28 @@ class GRPOTrainer:
         """A line of metrics.jsonl, which the trackers get, too."""
         with fail_together():
             self.folder.append_metrics({"step": step} | metrics)
-        self.last_metrics = metrics
+        self.progress.last_metrics = metrics
         self.tell("on_log", step, metrics)
 
     def save(self) -> Path:
         """Write a checkpoint of the state after the last whole step; returns its path."""
-        state = {
-            "seconds": self.seconds_done,
-            "step_evaluated": self.step_evaluated,
-            "num_skipped": self.learner.num_skipped,
-            "options": self.fixed_options,
-            "scheduler": self.learner.scheduler.state_dict(),
-            "controllers": self._controller_states(),
-            "callbacks": {name: each.state_dict() for name, each in named(self.callbacks).items()},
-            "first_evaluation": finite(self.first_evaluation),
-            "last_metrics": finite(self.last_metrics),
-        }
-        self.saved = self.step_done, self.step_evaluated
-        folder, limit = self.folder.checkpoints, self.run.save_total_limit
-        path = self.learner.save(folder, self.step_done, state, limit=limit)
+        path = self.saver.save()
         self.tell("on_save", path)
         return path
 
     def save_last_whole_step(self) -> None:
         """Write a checkpoint of the state before a step that failed, unless there is one. Where the step had
         moved the model, in one of several iterations, the last one that was written stands."""
-        for name, state in (self.before_step or {}).items():
-            self.controllers[name].load_state_dict(state)
-        if not self.has_moved and self.saved != (self.step_done, self.step_evaluated):
+        if self.saver.undo_step() and not self.saver.is_saved:
             self.save()
 
-    def _controller_states(self) -> dict[str, dict[str, Any]]:
-        return {name: each.state_dict() for name, each in self.controllers.items()}
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            CheckpointError: a file of it is missing or broken, or was written by an earlier version.
+        """
+        self.saver.load(path)
 
     def export(self, folder: Path) -> None:
         """Write the model as evaluations measure it, to a folder that it can be loaded from. All processes
@@ -525,79 +510,3 @@ class GRPOTrainer:
                     parts = merged(model), self.pipe.tokenizer, self.pipe.class_names, self.sampling
                     with replacing_folder(folder) as aside:
                         write_folder(aside, *parts)
-
-    def load(self, path: Path) -> None:
-        """Continue from a checkpoint.
-
-        Raises:
-            CheckpointError: a file of it is missing or broken, or was written by an earlier version.
-        """
-        state = self.learner.load(path)
-        try:
-            self._take(state)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-            raise CheckpointError(
-                f"checkpoint '{path}' cannot be read: its trainer_state.json is damaged ({in_words(error)}); "
-                "go on from another one"
-            ) from error
-
-    def _checkpoint_to_resume(self) -> Path | None:
-        if not self.run.resume:
-            return None
-
-        def warn(sentence: str) -> None:
-            self.say(f"Warning: {sentence}")
-
-        return find_checkpoint(self.accelerator, self.run.resume, self.folder.checkpoints, warn)
-
-    def _take(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `save` wrote besides the model."""
-        step, seconds, evaluated = state["step"], state["seconds"], state["step_evaluated"]
-        for count in (step, state["num_skipped"], 0 if evaluated is None else evaluated):
-            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-                raise ValueError(f"{str(count)[:40]!r} is no number of steps")
-        if not math.isfinite(seconds):
-            raise ValueError("the seconds are no number")
-        for name, controller in self.controllers.items():
-            controller.load_state_dict(state["controllers"][name])
-        for name, callback in named(self.callbacks).items():
-            if theirs := state.get("callbacks", {}).get(name):
-                callback.load_state_dict(theirs)
-        self.learner.scheduler.load_state_dict(state["scheduler"])
-        self.first_evaluation = dict(state.get("first_evaluation", {}))
-        self.last_metrics = dict(state.get("last_metrics", {}))
-        self.step_done, self.seconds_done = step, seconds
-        self.step_evaluated, self.learner.num_skipped = evaluated, state["num_skipped"]
-        self.saved = step, evaluated
-
-    def _check_continuable(self) -> None:
-        if self.run.resume:
-            check_options(self.run.resume, self.folder.checkpoints, self.fixed_options)
-        is_lost = self.run.resume == "auto" and not list_checkpoints(self.folder.checkpoints)
-        if is_lost and self.folder.final.exists():
-            raise ConfigError(
-                f"the run in '{self.folder.path}' is finished and kept no checkpoint: train its "
-                f"model, '{self.folder.final}', in another folder, or replace it with run.overwrite"
-            )
-
-    @property
-    def fixed_options(self) -> dict[str, Any]:
-        """The options that a resumed run must keep, by dotted key: those that shape its course."""
-        sections = {"grpo": self.grpo, "sampling": self.sampling, "tuning": self.tuning}
-        of_run = {"seed": self.run.seed, "mixed_precision": self.run.mixed_precision}
-        fixed = fixed_values({**sections, "optimizer": self.optimizer_config, "run": of_run})
-        if self.optimizer_config.depends_on_the_end:
-            fixed["run.max_steps"] = self.run.max_steps
-        return fixed
-
-    def _default_config(self, model: str | None) -> str:
-        sections = {
-            "model": model,
-            "sampling": self.sampling.model_dump(),
-            "rewards": self.rewards.describe(),
-            "grpo": self.grpo.model_dump(),
-            "tuning": self.tuning.model_dump(),
-            "optimizer": self.optimizer_config.model_dump(),
-            "run": self.run.model_dump(),
-        }
-        return json.dumps(sections, indent=2) + "\n"  # JSON is YAML

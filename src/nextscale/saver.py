@@ -1,0 +1,223 @@
+"""How far a run has come, and its checkpoints: of whole steps, and gone on from with the same options."""
+
+import copy
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nextscale.base.errors import CheckpointError, ConfigError, in_words
+from nextscale.base.metrics import finite
+from nextscale.base.records import fixed_values
+from nextscale.callbacks import Callback, named
+from nextscale.controllers import Controller
+from nextscale.grpo import GRPOConfig
+from nextscale.learner import Learner
+from nextscale.optimizer import OptimizerConfig
+from nextscale.policy import SamplingConfig
+from nextscale.runs.checkpoint import check_options, list_checkpoints
+from nextscale.runs.config import RunConfig
+from nextscale.runs.writer import RunFolder
+from nextscale.tuning import TuningConfig
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        step: the number of whole steps done.
+        seconds: what they took, without evaluations.
+        step_evaluated: after how many of them the model was last measured; None before the first time.
+        first_evaluation: what was measured before the first step.
+        last_metrics: what was logged last.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    step_evaluated: int | None = None
+    first_evaluation: dict[str, float] = field(default_factory=dict)
+    last_metrics: dict[str, float] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the step, which a checkpoint has of its own; exact in JSON."""
+        return {
+            "seconds": self.seconds,
+            "step_evaluated": self.step_evaluated,
+            "first_evaluation": finite(self.first_evaluation),
+            "last_metrics": finite(self.last_metrics),
+        }
+
+    @staticmethod
+    def of(state: Mapping[str, Any]) -> "Progress":
+        """What a checkpoint holds.
+
+        Raises:
+            KeyError, TypeError, ValueError: it does not hold it.
+        """
+        step, evaluated = _count(state["step"]), state["step_evaluated"]
+        if not math.isfinite(state["seconds"]):
+            raise ValueError("the seconds are no number")
+        return Progress(
+            step,
+            state["seconds"],
+            None if evaluated is None else _count(evaluated),
+            dict(state.get("first_evaluation", {})),
+            dict(state.get("last_metrics", {})),
+        )
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user chooses of a run, section by section."""
+
+    grpo: GRPOConfig
+    sampling: SamplingConfig
+    tuning: TuningConfig
+    optimizer: OptimizerConfig
+    run: RunConfig
+
+    def fixed(self) -> dict[str, Any]:
+        """The options that a resumed run must keep, by dotted key: those that shape its course."""
+        sections = {"grpo": self.grpo, "sampling": self.sampling, "tuning": self.tuning}
+        of_run = {"seed": self.run.seed, "mixed_precision": self.run.mixed_precision}
+        fixed = fixed_values({**sections, "optimizer": self.optimizer, "run": of_run})
+        if self.optimizer.depends_on_the_end:
+            fixed["run.max_steps"] = self.run.max_steps
+        return fixed
+
+    def as_yaml(self, model: str | None, rewards: Any) -> str:
+        """A run's `config.yaml`, where no recipe was its source.
+
+        Args:
+            model: where the model was loaded from, if it was.
+            rewards: what they are, as JSON has it.
+        """
+        sections = {
+            "model": model,
+            "sampling": self.sampling.model_dump(),
+            "rewards": rewards,
+            "grpo": self.grpo.model_dump(),
+            "tuning": self.tuning.model_dump(),
+            "optimizer": self.optimizer.model_dump(),
+            "run": self.run.model_dump(),
+        }
+        return json.dumps(sections, indent=2) + "\n"  # JSON is YAML
+
+    def check_continuable(self, folder: RunFolder) -> None:
+        """Check that a run that is to be resumed can be.
+
+        Raises:
+            ConfigError: the checkpoint is of a run with other options, or the run is over and has none left.
+        """
+        if self.run.resume:
+            check_options(self.run.resume, folder.checkpoints, self.fixed())
+        is_lost = self.run.resume == "auto" and not list_checkpoints(folder.checkpoints)
+        if is_lost and folder.final.exists():
+            raise ConfigError(
+                f"the run in '{folder.path}' is finished and kept no checkpoint: train its "
+                f"model, '{folder.final}', in another folder, or replace it with run.overwrite"
+            )
+
+
+class Saver:
+    """Writes the checkpoints of a run, and goes on from one.
+
+    Args:
+        controllers: what adapts from step to step, by name.
+        callbacks: what looks on; those that keep a state have it in the checkpoints, too.
+
+    Attributes:
+        progress: as the trainer counts it; the state that is written is that after `progress.step` steps.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        folder: RunFolder,
+        options: Options,
+        controllers: Mapping[str, Controller],
+        callbacks: Sequence[Callback],
+    ) -> None:
+        self.learner, self.folder, self.options = learner, folder, options
+        self.controllers, self.callbacks = controllers, callbacks
+        self.progress = Progress()
+        self.saved: tuple[int, int | None] | None = None  # steps done and evaluated in the last checkpoint
+        # Before the step in hand, if there is one: the controllers' states, and the updates made so far.
+        self.before_step: tuple[dict[str, dict[str, Any]], int] | None = None
+
+    def begin_step(self) -> None:
+        """A step is begun: until `end_step`, the state of the last whole one is that of now."""
+        self.before_step = copy.deepcopy(self._states()), self.learner.num_updates
+
+    def end_step(self, seconds: float) -> None:
+        """The step is whole.
+
+        Args:
+            seconds: what it took.
+        """
+        self.before_step = None
+        self.progress.step += 1
+        self.progress.seconds += seconds
+
+    def undo_step(self) -> bool:
+        """A step has failed: put the controllers back. Returns whether the state is that of the last whole
+        step; it is not where the step had moved the model, in one of several iterations."""
+        if self.before_step is None:
+            return True
+        states, num_updates = self.before_step
+        for name, state in states.items():
+            self.controllers[name].load_state_dict(state)
+        return self.learner.num_updates == num_updates
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the last checkpoint that was written, or gone on from, is of the present state."""
+        return self.saved == (self.progress.step, self.progress.step_evaluated)
+
+    def save(self) -> Path:
+        """Write a checkpoint of the state after the last whole step; returns its path."""
+        state = self.progress.state_dict() | {
+            "num_skipped": self.learner.num_skipped,
+            "options": self.options.fixed(),
+            "scheduler": self.learner.scheduler.state_dict(),
+            "controllers": self._states(),
+            "callbacks": {name: each.state_dict() for name, each in named(self.callbacks).items()},
+        }
+        self.saved = self.progress.step, self.progress.step_evaluated
+        limit = self.options.run.save_total_limit
+        return self.learner.save(self.folder.checkpoints, self.progress.step, state, limit=limit)
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            CheckpointError: a file of it is missing or broken, or was written by an earlier version.
+        """
+        state = self.learner.load(path)
+        try:
+            progress, num_skipped = Progress.of(state), _count(state["num_skipped"])
+            for name, controller in self.controllers.items():
+                controller.load_state_dict(state["controllers"][name])
+            for name, callback in named(self.callbacks).items():
+                if theirs := state.get("callbacks", {}).get(name):
+                    callback.load_state_dict(theirs)
+            self.learner.scheduler.load_state_dict(state["scheduler"])
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+            raise CheckpointError(
+                f"checkpoint '{path}' cannot be read: its trainer_state.json is damaged ({in_words(error)}); "
+                "go on from another one"
+            ) from error
+        self.progress, self.learner.num_skipped = progress, num_skipped
+        self.saved = progress.step, progress.step_evaluated
+
+    def _states(self) -> dict[str, dict[str, Any]]:
+        return {name: each.state_dict() for name, each in self.controllers.items()}
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{str(value)[:40]!r} is no number of steps")
+    return value
