@@ -147,13 +147,17 @@ class _Tally(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = {storage._cdata for storage in _storages((args, kwargs))}
+        if func is torch.ops.prim.device.default:  # half of all calls: autograd asks it of every tensor
+            return args[0].fake_device
         result = func(*args, **kwargs)
         if formula := flop_registry.get(func._overloadpacket):
             self.flops += formula(*args, **kwargs, out_val=result)
-        for storage in _storages(result):
-            if storage._cdata not in given and storage._cdata not in self.sizes:
-                self._add(storage)
+        unknown = [storage for storage in _storages(result) if storage._cdata not in self.sizes]
+        if unknown:
+            given = {storage._cdata for storage in _storages((args, kwargs))}
+            for storage in unknown:
+                if storage._cdata not in given and storage._cdata not in self.sizes:
+                    self._add(storage)
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
