@@ -7,6 +7,7 @@ import torch
 from nextscale.advantages import (
     add_constraints,
     combined_advantages,
+    expected_later_kl,
     group_advantages,
     kl_costs,
     later_kl,
@@ -284,8 +285,19 @@ def test_rewards_that_differ_by_rounding_alone_are_equal(scale_rewards) -> None:
     advantages = group_advantages(rounded, scale_rewards)
     assert advantages.abs().max() == 0
     varied = rounded.clone()
-    varied[0] += torch.linspace(0, 0.1, 8)  # beside a group that varies, the others hardly count
-    assert group_advantages(varied, scale_rewards)[1:].abs().max() < 0.02
+    varied[0] += torch.linspace(0, 0.1, 8)  # beside a group that varies, the others count as little
+    found = group_advantages(varied, scale_rewards)
+    assert found[1:].abs().max() == 0 and found[0].abs().min() > 0
+
+
+def test_what_is_rounding_is_measured_by_the_group_itself() -> None:
+    rewards = torch.tensor([[1e6, 1e6 + 10, 1e6 - 10, 1e6 + 5], [0.0, 0.5, 1.0, 0.25]])
+    found = group_advantages(rewards, epsilon=0.0)
+    assert found[1].tolist() == pytest.approx(by_hand(rewards[1].tolist(), epsilon=0.0))
+    by_rounding = torch.tensor([[100.0, 100.00003, 100.0, 100.0], [100.1, 100.0, 99.9, 100.05]])
+    for scale_rewards in ("group", "batch", "none"):
+        found = group_advantages(by_rounding, scale_rewards)
+        assert found[0].abs().max() == 0 and found[1].abs().max() > 0.05, scale_rewards
 
 
 def test_leave_one_out_compares_with_the_others_alone() -> None:
@@ -309,6 +321,9 @@ def test_a_start_is_worth_between_the_mean_and_the_best_of_its_images() -> None:
     assert start_values(rewards, 1e-3)[0].tolist() == pytest.approx([3.0, 2.5], abs=2e-3)
     assert start_values(rewards, 1e4)[0].tolist() == pytest.approx([2.0, 2.25], abs=1e-3)
     assert start_values(torch.full((1, 2, 2), 0.7), 1.0)[0].tolist() == pytest.approx([0.7, 0.7])
+    for huge in (1e8, 1e30):  # the mean of more than rounding
+        assert start_values(rewards, huge)[0].tolist() == pytest.approx([2.0, 2.25], abs=1e-6)
+    assert start_values(rewards, 1e-38)[0].tolist() == pytest.approx([3.0, 2.5])
     unscored = torch.tensor([[[1.0, float("nan")], [float("nan")] * 2]])
     values = start_values(unscored, 1.0)[0]
     assert values[0].item() == pytest.approx(1.0) and values[1].isnan()
@@ -389,10 +404,32 @@ def test_later_kl_is_of_the_scales_after():
     assert torch.equal(later_kl(kl[:, :3], (1, 2)), torch.tensor([[5.0, 0.0]]))
 
 
-@pytest.mark.parametrize("baseline", [0.0, 0.7])
-def test_less_its_costs_a_policy_gradient_is_that_of_the_kl_of_all_paths(baseline):
-    """A policy of two scales, one token and two, three codes each: all 27 images are counted out, and the
-    gradient of the images' exact KL is taken by autograd."""
+def test_what_later_scales_cost_is_expected_of_others_alone():
+    later = torch.tensor([[[1.0, 0.0], [2.0, 10.0], [6.0, 20.0], [9.0, 40.0]]])
+    of_others = [[17 / 3, 70 / 3], [16 / 3, 20.0], [4.0, 50 / 3], [3.0, 10.0]]
+    torch.testing.assert_close(expected_later_kl(later)[0], torch.tensor(of_others))
+    of_starts = [[7.5, 70 / 3], [7.5, 20.0], [1.5, 50 / 3], [1.5, 10.0]]  # the first scale is shared by two
+    found = expected_later_kl(later, branch_scale=1, branches=2)[0]
+    torch.testing.assert_close(found, torch.tensor(of_starts))
+
+
+def groups_of_images(kind: str, is_same_start: torch.Tensor, probs: torch.Tensor, starts: torch.Tensor):
+    """All groups that can be drawn of images, (n, G), and the probability of each."""
+    everything = torch.arange(len(probs))
+    if kind != "branches":
+        groups = torch.cartesian_prod(*[everything] * int(kind))
+        return groups, probs[groups].prod(1)
+    pairs = is_same_start.nonzero()  # two images of one start
+    of_start = torch.stack([probs[starts == each].sum() for each in range(3)])[starts]
+    of_pairs = probs[pairs].prod(1) / of_start[pairs[:, 0]]
+    at = torch.cartesian_prod(*[torch.arange(len(pairs))] * 2)
+    return pairs[at].flatten(1), of_pairs[at].prod(1)
+
+
+@pytest.mark.parametrize("kind", ["2", "3", "branches"])
+def test_less_its_costs_a_policy_gradient_is_that_of_the_kl_of_all_paths(kind):
+    """A policy of two scales, one token and two, three codes each: all groups of its 27 images are counted
+    out, and the gradient of the images' exact KL is taken by autograd."""
     generator = torch.Generator().manual_seed(0)
     first, theirs_first = (torch.randn(3, generator=generator, dtype=torch.float64) for _ in range(2))
     second, theirs_second = (torch.randn(3, 2, 3, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -414,11 +451,18 @@ def test_less_its_costs_a_policy_gradient_is_that_of_the_kl_of_all_paths(baselin
     expected = torch.autograd.grad(kl_of_images, (first, second), retain_graph=True)
 
     lengths = (1, 2)
+    groups, of_groups = groups_of_images(kind, starts[:, None] == starts, probs.detach(), starts)
+    torch.testing.assert_close(of_groups.sum().item(), 1.0)
+    shared = (1, 2) if kind == "branches" else (None, 1)
     with torch.no_grad():
         kl = (ours.exp() * (ours - theirs)).sum(-1)
         later = later_kl(kl, lengths)
-        costs = kl_costs(log_probs - their_log_probs, kl, later, torch.full_like(later, baseline), lengths)
-    as_advantages = (probs.detach()[:, None] * costs * log_probs).sum()
+        expected_later = expected_later_kl(later[groups], *shared).flatten(0, 1)
+        drawn = groups.flatten()
+        log_ratios = (log_probs - their_log_probs)[drawn]
+        costs = kl_costs(log_ratios, kl[drawn], later[drawn], expected_later, lengths)
+        costs = costs.unflatten(0, groups.shape)
+    as_advantages = (of_groups[:, None] * (costs * log_probs[groups]).sum(-1)).mean(1).sum()
     found = torch.autograd.grad(as_advantages, (first, second))
     for ours_, theirs_ in zip(found, expected, strict=True):
         torch.testing.assert_close(ours_, theirs_)

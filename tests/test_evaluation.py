@@ -16,6 +16,7 @@ from nextscale.evaluation import evaluate
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.rewards import RewardSet
+from nextscale.rewards.groups import GroupReward
 
 
 def test_the_standard_error_counts_the_images_that_were_scored(tiny_pipeline: VARPipeline) -> None:
@@ -37,6 +38,39 @@ def test_the_standard_error_counts_the_images_that_were_scored(tiny_pipeline: VA
     assert metrics["rewards/some/sem"] == pytest.approx(scored.std().item() / 4)
     assert metrics["reward"] == metrics["rewards/every/mean"]
     assert metrics["reward_sem"] == pytest.approx(metrics["reward_std"] / math.sqrt(32))
+
+
+class Apart(GroupReward):
+    """Mean distance of an image's brightness to those of its group."""
+
+    def features(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        return images.mean((1, 2, 3))[:, None]
+
+    def scores_of_groups(self, features_NGE: Tensor) -> Tensor:
+        pairs = (features_NGE - features_NGE.mT).abs()
+        return pairs.sum(-1) / (pairs.shape[-1] - 1)
+
+
+def test_what_compares_images_is_measured_in_groups_of_the_size_of_training(
+    tiny_pipeline: VARPipeline,
+) -> None:
+    """Of four classes, as many as there are images for; the error of a mean counts groups."""
+    rewards = RewardSet({"apart": Apart(), "bright": lambda images, conditions: images.mean((1, 2, 3))})
+    options: dict[str, Any] = {"num_images": 12, "batch_size": 5}
+    found = evaluate(tiny_pipeline, rewards, SamplingConfig(), num_compared=6, **options)
+    assert found.groups["apart"].tolist() == [0] * 6 + [1] * 6
+    assert set(found.groups) == {"apart", "reward"}  # the sum has it in it
+    means = found.scores["apart"].unflatten(0, (2, 6)).mean(1)
+    assert found.metrics["rewards/apart/sem"] == pytest.approx(means.std().item() / math.sqrt(2))
+    bright = found.scores["bright"]
+    assert found.metrics["rewards/bright/sem"] == pytest.approx(bright.std().item() / math.sqrt(12))
+    cut = evaluate(
+        tiny_pipeline, rewards, SamplingConfig(), num_compared=2, **options
+    )  # groups of 3, cut to 2
+    assert cut.groups["apart"].tolist() == [0, 0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 7]
+    assert cut.scores["apart"].isnan().tolist() == [False, False, True] * 4
+    few = evaluate(tiny_pipeline, rewards, SamplingConfig(), num_images=3, num_compared=6)
+    assert few.metrics["num_images"] == 3
 
 
 def test_the_extremes_are_those_of_all_images(make_pipeline: Callable[..., VARPipeline]) -> None:

@@ -6,9 +6,13 @@ import pytest
 from nextscale.base.errors import ConfigError
 from nextscale.config.files import packaged_recipes
 from nextscale.config.recipe import load_recipe
+from nextscale.credit import check_compared
 from nextscale.grpo import GRPOConfig, check_grpo
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
+from nextscale.rewards import RewardSet
+from nextscale.rewards.diversity import Diversity
+from nextscale.rewards.roles import AtLeast
 from nextscale.runs.config import RunConfig
 from nextscale.trainer import GRPOTrainer
 
@@ -109,6 +113,31 @@ def test_a_temperature_of_training_differs_from_that_of_sampling(
     sampling = SamplingConfig(temperature=1.3)
     with pytest.raises(ConfigError, match=r"^grpo\.temperature 1\.3 has no .* is the same: set another"):
         GRPOTrainer(tiny_pipeline, brightness, GRPOConfig(temperature=1.3), sampling=sampling, run=run)
+
+
+@pytest.mark.parametrize("filtering", [{"top_k": 9}, {"top_p": 0.9}])
+def test_a_kl_by_drawn_tokens_is_refused_where_only_some_are_drawn(
+    filtering: dict[str, Any], tiny_pipeline: VARPipeline, tmp_path: Path
+) -> None:
+    run = RunConfig(output_dir=str(tmp_path / "run"), report_to="none")
+    sampling, grpo = SamplingConfig(**filtering), GRPOConfig(kl_estimator="k3")
+    with pytest.raises(ConfigError, match=r"^grpo\.kl_estimator k3 is wrong with sampling\.top_k or top_p"):
+        GRPOTrainer(tiny_pipeline, brightness, grpo, sampling=sampling, run=run)
+    assert grpo.explored(SamplingConfig()) == SamplingConfig()
+    assert grpo.replace(kl_estimator="forward").explored(sampling) == sampling
+
+
+@pytest.mark.parametrize("role", ["weights", "constraints"])
+def test_a_diversity_of_groups_of_two_is_refused(
+    role: str, tiny_pipeline: VARPipeline, tmp_path: Path
+) -> None:
+    run = RunConfig(output_dir=str(tmp_path / "run"), report_to="none")
+    given = {"weights": {"apart": 1.0}} if role == "weights" else {"constraints": {"apart": AtLeast(0.1)}}
+    rewards = RewardSet({"apart": Diversity("pixels"), "bright": brightness}, **given)
+    with pytest.raises(ConfigError, match=r"^reward 'apart' has no effect with grpo\.num_generations 2"):
+        GRPOTrainer(tiny_pipeline, rewards, GRPOConfig(num_generations=2), run=run)
+    check_compared(GRPOConfig(num_generations=3), rewards)
+    check_compared(GRPOConfig(num_generations=2, credit="contribution"), rewards)
 
 
 def test_options_with_what_they_need_are_accepted() -> None:

@@ -78,6 +78,14 @@ def test_guidance_begins_at_a_scale_that_there_is(schedule):
     with pytest.raises(ConfigError, match=rf"guidance_start 9 leaves .*, of {schedule.num_scales}"):
         Ramp.of(SamplingConfig(guidance_scale=1.0, guidance_start=9), schedule)
     assert Ramp.of(SamplingConfig(guidance_start=9), schedule).shares.sum() == 0  # nothing is guided anyway
+    for guided in (0.0, 1.0):
+        never = SamplingConfig(
+            guidance_scale=guided, guidance_stop=schedule.num_scales, unguided_temperature=3.0
+        )
+        with pytest.raises(
+            ConfigError, match=rf"guidance_stop \d+ leaves no scale unguided, of {schedule.num_scales}"
+        ):
+            Ramp.of(never, schedule)
 
 
 def test_guidance_may_begin_late_and_stop_early_and_its_growth_counts_from_the_first_scale(schedule):

@@ -14,6 +14,7 @@ from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.rewards import RewardSet
 from nextscale.rollout import collect, condition_again
+from nextscale.runs.reader import images_of
 from test_trainer import make_trainer
 
 SEEDS = [("test", i) for i in range(3)]
@@ -108,4 +109,8 @@ def test_groups_with_nothing_to_learn_from_are_drawn_anew(
     found, untouched = often.step(1), plain.step(1)
     assert found["idle_groups"] == 0 and found["resampled_groups"] >= len(idle)
     assert found["reward"] == untouched["reward"]
+    # What is drawn anew is counted as drawn.
+    num_images = 20 + 4 * found["resampled_groups"]
+    assert found["num_tokens"] == num_images * plain.pipe.transformer.schedule.num_tokens
+    assert images_of(found) == num_images and images_of(untouched) == 20
     assert found["frac_reward_zero_std"] == pytest.approx(len(idle) / 5)

@@ -25,7 +25,7 @@ def group_advantages(
 
     Multiplying all rewards by a positive number changes nothing, except with "none". An image with reward NaN
     (not scored) gets advantage 0 and is left out of the mean and deviation. So is every image of a group with
-    fewer than two scores.
+    fewer than two scores, or whose scores differ by rounding alone.
 
     Args:
         rewards_NG: one reward per image of a whole step.
@@ -40,7 +40,7 @@ def group_advantages(
     """
     is_lone_NG = (~rewards_NG.isnan()).sum(1, keepdim=True) < 2
     rewards_NG = rewards_NG.masked_fill(is_lone_NG, float("nan"))
-    centred_NG = centred(rewards_NG)
+    centred_NG = centred(rewards_NG).masked_fill(beyond_rounding(rewards_NG) == 0, 0.0)
     if baseline == "leave_one_out":
         num_N1 = (~rewards_NG.isnan()).sum(1, keepdim=True)
         centred_NG = centred_NG * num_N1 / (num_N1 - 1).clamp_min(1)
@@ -53,9 +53,9 @@ def group_advantages(
 
 
 def beyond_rounding(rewards: Tensor) -> Tensor:
-    """The standard deviation along the last axis, shape (..., 1). A spread of a few roundings is none:
-    divided by it, they would be noise of full size."""
-    rounding = 8 * torch.finfo(rewards.dtype).eps * rewards.nan_to_num().abs().max()
+    """The standard deviation along the last axis, shape (..., 1). A spread of a few roundings of the largest
+    number there is none: divided by it, they would be noise of full size."""
+    rounding = 8 * torch.finfo(rewards.dtype).eps * rewards.nan_to_num().abs().amax(-1, keepdim=True)
     found = deviation(rewards)
     return found.masked_fill(found <= rounding, 0.0)
 
@@ -207,6 +207,25 @@ def later_kl(kl_BL: Tensor, lengths: Sequence[int]) -> Tensor:
     return of_scales_BS.flip(1).cumsum(1).flip(1) - of_scales_BS
 
 
+def expected_later_kl(later_NGS: Tensor, branch_scale: int | None = None, branches: int = 1) -> Tensor:
+    """(N, G, S) what `later_kl` was to be expected of each image: the mean of those in its group that do not
+    depend on its token, which are the other images, or where images share their first scales, those of other
+    starts. A mean with its own among them would take a part of the KL away.
+
+    Args:
+        branch_scale: number of the first scales that are shared, if some are.
+        branches: images that share a start.
+    """
+    of_others_NGS = later_NGS.sum(1, keepdim=True) - later_NGS
+    expected_NGS = of_others_NGS / (later_NGS.shape[1] - 1)
+    if branch_scale is None:
+        return expected_NGS
+    of_starts_NPS = later_NGS.unflatten(1, (-1, branches)).mean(2)
+    of_others_NPS = of_starts_NPS.sum(1, keepdim=True) - of_starts_NPS
+    starts_NGS = (of_others_NPS / (of_starts_NPS.shape[1] - 1)).repeat_interleave(branches, 1)
+    return torch.cat([starts_NGS[..., :branch_scale], expected_NGS[..., branch_scale:]], -1)
+
+
 def kl_costs(
     log_ratios_BL: Tensor, kl_BL: Tensor, later_BS: Tensor, expected_BS: Tensor, lengths: Sequence[int]
 ) -> Tensor:
@@ -219,7 +238,7 @@ def kl_costs(
     Args:
         log_ratios_BL: log policy - log reference of the drawn tokens, whose expectation is the exact KL.
         later_BS: from `later_kl`.
-        expected_BS: the same on average, over images of the same condition.
+        expected_BS: what of that was to be expected, from `expected_later_kl`.
     """
     counts = torch.tensor(list(lengths), device=later_BS.device)
     later_BL = (later_BS - expected_BS).repeat_interleave(counts, 1)
@@ -240,10 +259,10 @@ def start_values(rewards_NPK: Tensor, temperature: float) -> Tensor:
 
     Source: the middle return of "VAR RL Done Right" (arXiv 2601.02256).
     """
-    unit = temperature * spread_within_groups(rewards_NPK.flatten(0, 1))
-    num_NP = (~rewards_NPK.isnan()).sum(-1)
+    unit = temperature * spread_within_groups(rewards_NPK.flatten(0, 1)).double()
     if unit == 0:  # all images of a start score alike
         return rewards_NPK.nanmean(-1)
-    exponents_NPK = (rewards_NPK / unit).masked_fill(rewards_NPK.isnan(), float("-inf"))
-    values_NP = unit * (exponents_NPK.logsumexp(-1) - num_NP.log())
-    return values_NP.masked_fill(num_NP == 0, float("nan"))
+    # From the best one down, exact at both ends: log1p and expm1 lose nothing where r / T hardly varies.
+    best_NP1 = rewards_NPK.nan_to_num(float("-inf")).amax(-1, keepdim=True).double()
+    below_NPK = (rewards_NPK.double() - best_NP1) / unit
+    return (best_NP1[..., 0] + unit * below_NPK.expm1().nanmean(-1).log1p()).to(rewards_NPK)

@@ -23,12 +23,13 @@ from nextscale.base.records import did_you_mean
 from nextscale.base.statistics import centred
 from nextscale.contributions import Groups, code_slopes, of_equal_size
 from nextscale.drawing import Drawn
-from nextscale.grpo import Aggregation
+from nextscale.grpo import Aggregation, GRPOConfig
 from nextscale.models.protocol import Tokenizer
 from nextscale.models.scales import ScaleSchedule
 from nextscale.objective import per_token
 from nextscale.rewards.asking.answers import ask, user_line
 from nextscale.rewards.asking.waiting import is_async, settings_kept
+from nextscale.rewards.diversity import Diversity
 from nextscale.rewards.groups import GroupReward
 from nextscale.rewards.protocol import Reward
 from nextscale.rewards.python import load_function
@@ -169,6 +170,22 @@ CREDITS: dict[str, Credit] = {
 
 WITH_SLOPES = ("gradient", "contribution")
 """Those that go back from the rewards, through the decoder."""
+
+
+def check_compared(grpo: GRPOConfig, rewards: RewardSet) -> None:
+    """Check that a trained or constrained diversity says more of one image than of the other.
+
+    Raises:
+        ConfigError: it cannot, in groups of two.
+    """
+    if grpo.num_generations > 2 or grpo.credit == "contribution":  # which asks each image's slope
+        return
+    for name in (*rewards.weights, *rewards.constraints):
+        if isinstance(rewards.rewards[name], Diversity):
+            raise ConfigError(
+                f"reward '{name}' has no effect with grpo.num_generations 2, as both images of a group are "
+                "equally far from each other: set 3 or more, or remove the reward"
+            )
 
 
 def find_credit(name: str, rewards: RewardSet) -> Credit:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
-from nextscale.advantages import kl_costs, later_kl, step_advantages
+from nextscale.advantages import expected_later_kl, kl_costs, later_kl, step_advantages
 from nextscale.base.clock import Clock
 from nextscale.base.processes import gathered, my_share
 from nextscale.controllers import Constraints
@@ -92,10 +92,11 @@ class Crediting:
         log_ratios_BL, kl_BL = self.learner.divergence(rollout)
         later_BS = later_kl(kl_BL, lengths)
 
-        # What is to be expected is the mean of the group, whose images other processes may have.
-        mine, size = my_share(self.grpo.num_images), self.grpo.num_generations
-        means_NS = gathered({"later": later_BS})["later"].unflatten(0, (-1, size)).mean(1)
-        expected_BS = means_NS.repeat_interleave(size, 0)[mine.start : mine.stop].to(later_BS)
+        # What is to be expected is what others of the group had, whose images other processes may have.
+        mine, grpo = my_share(self.grpo.num_images), self.grpo
+        later_NGS = gathered({"later": later_BS})["later"].unflatten(0, (-1, grpo.num_generations))
+        expected_NGS = expected_later_kl(later_NGS, grpo.branch_scale, grpo.branches)
+        expected_BS = expected_NGS.flatten(0, 1)[mine.start : mine.stop].to(later_BS)
         costs_Bl = kl_costs(log_ratios_BL, kl_BL, later_BS, expected_BS, lengths)
         costs_BL = F.pad(costs_Bl, (0, schedule.num_tokens - costs_Bl.shape[1]))
         return per_token(advantages, schedule) - beta * costs_BL

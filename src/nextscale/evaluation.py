@@ -71,6 +71,7 @@ class Evaluation:
         conditions: of the rows.
         first_tokens: (MAX_ROWS, L) of the first image of each of the first rows.
         scores: the reward, and each reward by its name, of all images; NaN for one that was not scored.
+        groups: of scores that compare images with one another, the number of the group that each image is in.
         embeddings: (N G, E) of all images, where they were embedded.
         extremes: the best, the middle and the worst images, where they were asked for.
     """
@@ -80,6 +81,7 @@ class Evaluation:
     conditions: list[Condition]
     first_tokens: Tensor
     scores: dict[str, Tensor]
+    groups: dict[str, Tensor]
     embeddings: Tensor | None = None
     extremes: "Extremes | None" = None
 
@@ -129,7 +131,8 @@ def evaluate(
         rewards: None where only what else there is to measure is wanted.
         num_images: rounded up to equally many for each condition.
         conditions: what to draw, classes or prompts, by default all classes; a fixed choice of them where
-            `num_images` does not suffice for one image of each, or for two where images are compared.
+            `num_images` does not suffice for one image of each, for two where diversity is measured, or for
+            `num_compared` where a reward compares images.
         judges: independent classifiers that no training sees.
         embed: measures diversity, the mean distance between two images of one condition.
         measures: of all images together.
@@ -155,8 +158,9 @@ def evaluate(
         ConfigError: there are more processes than images.
     """
     given = rewards.rewards if rewards else {}
-    compares = embed is not None or any(isinstance(each, GroupReward) for each in given.values())
-    fewest = 2 if compares else 1  # images of a condition
+    fewest = 1 if embed is None else 2  # images of a condition
+    if any(isinstance(each, GroupReward) for each in given.values()):  # what it says depends on how many
+        fewest = max(min(num_compared or 2, num_images), 2)
     asked = pipe.all_conditions() if conditions is None else conditions
     different = list({each.key: each for each in asked}.values())  # a class given twice has the same images
     chosen = _spread(different, max(num_images // fewest, 1), seed)
@@ -228,6 +232,7 @@ def evaluate(
     tokens_BL = whole["tokens"].long()
     metrics: dict[str, float] = {}
     scores: dict[str, Tensor] = {}
+    groups: dict[str, Tensor] = {}
     reward: Tensor | None = None
     if rewards is not None:
         by_group = rewards.of_groups(_of("score", whole), per_condition, num_compared)
@@ -239,13 +244,13 @@ def evaluate(
                 kept.forget()  # or the next try would find the same
             raise
         reward = rewards.total(flat)
-        scores = {"reward": reward} | flat
-        metrics |= _reward_metrics(reward, flat)
+        scores, groups = {"reward": reward} | flat, _groups(rewards, total, per_condition, num_compared)
+        metrics |= _reward_metrics(reward, flat, groups)
     metrics["num_images"] = float(total)
     embedded = whole.get("embedding")
     if embedded is not None:
-        groups = embedded.split(per_condition)
-        metrics["diversity"] = sum(map(mean_pairwise_distance, groups)) / len(groups)
+        by_condition = embedded.split(per_condition)
+        metrics["diversity"] = sum(map(mean_pairwise_distance, by_condition)) / len(by_condition)
     if "kl" in whole:
         metrics["kl_per_image"] = whole["kl"].mean().item()
     metrics |= {name: each.float().mean().item() for name, each in _of("judge", whole).items()}
@@ -267,6 +272,7 @@ def evaluate(
         chosen[:max_rows],
         tokens_BL[::per_condition][:MAX_ROWS],
         scores,
+        groups,
         embedded,
         extremes,
     )
@@ -338,14 +344,32 @@ def mean_pairwise_distance(embeddings_GE: Tensor) -> float:
     return ((num * num - cosines) / (num * (num - 1))).item()
 
 
-def _reward_metrics(reward: Tensor, scores: Mapping[str, Tensor]) -> dict[str, float]:
+def _groups(
+    rewards: RewardSet, total: int, per_condition: int, num_compared: int | None
+) -> dict[str, Tensor]:
+    """`Evaluation.groups`, as `RewardSet.of_groups` cuts the images of a condition."""
+    size = min(num_compared or per_condition, per_condition)
+    condition, place = torch.arange(total) // per_condition, torch.arange(total) % per_condition
+    group = condition * -(-per_condition // size) + place // size
+    compares = [name for name, each in rewards.rewards.items() if isinstance(each, GroupReward)]
+    if any(name in rewards.weights for name in compares):
+        compares.append("reward")
+    return dict.fromkeys(compares, group)
+
+
+def _reward_metrics(
+    reward: Tensor, scores: Mapping[str, Tensor], groups: Mapping[str, Tensor]
+) -> dict[str, float]:
     """What is reported of the reward and of each reward, of all images."""
     return {
         "reward": reward.nanmean().item(),
         "reward_std": deviation(reward).item(),
-        "reward_sem": standard_error(reward).item(),
+        "reward_sem": standard_error(reward, groups.get("reward")).item(),
         **score_metrics(scores),
-        **{f"rewards/{name}/sem": standard_error(each).item() for name, each in scores.items()},
+        **{
+            f"rewards/{name}/sem": standard_error(each, groups.get(name)).item()
+            for name, each in scores.items()
+        },
     }
 
 

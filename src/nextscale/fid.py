@@ -111,14 +111,14 @@ class Fidelity:
 
 def inception_score(features_ND: Tensor, head_KD: Tensor) -> float:
     """exp of the mean KL from what the classifier says of an image to what it says on average; the mean over
-    parts of 5,000 images, each of which has images of all classes.
+    parts of 5,000 images, or of nearly so many where that is no divisor, each with images of all classes.
 
     Source: Salimans et al., arXiv 1606.03498; in parts and without the classifier's bias, as ADM's evaluator
     (github.com/openai/guided-diffusion, evaluations) has it.
     """
     mixed_ND = features_ND[mixed_order(len(features_ND))]
     scores = []
-    for part_ND in mixed_ND.split(SPLIT):
+    for part_ND in mixed_ND.tensor_split(max(round(len(mixed_ND) / SPLIT), 1)):
         log_probs_NK = (part_ND @ head_KD.T).double().log_softmax(1)
         log_mean_K = log_probs_NK.exp().mean(0).log()
         scores.append((log_probs_NK.exp() * (log_probs_NK - log_mean_K)).sum(1).mean().exp())

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from nextscale.base.errors import ConfigError
 from nextscale.base.records import Record
-from nextscale.policy import KLEstimator, SamplingConfig
+from nextscale.policy import EXACT_KL, KLEstimator, SamplingConfig
 
 ScaleRewards = Literal["group", "batch", "none"]
 Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
@@ -41,7 +41,7 @@ class GRPOConfig(Record):
     scales are credited with what came of them, the others with what each made of the same start."""
     branches: int = Field(default=2, ge=2)
     """Images that go on from each start; num_generations is a multiple of it."""
-    branch_temperature: float = Field(default=1.0, gt=0)
+    branch_temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Of the value of a start, T log mean exp(r / T) over its images, in standard deviations of the reward:
     near 0 it is the best image's reward, for large numbers the mean."""
     branch_schedule: BranchSchedule = "together"
@@ -153,8 +153,14 @@ class GRPOConfig(Record):
         """The policy that draws in training and is trained, of a model that is sampled like this.
 
         Raises:
-            ConfigError: a temperature that is the same.
+            ConfigError: a temperature that is the same; or a KL by drawn tokens, where filtering draws them
+                from another distribution than the KL is of.
         """
+        if self.kl_estimator not in EXACT_KL and sampling.is_filtered:
+            raise ConfigError(
+                f"grpo.kl_estimator {self.kl_estimator} is wrong with sampling.top_k or top_p: the KL is of "
+                "all tokens, and the drawn ones are of some; use reverse or forward, or no filtering"
+            )
         if self.temperature is None:
             return sampling
         if self.temperature == sampling.temperature:

@@ -4,7 +4,7 @@ Shapes: N images
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -33,12 +33,14 @@ class Measured:
         settings: how it was drawn from.
         metrics: from an evaluation.
         scores: the reward and each reward of all images, (N,); NaN for one that was not scored.
+        groups: of scores that compare images with one another, the number of the group that each image is in.
     """
 
     name: str
     settings: dict[str, Any]
     metrics: dict[str, float]
     scores: Mapping[str, Tensor]
+    groups: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,15 +54,23 @@ class Mean:
         return f"{number(self.value)} ± {self.half:.2g}"
 
 
-def mean_of(scores_N: Tensor) -> Mean:
-    """The mean of the images that were scored."""
-    return Mean(scores_N.nanmean().item(), Z95 * standard_error(scores_N).item())
+def mean_of(scores_N: Tensor, group_N: Tensor | None = None) -> Mean:
+    """The mean of the images that were scored.
+
+    Args:
+        group_N: the group of each image, where its score depends on the others of that.
+    """
+    return Mean(scores_N.nanmean().item(), Z95 * standard_error(scores_N, group_N).item())
 
 
-def paired_difference(first_N: Tensor, second_N: Tensor) -> Mean:
+def paired_difference(first_N: Tensor, second_N: Tensor, group_N: Tensor | None = None) -> Mean:
     """How much more the second model's images score than the first's of the same seeds, image by image. What
-    both share of an image's luck cancels, so that the interval is smaller than that of either mean."""
-    return mean_of(second_N - first_N)
+    both share of an image's luck cancels, so that the interval is smaller than that of either mean.
+
+    Args:
+        group_N: as `mean_of` takes it.
+    """
+    return mean_of(second_N - first_N, group_N)
 
 
 def knee(gains: Sequence[float], kept: Sequence[float]) -> int:
@@ -90,9 +100,9 @@ def table_rows(models: Sequence[Measured]) -> list[list[str]]:
     rows: list[list[str]] = []
     first = models[0]
     for name in first.scores:
-        rows.append([name, *(str(mean_of(each.scores[name])) for each in models)])
+        rows.append([name, *(str(mean_of(each.scores[name], each.groups.get(name))) for each in models)])
         if len(models) > 1:
-            others = (paired_difference(first.scores[name], each.scores[name]) for each in models[1:])
+            others = (_difference(first, each, name) for each in models[1:])
             rows.append([f"  less {first.name}", "", *(_signed(each) for each in others)])
     names = dict.fromkeys(name for each in models for name in each.metrics)
     plain = [n for n in names if n not in UNCERTAIN and n != "reward" and not n.startswith("rewards/")]
@@ -130,11 +140,13 @@ def differences(models: Sequence[Measured]) -> dict[str, dict[str, dict[str, flo
     """The paired differences to the first model, by model and reward, for JSON."""
     first = models[0]
     return {
-        other.name: {
-            name: vars(paired_difference(first.scores[name], other.scores[name])) for name in first.scores
-        }
+        other.name: {name: vars(_difference(first, other, name)) for name in first.scores}
         for other in models[1:]
     }
+
+
+def _difference(first: Measured, second: Measured, name: str) -> Mean:
+    return paired_difference(first.scores[name], second.scores[name], first.groups.get(name))
 
 
 def _signed(mean: Mean) -> str:

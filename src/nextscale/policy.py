@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 KLEstimator = Literal["reverse", "forward", "k1", "k2", "k3"]
 """As `kl_divergence` takes them."""
+EXACT_KL: tuple[KLEstimator, ...] = ("reverse", "forward")
+"""Those that are sums over the codebook; the others are estimates by the drawn token."""
 
 CODES_PER_BLOCK = 64  # the square root of the official codebook's size
 
@@ -101,12 +103,17 @@ class Ramp:
         """That of all tokens, (L,).
 
         Raises:
-            ConfigError: guidance that starts after the last scale.
+            ConfigError: guidance that starts after the last scale, or stops there.
         """
         if config.is_guided and config.guidance_start >= schedule.num_scales:
             raise ConfigError(
                 f"guidance_start {config.guidance_start} leaves no scale to guide, of "
                 f"{schedule.num_scales}: set a lower one, or guidance_scale 0"
+            )
+        if config.guidance_stop is not None and config.guidance_stop >= schedule.num_scales:
+            raise ConfigError(
+                f"guidance_stop {config.guidance_stop} leaves no scale unguided, of {schedule.num_scales}: "
+                "set a lower one, or remove it"
             )
         scale_L, temperature = schedule.scale_of_token(), config.temperature
         stop = schedule.num_scales if config.guidance_stop is None else config.guidance_stop
@@ -269,7 +276,7 @@ def kl_divergence(
 
     Args:
         probs_BlV: the exponential of the policy's log-probabilities.
-        drawn_Bl: tokens that the policy drew.
+        drawn_Bl: tokens that the policy drew, unfiltered too for k1, k2 and k3.
 
     Source: Schulman 2020, "Approximating KL divergence".
     """

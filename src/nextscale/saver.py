@@ -30,6 +30,7 @@ class Progress:
     Attributes:
         step: the number of whole steps done.
         seconds: what they took, without evaluations.
+        num_tokens: those of all images that they drew.
         step_evaluated: after how many of them the model was last measured; None before the first time.
         first_evaluation: what was measured before the first step.
         last_metrics: what was logged last.
@@ -37,6 +38,7 @@ class Progress:
 
     step: int = 0
     seconds: float = 0.0
+    num_tokens: float = 0.0
     step_evaluated: int | None = None
     first_evaluation: dict[str, float] = field(default_factory=dict)
     last_metrics: dict[str, float] = field(default_factory=dict)
@@ -45,24 +47,30 @@ class Progress:
         """All but the step, which a checkpoint has of its own; exact in JSON."""
         return {
             "seconds": self.seconds,
+            "num_tokens": self.num_tokens,
             "step_evaluated": self.step_evaluated,
             "first_evaluation": finite(self.first_evaluation),
             "last_metrics": finite(self.last_metrics),
         }
 
     @staticmethod
-    def of(state: Mapping[str, Any]) -> "Progress":
+    def of(state: Mapping[str, Any], tokens_of_a_step: int) -> "Progress":
         """What a checkpoint holds.
+
+        Args:
+            tokens_of_a_step: where an earlier version wrote no number of tokens.
 
         Raises:
             KeyError, TypeError, ValueError: it does not hold it.
         """
         step, evaluated = _count(state["step"]), state["step_evaluated"]
-        if not math.isfinite(state["seconds"]):
-            raise ValueError("the seconds are no number")
+        num_tokens = state.get("num_tokens", float(step * tokens_of_a_step))
+        if not math.isfinite(state["seconds"]) or not math.isfinite(num_tokens):
+            raise ValueError("the seconds or the tokens are no number")
         return Progress(
             step,
             state["seconds"],
+            num_tokens,
             None if evaluated is None else _count(evaluated),
             dict(state.get("first_evaluation", {})),
             dict(state.get("last_metrics", {})),
@@ -152,15 +160,16 @@ class Saver:
         """A step is begun: until `end_step`, the state of the last whole one is that of now."""
         self.before_step = copy.deepcopy(self._states()), self.learner.num_updates
 
-    def end_step(self, seconds: float) -> None:
+    def end_step(self, metrics: Mapping[str, float]) -> None:
         """The step is whole.
 
         Args:
-            seconds: what it took.
+            metrics: what it measured.
         """
         self.before_step = None
         self.progress.step += 1
-        self.progress.seconds += seconds
+        self.progress.seconds += metrics["step_time"]
+        self.progress.num_tokens = metrics["num_tokens"]
 
     def undo_step(self) -> bool:
         """A step has failed: put the controllers back. Returns whether the state is that of the last whole
@@ -198,7 +207,9 @@ class Saver:
         """
         state = self.learner.load(path)
         try:
-            progress, num_skipped = Progress.of(state), _count(state["num_skipped"])
+            schedule, num_images = self.learner.pipe.transformer.schedule, self.options.grpo.num_images
+            progress = Progress.of(state, num_images * schedule.num_tokens)
+            num_skipped = _count(state["num_skipped"])
             for name, controller in self.controllers.items():
                 controller.load_state_dict(state["controllers"][name])
             for name, callback in named(self.callbacks).items():

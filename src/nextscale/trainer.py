@@ -26,7 +26,7 @@ from nextscale.base.processes import fail_together
 from nextscale.callbacks import Callback, ProgressBar, Trackers, Warnings, best_model
 from nextscale.collector import Collector
 from nextscale.controllers import AdaptiveKL, Constraints, Controller, EntropyFloor
-from nextscale.credit import credit_source, find_credit
+from nextscale.credit import check_compared, credit_source, find_credit
 from nextscale.crediting import Crediting
 from nextscale.evaluation import Embedder, Judges, SetMeasure, check_evaluated, step_metrics
 from nextscale.evaluator import Evaluator
@@ -138,6 +138,7 @@ class GRPOTrainer:
             self.rewards.constraints,
             has_adapter=self.tuning.use_peft,
         )
+        check_compared(self.grpo, self.rewards)
         credit = find_credit(self.grpo.credit, self.rewards)
         self.folder = RunFolder(Path(self.run.output_dir), self.accelerator.is_main_process)
         self.sources = {**(sources or {}), **credit_source(self.grpo.credit)}
@@ -381,7 +382,7 @@ class GRPOTrainer:
         # One that is not finite is left out, for it would end the model. What the first iteration finds out
         # (log-probs before any update, the reference's features) the others take from it.
         means, num_skipped = Means(), 0
-        learner, num_images = self.learner, self.grpo.num_images
+        learner = self.learner
         with clock("update"):
             parts = learner.parts(rollout, advantages)
             for _ in range(self.grpo.num_iterations):
@@ -412,6 +413,9 @@ class GRPOTrainer:
 
         elapsed = time.perf_counter() - begin
         seconds = rollout.seconds | clock.seconds
+        num_groups = self.grpo.num_groups + refill_metrics.get("resampled_groups", 0.0)
+        num_images = num_groups * self.grpo.num_generations
+        num_tokens = num_images * self.pipe.transformer.schedule.num_tokens
         return {
             **loss_metrics,
             **reward_metrics,
@@ -421,7 +425,7 @@ class GRPOTrainer:
             "grad_norm": float(grad_norm),
             "skipped_updates": float(num_skipped),
             "learning_rate": float(learner.scheduler.get_last_lr()[0]),
-            "num_tokens": float(step * num_images * self.pipe.transformer.schedule.num_tokens),
+            "num_tokens": self.progress.num_tokens + num_tokens,
             "step_time": elapsed,
             "images_per_second": num_images / elapsed,
             **{f"time/{name}": value for name, value in seconds.items()},
@@ -442,7 +446,7 @@ class GRPOTrainer:
 
     def finish_step(self, metrics: dict[str, float]) -> None:
         """Evaluate, log and save where it is time to; what a step measured is logged even if that fails."""
-        self.saver.end_step(metrics["step_time"])
+        self.saver.end_step(metrics)
         evaluated: dict[str, float] = {}
         try:
             self.tell("on_step_end", metrics)

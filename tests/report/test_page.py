@@ -389,6 +389,25 @@ def test_summary_tells_what_happened(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("sync_ref_model: true", "KL to the reference, which moves"),
+        ("train_scales: 3", "KL to the base model, in the first 3 scales"),
+        (
+            "reference_guidance_scale: 1.5, train_scales: 2",
+            "KL to the base model at guidance 1.5, in the first 2",
+        ),
+    ],
+)
+def test_a_kl_says_what_it_is_to(options: str, words: str, tmp_path: Path) -> None:
+    config = CONFIG.replace("beta: 0.02", f"beta: 0.02, {options}")
+    folder = make_run(tmp_path / "run", metrics(), config=config)
+    page = Page(write_report(folder))
+    assert words in page.text and "KL to reference 12.3" in page.text and words in summarize(folder)
+    assert "KL to base " not in page.text
+
+
 def test_a_run_without_judges_still_tells_its_story(tmp_path):
     folder = make_run(tmp_path / "run", metrics(judged=False), grids=())
     page, said = Page(write_report(folder)), summarize(folder)

@@ -35,6 +35,18 @@ def test_colourfulness_at_known_points():
     assert colourfulness(red).item() == pytest.approx(0.3 * 255 * 1.25**0.5)
 
 
+def test_a_plain_image_has_a_slope():
+    for plain in (
+        torch.zeros(1, 3, 8, 8),
+        torch.full((1, 3, 8, 8), 0.5),
+        torch.rand(1, 3, 1, 1).expand(1, 3, 8, 8),
+    ):
+        images = torch.cat([plain, torch.rand(1, 3, 8, 8)]).requires_grad_()
+        for reward in (colourfulness, sharpness, brightness):
+            (slope,) = torch.autograd.grad(reward(images).sum(), images)
+            assert slope.isfinite().all() and slope[1].abs().max() > 0, reward
+
+
 def test_sharpness_is_the_variance_of_the_laplacian(images: torch.Tensor):
     for image, found in zip(images, sharpness(images).tolist(), strict=True):
         grey = np.pad(255 * grey_of(image), 1, mode="reflect")

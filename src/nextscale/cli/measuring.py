@@ -112,7 +112,7 @@ class Measuring:
             raise Interrupted(kept.told, signal.SIGINT) from None
         if is_main:
             kept.finish(int(result.metrics["num_images"]))
-        return Measured(name, settings, result.metrics, result.scores), result.embeddings
+        return Measured(name, settings, result.metrics, result.scores, result.groups), result.embeddings
 
 
 def add_distances(found: Sequence[tuple[Measured, Tensor | None]], real: Tensor | None) -> None:

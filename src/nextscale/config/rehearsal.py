@@ -9,7 +9,7 @@ from nextscale.callbacks import best_model
 from nextscale.config.build import build_parts, check_fit, make_reward, read_conditions, resolve
 from nextscale.config.recipe import Recipe
 from nextscale.config.resume import check_folder
-from nextscale.credit import find_credit
+from nextscale.credit import check_compared, find_credit
 from nextscale.models import hub, zoo
 from nextscale.models.folder import build_transformer
 from nextscale.models.vqvae import VQVAE
@@ -38,7 +38,9 @@ def rehearse(recipe: Recipe, num_processes: int) -> list[str]:
     names = [recipe.model, *networks, recipe.run.diversity_clip]
     missing = [name for name in dict.fromkeys(names) if name and _needs_download(name)]
     if not missing:
-        find_credit(recipe.grpo.credit, build_parts(recipe).rewards)
+        rewards = build_parts(recipe).rewards
+        check_compared(recipe.grpo, rewards)
+        find_credit(recipe.grpo.credit, rewards)
         return []
     check_folder(recipe)
     model = zoo.describe(recipe.model, recipe.vae)

@@ -114,7 +114,7 @@ def charts(run: Run) -> list[Chart]:
         Chart("Precision", "Share of images among the true pictures.", precision, "percent"),
         Chart("Recall", "Share of true pictures among the images.", recall, "percent"),
         Chart("Log-probability of the class", "Nats. It falls before the class judge errs.", sure),
-        Chart("KL to the base model", "Nats an image.", kl),
+        Chart(f"KL to {run.kl_to}", "Nats an image.", kl),
         Chart("KL by scale", "Nats a token. Scale 1 is the coarsest.", by_scale["kl"]),
         Chart("Entropy", "Nats a token. A fall to zero is collapse.", entropy),
         Chart("Entropy by scale", "Nats a token. A scale at zero draws the same again.", by_scale["entropy"]),

@@ -16,7 +16,7 @@ from nextscale.base.numbers import duration, number, percent
 from nextscale.report import pictures
 from nextscale.report.charts import COLOURS, DASHES, VARIABLES, Curve, draw_curves
 from nextscale.report.page import flatten, inline_script, templates
-from nextscale.runs.reader import Run, images_of, read_run
+from nextscale.runs.reader import BASE_MODEL, Run, images_of, read_run
 from nextscale.runs.result import NOT_SHOWN
 
 MAX_RUNS = len(COLOURS)
@@ -90,7 +90,7 @@ def _charts(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
                     x = np.array([places[step] for step in steps])
                     curves.append(Curve(x, values, COLOURS[i], [*DASHES][i % len(DASHES)], name))
             if len(curves) > 1:
-                title = f"{_title(key)}, over {unit}"
+                title = f"{_title(runs, key)}, over {unit}"
                 svg = draw_curves(curves, unit)
                 told = [f"{each.label} from {number(each.y[0])} to {number(each.y[-1])}" for each in curves]
                 alt = f"{title}: {'; '.join(told)}"
@@ -110,8 +110,10 @@ def _metrics(runs: Mapping[str, Run]) -> list[str]:
     return [name for name in shared if name != "eval_reward"]
 
 
-def _title(key: str) -> str:
-    own = {"kl_per_image": "KL to the base, nats an image", "reward": "reward in training"}
+def _title(runs: Mapping[str, Run], key: str) -> str:
+    is_alike = all(run.kl_to == BASE_MODEL for run in runs.values())
+    to = "the base" if is_alike else "each run's own reference"
+    own = {"kl_per_image": f"KL to {to}, nats an image", "reward": "reward in training"}
     if key in own:
         return own[key]
     return key.removeprefix("eval_").removesuffix("/mean").replace("rewards/", "reward: ").replace("_", " ")
@@ -128,7 +130,7 @@ def _numbers(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
         },
     ]
     for key in ["eval_reward", *_metrics(runs), "kl_per_image"]:
-        rows.append({"label": _title(key), "values": [_last(run, key) for run in runs.values()]})
+        rows.append({"label": _title(runs, key), "values": [_last(run, key) for run in runs.values()]})
     return rows
 
 

@@ -173,7 +173,7 @@ def _results(run: Run) -> tuple[str, list[tuple[str, str, str]]]:
         if (ends := run.ends(key))
     ]
     if kl := run.values("kl_per_image"):
-        rows.append(("KL to the base model, nats an image", "", _number(kl[-1])))
+        rows.append((f"KL to {run.kl_to}, nats an image", "", _number(kl[-1])))
     return source, rows
 
 
@@ -184,7 +184,7 @@ def _draw_curves(run: Run, path: Path) -> str:
 
     shown = {
         "reward": [("reward", "training", "-"), ("eval_reward", "evaluation", "o-")],
-        "KL to the base model, nats an image": [("kl_per_image", "training", "-")],
+        f"KL to {run.kl_to}, nats an image": [("kl_per_image", "training", "-")],
     }
     shown = {
         title: found

@@ -8,7 +8,7 @@ import numpy as np
 from nextscale.base.numbers import count, duration, number, pair, percent
 from nextscale.report.charts import PARTS
 from nextscale.runs.hacking import hacking_warning
-from nextscale.runs.reader import Run
+from nextscale.runs.reader import BASE_MODEL, Run
 
 HACKING = "The trained reward rose while a judge that it never saw fell: a sign of reward hacking."
 
@@ -54,7 +54,7 @@ def _price(run: Run) -> str:
         change = diversity[1] / diversity[0] - 1
         told.append(f"diversity {pair(*diversity, ' to ')} ({change:+.0%})".replace("%", " %"))
     if kl:
-        told.append(f"a KL of {number(kl[-1])} nats an image to the base model")
+        told.append(f"a KL of {number(kl[-1])} nats an image to {run.kl_to}")
     return f" The price: {' and '.join(told)}." if told else ""
 
 
@@ -107,8 +107,9 @@ def facts(run: Run) -> list[Fact]:
         found.append(Fact(sentence, "Diversity", pair(*ends), "evaluation"))
     if kl := run.values("kl_per_image"):
         value = number(kl[-1])
-        sentence = f"KL to the base model: {value} nats an image."
-        found.append(Fact(sentence, "KL to base", value, "nats an image"))
+        sentence = f"KL to {run.kl_to}: {value} nats an image."
+        name = "KL to base" if run.kl_to == BASE_MODEL else "KL to reference"
+        found.append(Fact(sentence, name, value, "nats an image"))
     if spent:
         found.append(Fact("", "Training time", duration(spent), f"{steps}{place}"))
     if spent and images:

@@ -32,8 +32,10 @@ def colourfulness(images: Tensor, conditions: Sequence[Condition] = ()) -> Tenso
     """
     red, green, blue = (LEVELS * images.float()).unbind(1)
     opponents = rearrange([red - green, (red + green) / 2 - blue], "two B H W -> B two (H W)")
-    deviation = opponents.var(-1, correction=0).sum(-1).sqrt()
-    return deviation + MEAN_WEIGHT * opponents.mean(-1).norm(dim=-1)
+    means = opponents.mean(-1)
+    # As a norm: of a plain image it is 0 and has the slope 0, where a root's would be infinite.
+    deviation = (opponents - means[..., None]).flatten(1).norm(dim=-1) / opponents.shape[-1] ** 0.5
+    return deviation + MEAN_WEIGHT * means.norm(dim=-1)
 
 
 def sharpness(images: Tensor, conditions: Sequence[Condition] = ()) -> Tensor:

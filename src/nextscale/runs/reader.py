@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from nextscale.base.errors import ConfigError
 from nextscale.runs.paths import RunPaths
 
+BASE_MODEL = "the base model"  # what `Run.kl_to` says where nothing else is asked for
 MAX_ROWS = 16  # more row names beside a grid of samples would not be readable
 
 
@@ -65,6 +66,19 @@ class Run:
             return False
         lock.release()
         return False
+
+    @property
+    def kl_to(self) -> str:
+        """What the `kl_per_image` of its metrics is to."""
+        grpo = self.config.get("grpo")
+        options: dict[str, Any] = grpo if isinstance(grpo, dict) else {}
+        moves, scale = options.get("sync_ref_model"), options.get("reference_guidance_scale")
+        name = "the reference, which moves" if moves else BASE_MODEL
+        if scale is not None:
+            name += f" at guidance {scale}"
+        if (num_scales := options.get("train_scales")) is not None:
+            name += f", in the first {num_scales} scales"
+        return name
 
     @property
     def num_images(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from nextscale.runs.reader import images_of, read_run
+from nextscale.runs.reader import BASE_MODEL, images_of, read_run
 from nextscale.study.plan import Experiment, Study, Trial
 
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom; the last also stands for more, and is wider.
@@ -38,7 +38,8 @@ class Row:
     """One run.
 
     Attributes:
-        measures: those of its evaluation, and `kl`, `seconds` and `images` of its training.
+        measures: those of its evaluation, and `kl`, `seconds` and `images` of its training. The KL is of all
+            scales, to the base model; where training measured another one, it is left out.
         curve: at each step: images so far, seconds so far, the aim of the experiment, the KL of an image.
     """
 
@@ -58,11 +59,15 @@ def read_row(trial: Trial, aim: str = "reward") -> Row:
     measured = json.loads(trial.evaluation.read_text(encoding="utf-8"))
     measures = {name: float(value) for name, value in measured.items() if isinstance(value, int | float)}
     curve, images, seconds = [], 0.0, 0.0
-    for record in read_run(trial.folder).records:
+    run = read_run(trial.folder)
+    for record in run.records:
         if "step_time" in record:
             images, seconds = images + images_of(record), seconds + record["step_time"]
-            curve.append((images, seconds, record[aim], record.get("kl_per_image", math.nan)))
-    last = {"images": images, "seconds": seconds, "kl": curve[-1][3]}
+            kl = record.get("kl_per_image", math.nan) if run.kl_to == BASE_MODEL else math.nan
+            curve.append((images, seconds, record[aim], kl))
+    last = {"images": images, "seconds": seconds}
+    if not math.isnan(kl := curve[-1][3]):
+        last["kl"] = kl
     return Row(trial.experiment, trial.variant, trial.seed, measures | last, curve)
 
 

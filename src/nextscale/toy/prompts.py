@@ -127,8 +127,8 @@ def captions_of(
 
     Args:
         place_named: that of the place; by default the same.
-        wrong: share of the captions that are wrong in the object; in the colour, and in the ground, twice as
-            many are. Such as captions from the web are.
+        wrong: share of the captions whose object is drawn anew, and may be the same again; of colour, and of
+            ground, twice as many are. Such as captions from the web are.
         no_style, wrong_style: shares of the captions that name no style, and that name another one.
     """
     texts = []
