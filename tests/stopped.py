@@ -5,7 +5,7 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from accelerate import PartialState
 from torch import Tensor
 
 from conftest import random_pipeline
+from nextscale.base.conditions import Condition
 from nextscale.base.errors import RewardError
 from nextscale.base.interrupt import Interrupted
+from nextscale.rewards.groups import GroupReward
 from nextscale.runs import checkpoint
 from test_trainer import make_trainer, redness
 
@@ -48,6 +50,21 @@ def fails_in_evaluation(images: Tensor, conditions: list) -> Tensor:
     return redness(images, conditions)
 
 
+class FailsInOneOfGroups(GroupReward):
+    """In the second step the scores of the last process are none."""
+
+    calls = 0
+
+    def features(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        return redness(images, conditions)[:, None]
+
+    def scores_of_groups(self, features_NGE: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 2 and PartialState().is_last_process:
+            raise KeyError("groups")
+        return features_NGE[..., 0]
+
+
 def full(tensors: Any, path: Path) -> None:
     """In the second save the disk of the first process is full."""
     if path.name == "optimizer.safetensors" and "full/checkpoints/.writing-step-000002" in str(path):
@@ -62,9 +79,10 @@ cases: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
 }
 cases["fails_in_one"] = fails_in_one, {}
 cases["fails_in_evaluation"] = fails_in_evaluation, {"eval_steps": 1, "eval_num_images": 40}
+cases["fails_in_groups"] = FailsInOneOfGroups(), {}
 cases["full"] = redness, {"save_steps": 1}
 for name, (reward, options) in cases.items():
-    trainer, told = make_trainer(random_pipeline(), folder / name, reward, **options), "nothing"
+    trainer, told = make_trainer(random_pipeline(), folder / name, {name: reward}, **options), "nothing"
     try:
         trainer.train()
     except Interrupted as stopped:

@@ -1,6 +1,8 @@
 """What goes wrong in a run, and what is left of it then."""
 
+import errno
 import json
+import os
 import pickle
 import shutil
 import signal
@@ -21,9 +23,11 @@ from nextscale.losses import LOSSES, LossOutput, grpo_loss
 from nextscale.pipeline import VARPipeline
 from nextscale.rewards.reward_set import RewardSet
 from nextscale.rewards.roles import AtLeast
+from nextscale.runs import checkpoint as checkpoint_module
 from nextscale.runs.config import RunConfig
 from nextscale.runs.launch import asks_for_fsdp, make_accelerator, reshards_after_forward
 from nextscale.runs.manifest import write_manifest
+from nextscale.runs.reader import read_run
 from nextscale.trainer import GRPOTrainer
 from test_trainer import GUIDED, MakePipeline, brightness, make_trainer, metrics_of, redness
 
@@ -253,6 +257,39 @@ def test_a_constant_reward_warns_once(
     options = {"max_steps": 3, "max_resamplings": max_resamplings}
     make_trainer(tiny_pipeline, tmp_path / "run", lambda images, _: [1.0] * len(images), **options).train()
     assert capsys.readouterr().err.count("the same reward, so there is nothing to learn") == 1
+
+
+def test_a_run_with_any_name_and_any_seed(tiny_pipeline: VARPipeline, tmp_path: Path) -> None:
+    rewards, seed = {"red 🎨": redness}, 2**40 + 7
+    make_trainer(tiny_pipeline, tmp_path / "run", rewards, max_steps=1, seed=seed).train()
+    assert read_run(tmp_path / "run").config["rewards"] == {"red 🎨": {"kind": "redness", "weight": 1.0}}
+    assert "red 🎨" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_what_failed_first_is_raised_where_saving_fails_as_well(
+    tiny_pipeline: VARPipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(tensors: Any, path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    def late(images: Tensor, conditions: list) -> Tensor:
+        monkeypatch.setattr(checkpoint_module, "save_tensors", full)
+        raise KeyError("late")
+
+    with pytest.raises(RewardError, match="raised KeyError: 'late'"):
+        make_trainer(tiny_pipeline, tmp_path / "run", {"red": late}).train()
+    assert "no checkpoint was written either: " in capsys.readouterr().err
+
+
+def test_nothing_is_written_where_there_is_nothing_to_resume(
+    tiny_pipeline: VARPipeline, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="is no checkpoint: expected 'auto' or a folder"):
+        make_trainer(tiny_pipeline, tmp_path / "run", resume=str(tmp_path / "none"))
+    assert not (tmp_path / "run").exists()
 
 
 # ---- what a checkpoint may hold

@@ -134,6 +134,12 @@ def test_a_reward_that_fails_in_one_process_stops_both(stopped: Path, name: str,
     assert (stopped / name / "checkpoints" / "step-000000").is_dir()
 
 
+def test_a_reward_of_groups_that_fails_in_one_process_stops_both(stopped: Path) -> None:
+    said = told(stopped, "fails_in_groups")
+    assert said.startswith("reward 'fails_in_groups' raised KeyError: 'groups' (")
+    assert [each.name for each in (stopped / "fails_in_groups" / "checkpoints").iterdir()] == ["step-000001"]
+
+
 def test_a_full_disk_of_one_process_stops_both(stopped: Path) -> None:
     assert told(stopped, "full") == "No space left on device in optimizer.safetensors"
     checkpoints = {each.name for each in (stopped / "full" / "checkpoints").iterdir()}

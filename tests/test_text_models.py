@@ -15,7 +15,7 @@ from nextscale.config.recipe import load_recipe
 from nextscale.drawing import draw_batches
 from nextscale.models.embedded import CLIPS
 from nextscale.models.folder import build_transformer
-from nextscale.models.switti import SwittiConfig
+from nextscale.models.switti import Switti, SwittiConfig
 from nextscale.models.var_clip import VARClipConfig
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import Ramp, SamplingConfig, policy_logits
@@ -86,7 +86,8 @@ def test_a_prompts_images_are_its_own_and_rescored_exactly(kind: str, make_pipel
     torch.testing.assert_close(found, out.log_probs, rtol=0, atol=1e-4)
     by_prompts = log_probs(pipe, [each.text for each in conditions], out.tokens, STOPPED).detach()
     assert torch.equal(by_prompts, found)
-    for change in ({"guidance_stop": 4}, {"guidance_start": 1}, {"unguided_temperature": 1.0}):
+    never = {"guidance_stop": None, "unguided_temperature": 1.0}
+    for change in (never, {"guidance_start": 1}, {"unguided_temperature": 1.0}):
         other = log_probs(pipe, conditioning, out.tokens, STOPPED.replace(**change)).detach()
         assert (other - out.log_probs).abs().max() > 1e-3, change
 
@@ -232,6 +233,28 @@ def test_folders_hold_the_whole_model(kind: str, make_pipeline: Any, tmp_path: P
     again = VARPipeline.from_pretrained(pipe.save_pretrained(tmp_path))
     assert again.sampling == STOPPED and again.transformer.config == pipe.transformer.config
     assert torch.equal(again(prompts="a red star").tokens, pipe(prompts="a red star").tokens)
+
+
+def test_what_the_published_format_cannot_hold_is_refused(tmp_path: Path) -> None:
+    """The miniature's heads are 32 wide; a published Switti's are 64, and no file says how many there are."""
+    with pytest.raises(
+        ConfigError, match=r"whose num_heads is 4 and would be read as 2: write it with save_pre"
+    ):
+        VARPipeline.from_pretrained("toy-text").save_official(tmp_path / "official")
+    assert not (tmp_path / "official" / "transformer" / "model.safetensors").exists()
+
+
+def test_the_published_format_names_text_encoders_that_are_others(make_pipeline: Any, tmp_path: Path) -> None:
+    pipe = make("switti", make_pipeline)
+    sizes = {"width": 64, "num_heads": 1, "text_encoders": ("here/one", "here/other")}
+    transformer = Switti(pipe.transformer.config.replace(**sizes), pipe.transformer.text_encoder)
+    files = VARPipeline(transformer, pipe.tokenizer, []).save_official(tmp_path)
+    again = VARPipeline.from_official(*files).transformer
+    assert again.config == transformer.config
+    config = again.config
+    inputs = torch.zeros(2, again.schedule.num_tokens - 1, config.codebook_width)
+    theirs, ours = (each(each.blank_conditions(2), inputs) for each in (again, transformer))
+    assert torch.equal(theirs, ours)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -245,6 +245,86 @@ def test_an_adapter_of_another_base_and_what_is_none_are_refused(
     ):
         with pytest.raises(CheckpointError, match=says):
             VARPipeline.from_pretrained(tmp_path / "base", adapter=wrong)
+
+
+@pytest.fixture
+def foreign(make_pipeline: MakePipeline, tmp_path: Path) -> Callable[..., Path]:
+    """Writes an adapter as peft alone does, for the model in tmp_path / "base"."""
+
+    def write(name: str, **options: Any) -> Path:
+        model = make_pipeline().transformer
+        config = LoraConfig(r=4, lora_alpha=4, target_modules=["proj"], **options)
+        get_peft_model(model, config).save_pretrained(str(tmp_path / name))
+        return tmp_path / name
+
+    make_pipeline().save_pretrained(tmp_path / "base")
+    return write
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa', which changes the base"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights 'olora', which changes the base"),
+        ({"modules_to_save": ["head"]}, "it has modules_to_save, trained layers of the model besides"),
+    ],
+)
+def test_an_adapter_that_is_more_than_one_is_refused(
+    foreign: Callable[..., Path], tmp_path: Path, options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        VARPipeline.from_pretrained(tmp_path / "base", adapter=foreign("other", **options))
+
+
+@pytest.mark.parametrize("init", [True, "gaussian", "orthogonal"])
+def test_an_adapter_of_peft_alone_is_the_base_before_it_is_trained(
+    foreign: Callable[..., Path], tmp_path: Path, init: Any
+) -> None:
+    adapter, base = foreign("own", init_lora_weights=init), tmp_path / "base"
+    adapted = VARPipeline.from_pretrained(base, adapter=adapter).transformer.state_dict()
+    for name, each in VARPipeline.from_pretrained(base).transformer.state_dict().items():
+        torch.testing.assert_close(adapted[name], each, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"lora_alpha": None},
+        {"r": "x"},
+        {"r": [2]},
+        {"target_modules": 5},
+        {"target_modules": "*(("},
+        {"target_modules": None},
+        {"rank_pattern": "x"},
+        {"alpha_pattern": {"blocks.0.attn.proj": "x"}},
+        {"lora_dropout": "x"},
+        {"megatron_config": {"a": 1}},
+        {"alora_invocation_tokens": [1, 2]},
+    ],
+)
+def test_a_damaged_adapter_is_told_in_one_sentence(
+    foreign: Callable[..., Path], tmp_path: Path, damage: dict[str, Any]
+) -> None:
+    adapter = foreign("own")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | damage))
+    with pytest.raises(CheckpointError, match=rf"^'{adapter}' is (no|an) adapter") as caught:
+        VARPipeline.from_pretrained(tmp_path / "base", adapter=adapter)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_that_is_not_finite_is_refused(foreign: Callable[..., Path], tmp_path: Path) -> None:
+    adapter = foreign("own")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = next(iter(tensors))
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"its 'blocks\.0.*' holds NaN or infinity"):
+        VARPipeline.from_pretrained(tmp_path / "base", adapter=adapter)
+    tensors[name][0, 0] = 0.0
+    save_file(tensors, adapter / "adapter_model.safetensors", {"nextscale": "[1]"})
+    with pytest.raises(CheckpointError, match="is no adapter that can be read"):
+        VARPipeline.from_pretrained(tmp_path / "base", adapter=adapter)
 
 
 def test_a_trainer_of_an_adapter_leaves_nothing_behind(make_pipeline: MakePipeline, tmp_path: Path) -> None:

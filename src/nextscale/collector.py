@@ -58,9 +58,11 @@ class Collector:
         """The scores of all processes, (N, G) with the groups in the order of the step.
 
         Raises:
-            RewardError: a reward that scored none of the step's images.
+            RewardError: a reward that scored none of the step's images, or cannot be used.
         """
-        scores = self.all_rewards.of_groups(gathered(rollout.scores), self.grpo.num_generations)
+        of_all = gathered(rollout.scores)
+        with fail_together():  # each process asks a reward of groups
+            scores = self.all_rewards.of_groups(of_all, self.grpo.num_generations)
         require_scores(scores)
         return scores
 

@@ -29,7 +29,7 @@ from nextscale.models.protocol import Tokenizer
 from nextscale.models.scales import ScaleSchedule
 from nextscale.rewards.asking.answers import ask
 from nextscale.rewards.asking.waiting import settings_kept
-from nextscale.rewards.groups import GroupReward
+from nextscale.rewards.groups import GroupReward, ask_groups
 from nextscale.rewards.protocol import Reward
 from nextscale.rewards.reward_set import RewardSet
 from nextscale.rollout import Rollout
@@ -70,7 +70,7 @@ class Groups:
         group_B, place_B = at_B // features_NGE.shape[1], at_B % features_NGE.shape[1]
         is_own_BG1 = (torch.arange(features_NGE.shape[1]) == place_B[:, None])[..., None]
         own_BGE = torch.where(is_own_BG1, features_BE.float().cpu()[:, None], features_NGE[group_B])
-        return reward.scores_of_groups(own_BGE).gather(1, place_B[:, None])[:, 0]
+        return ask_groups(name, reward, own_BGE).gather(1, place_B[:, None])[:, 0]
 
 
 @settings_kept()

@@ -235,7 +235,8 @@ def evaluate(
     groups: dict[str, Tensor] = {}
     reward: Tensor | None = None
     if rewards is not None:
-        by_group = rewards.of_groups(_of("score", whole), per_condition, num_compared)
+        with fail_together():  # each process asks a reward of groups
+            by_group = rewards.of_groups(_of("score", whole), per_condition, num_compared)
         flat = {name: each.flatten() for name, each in by_group.items()}
         try:
             require_scores(flat)

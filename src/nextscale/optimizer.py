@@ -14,13 +14,13 @@ from nextscale.base.records import Record
 class OptimizerConfig(Record):
     """Options of AdamW and its learning rate schedule."""
 
-    learning_rate: float = Field(default=1e-4, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
     """Peak learning rate."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay rate of the first moment."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
     """Decay rate of the second moment."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Decoupled weight decay."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Maximum gradient norm; larger gradients are clipped."""

@@ -17,7 +17,7 @@ from nextscale.grpo import GRPOConfig
 from nextscale.learner import Learner
 from nextscale.optimizer import OptimizerConfig
 from nextscale.policy import SamplingConfig
-from nextscale.runs.checkpoint import check_options, list_checkpoints
+from nextscale.runs.checkpoint import check_options, check_resume, list_checkpoints
 from nextscale.runs.config import RunConfig
 from nextscale.runs.writer import RunFolder
 from nextscale.tuning import TuningConfig
@@ -112,15 +112,18 @@ class Options:
             "optimizer": self.optimizer.model_dump(),
             "run": self.run.model_dump(),
         }
-        return json.dumps(sections, indent=2) + "\n"  # JSON is YAML
+        # JSON is YAML, but for what JSON writes in two halves: it is written as it is.
+        return json.dumps(sections, indent=2, ensure_ascii=False) + "\n"
 
     def check_continuable(self, folder: RunFolder) -> None:
         """Check that a run that is to be resumed can be.
 
         Raises:
+            CheckpointError: there is no such checkpoint.
             ConfigError: the checkpoint is of a run with other options, or the run is over and has none left.
         """
         if self.run.resume:
+            check_resume(self.run.resume)
             check_options(self.run.resume, folder.checkpoints, self.fixed())
         is_lost = self.run.resume == "auto" and not list_checkpoints(folder.checkpoints)
         if is_lost and folder.final.exists():

@@ -267,7 +267,7 @@ class GRPOTrainer:
 
         # Continue where an earlier run stopped. What it logged after its last checkpoint is logged anew.
         # All that is drawn here has seeds of its own. A user's reward may draw from the generators of all.
-        set_seed(run.seed, device_specific=True)
+        set_seed(run.seed % 2**31, device_specific=True)  # numpy takes 32 bits, and a process adds its number
         path: Path | None = None
         if run.resume:
             path = find_checkpoint(process, run.resume, self.folder.checkpoints, self.warn)
@@ -296,18 +296,13 @@ class GRPOTrainer:
                         break
                     metrics = self.step(self.step_done + 1)
                     self.finish_step(metrics)
-            except (RewardError, TrainingError):
-                try:
-                    self.save_last_whole_step()
-                finally:
-                    self.learner.unshard()
+            except (RewardError, TrainingError):  # raised by all processes together
+                self.save_what_can_be()
+                self.learner.unshard()
                 raise
             except Exception:  # such as a callback's; of this process alone: others would not come to save
                 if process.num_processes == 1 and self.step_done:
-                    try:
-                        self.save_last_whole_step()
-                    except (NextscaleError, OSError) as error:  # what failed first is what is raised
-                        self.warn(f"no checkpoint was written either: {in_words(error)}")
+                    self.save_what_can_be()
                 raise
 
         # The end: a checkpoint to go on from, and the final model if nothing is left to do.
@@ -495,6 +490,13 @@ class GRPOTrainer:
         moved the model, in one of several iterations, the last one that was written stands."""
         if self.saver.undo_step() and not self.saver.is_saved:
             self.save()
+
+    def save_what_can_be(self) -> None:
+        """`save_last_whole_step` before an error is raised, which is what the user has to know first."""
+        try:
+            self.save_last_whole_step()
+        except (NextscaleError, OSError) as error:
+            self.warn(f"no checkpoint was written either: {in_words(error)}")
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint.

@@ -535,6 +535,10 @@ def test_a_failing_reward_in_a_process(folder, tmp_path):
         (["--run.output_dir", "{folder}/rewards.py"], "is not a folder"),
         (["--run.diversity_clip", "{folder}/model"], "cannot be loaded"),
         (["--run.output_dir", ""], "run.output_dir = '' cannot be used: give the folder to write to"),
+        (["--run.output_dir", "a\0b"], "cannot be used: no folder has a zero byte in its name"),
+        (["--run.ddp_timeout", "1000000000000000"], "run.ddp_timeout = 1000000000000000 cannot be used"),
+        (["--optimizer.learning_rate", ".inf"], "optimizer.learning_rate = inf cannot be used"),
+        (["--grpo.branch_temperature", ".inf"], "grpo.branch_temperature = inf cannot be used"),
         (["--run.report_to", "wandbb"], "tracker 'wandbb' is unknown, or its package is not installed"),
         (
             ["--run.save_best", "foo"],
@@ -550,6 +554,25 @@ def test_a_dry_run_finds_what_would_fail(folder, fails, tmp_path, words, says):
     words = [word.format(folder=folder) for word in words]
     place = [] if "--run.output_dir" in words else ["--run.output_dir", tmp_path / "run"]
     assert says in fails("train", folder / "recipe.yaml", *place, *words, "--dry-run")
+
+
+def test_a_launcher_that_counts_in_words_is_told(folder, fails, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    words = ["train", folder / "recipe.yaml", "--run.output_dir", tmp_path / "run", "--dry-run"]
+    assert fails(*words).startswith("WORLD_SIZE is 'two', expected the number of processes")
+
+
+def test_images_are_written_to_files_alone(folder, fails):
+    assert "is a device, or the like: give a file to write" in fails("evaluate", "toy", "--npz", "/dev/null")
+    assert Path("/dev/null").is_char_device()
+
+
+def test_half_a_character_in_a_recipe_is_told(folder, fails, tmp_path):
+    recipe = tmp_path / "odd.yaml"
+    recipe.write_text((folder / "recipe.yaml").read_text() + 'description: "a\\ud83c\\udfa8"\n')
+    assert "has half a character in 'a\\ud83c\\udfa8': write the whole one" in fails(
+        "train", recipe, "--dry-run"
+    )
 
 
 @pytest.mark.parametrize("metric", ["eval_reward", "eval_rewards/bright/sem", "eval_diversity"])

@@ -1,6 +1,7 @@
 """Sets of rewards: their roles, their scores, and the weighted sum."""
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError, RewardError
 from nextscale.base.roles import ROLES
 from nextscale.rewards import Aesthetic, AtLeast, AtMost, JpegCompressibility, RewardSet
+from nextscale.rewards.groups import GroupReward
 from nextscale.rewards.protocol import require_scores
 from nextscale.rewards.roles import Constraint
 
@@ -216,6 +218,28 @@ def test_numbers_of_numpy_and_torch_are_numbers():
     total = RewardSet({"a": answering(0), "b": answering(0)}, weights, timeouts={"a": np.int64(3)})
     assert total.weights == {"a": 2.0, "b": 0.5} and total.timeouts == {"a": 3.0}
     assert {type(each) for each in (*total.weights.values(), *total.timeouts.values())} == {float}
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (lambda features: [[0.0]], "gave groups the scores list, expected (2, 3)"),
+        (lambda features: features[:, 0], "gave groups the scores (2, 1), expected (2, 3)"),
+        (lambda features: features[..., 0] / 0, "returned an infinite score"),
+        (lambda features: {}["x"], "raised KeyError: 'x' ("),
+    ],
+)
+def test_a_reward_of_groups_that_answers_wrongly_is_told_by_its_name(answer: Any, says: str):
+    class Odd(GroupReward):
+        def features(self, images: torch.Tensor, conditions: Any) -> torch.Tensor:
+            return images.mean((1, 2, 3))[:, None]
+
+        def scores_of_groups(self, features_NGE: torch.Tensor) -> torch.Tensor:
+            return answer(features_NGE)
+
+    rewards = RewardSet({"odd": Odd()})
+    with pytest.raises(RewardError, match=re.escape(f"reward 'odd' {says}")):
+        rewards.of_groups({"odd": torch.ones(6, 1)}, 3)
 
 
 def test_a_part_of_a_step_may_be_without_any_score():

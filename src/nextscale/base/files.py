@@ -121,6 +121,6 @@ def read_text(path: Path, most: int = MOST) -> str:
 
 
 def write_text_aside(path: Path, text: str) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically. Half a character, which no file can hold, becomes a question mark."""
     with replacing(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8", errors="replace")

@@ -91,6 +91,8 @@ def run(args: Namespace) -> int:
         raise ConfigError("--npz is for one model: give each its own file")
     if args.npz and args.npz.is_dir():
         raise ConfigError(f"--npz '{args.npz}' is a folder: give a file to write")
+    if args.npz and args.npz.exists() and not args.npz.is_file():
+        raise ConfigError(f"--npz '{args.npz}' is a device, or the like: give a file to write")
     if args.recipe:
         find_recipe(args.recipe)  # a wrong name is answered before the seconds that importing torch takes
 

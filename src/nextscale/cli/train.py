@@ -1,6 +1,5 @@
 """`nextscale train`: fine-tune a model, or rehearse it."""
 
-import os
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
@@ -55,9 +54,9 @@ def _rehearse(recipe: "Recipe") -> int:
     from nextscale.config.recipe import to_yaml
     from nextscale.config.rehearsal import plan_recipe, rehearse
     from nextscale.plan.planning import describe
-    from nextscale.runs.launch import asks_for_fsdp
+    from nextscale.runs.launch import asks_for_fsdp, started_processes
 
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun and accelerate launch
+    num_processes = started_processes()
     recipe = resolve(recipe)
     missing = rehearse(recipe, num_processes)
     print(to_yaml(recipe), end="")

@@ -127,7 +127,9 @@ def _check_size(root: yaml.Node | None, what: str) -> None:
         if id(node) not in sizes:
             being_counted.add(id(node))
             inner: list[yaml.Node] = []
-            if isinstance(node, yaml.SequenceNode):
+            if isinstance(node, yaml.ScalarNode):
+                _check_text(node.value, what)
+            elif isinstance(node, yaml.SequenceNode):
                 inner = node.value
             elif isinstance(node, yaml.MappingNode):
                 inner = [each for pair in node.value for each in pair]
@@ -139,6 +141,19 @@ def _check_size(root: yaml.Node | None, what: str) -> None:
         raise ConfigError(
             f"{what} stands for {size:,} values, more than the {MAX_VALUES:,} that one may have"
         )
+
+
+def _check_text(text: str, what: str) -> None:
+    """Check that a value can be written again.
+
+    Raises:
+        ConfigError: it has half a character, which an escape such as \\ud83c stands for.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        shown = text.encode("ascii", "backslashreplace").decode()
+        raise ConfigError(f"{what} has half a character in '{shown}': write the whole one") from None
 
 
 def dump_yaml(mapping: dict[str, Any]) -> str:

@@ -34,6 +34,9 @@ METADATA = "nextscale"
 NAME = "default"  # peft's name of an adapter that has none
 PREFIX = "base_model.model."  # of every tensor in peft's files: its wrapper's path to the model
 SAMPLES = 1024  # values of each tensor that a fingerprint reads
+BASE_AS_IT_IS = (True, False, "gaussian", "eva", "orthogonal")
+"""Ways to begin an adapter that leave the base alone. Others, such as pissa and olora, take a part out of it,
+which only peft's own loader takes out again."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -170,9 +173,10 @@ def read_adapter(model: nn.Module, folder: Path) -> SamplingConfig | None:
         model: the base, in float32.
 
     Raises:
-        CheckpointError: the files are no LoRA adapter, or one of another base.
+        CheckpointError: the files are no LoRA adapter, one of another base, or one that changes more of a
+            model than an adapter does.
     """
-    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from peft import LoraConfig
 
     try:
         kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("peft_type")
@@ -180,11 +184,15 @@ def read_adapter(model: nn.Module, folder: Path) -> SamplingConfig | None:
             raise CheckpointError(f"'{folder}' is an adapter of the kind {kind}, expected LORA")
         held = load_file(folder / TENSORS)
         tensors = {name.removeprefix(PREFIX): each for name, each in held.items()}
+        if broken := next((name for name, each in tensors.items() if not each.isfinite().all()), None):
+            raise CheckpointError(f"'{folder}' cannot be used: its '{broken}' holds NaN or infinity")
         with safe_open(folder / TENSORS, "pt") as file:
-            about = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            about: dict[str, Any] = dict(json.loads((file.metadata() or {}).get(METADATA, "{}")))
         sampling = SamplingConfig.from_mapping(about["sampling"]) if "sampling" in about else None
         config: Any = LoraConfig.from_pretrained(str(folder))
-        config.init_lora_weights = True  # what follows replaces them; other ways change the base
+        _check_plain(config, folder)
+        config.init_lora_weights = True  # what follows replaces them
+        _inject(config, model, tensors, about, folder)
     except CheckpointError:
         raise
     except Exception as error:  # of a damaged file, whatever its bytes lead to
@@ -192,6 +200,39 @@ def read_adapter(model: nn.Module, folder: Path) -> SamplingConfig | None:
             f"'{folder}' is no adapter that can be read ({first_sentence(error)}): expected the folder with "
             f"{CONFIG} and {TENSORS}, as peft and a run's final/adapter have them"
         ) from error
+    model.requires_grad_(True)
+    return sampling
+
+
+def _check_plain(config: Any, folder: Path) -> None:
+    """Check that an adapter is all there is to it.
+
+    Raises:
+        CheckpointError: it holds layers of the model too, or its training began by changing the base.
+    """
+    for name in ("modules_to_save", "trainable_token_indices"):
+        if getattr(config, name, None):
+            raise CheckpointError(
+                f"'{folder}' cannot be used: it has {name}, trained layers of the model besides the adapter; "
+                "merge it with peft and load the whole model"
+            )
+    if config.init_lora_weights not in BASE_AS_IT_IS:
+        raise CheckpointError(
+            f"'{folder}' cannot be used: it began with init_lora_weights {config.init_lora_weights!r}, which "
+            "changes the base; convert it to a plain LoRA, as peft's documentation of that option says"
+        )
+
+
+def _inject(
+    config: Any, model: nn.Module, tensors: dict[str, Tensor], about: Mapping[str, Any], folder: Path
+) -> None:
+    """Put the adapter on its base, and merge it.
+
+    Raises:
+        CheckpointError: it is one of another base.
+    """
+    from peft import inject_adapter_in_model, set_peft_model_state_dict
+
     name = config.base_model_name_or_path
     other = f"'{folder}' is an adapter for other weights than this model's"
     other += f": it was trained on '{name}', or on a model made from that" if name else ""
@@ -207,5 +248,3 @@ def read_adapter(model: nn.Module, folder: Path) -> SamplingConfig | None:
     if found.unexpected_keys or absent:
         raise CheckpointError(f"{other}: '{[*found.unexpected_keys, *absent][0]}' is in one of them alone")
     merge_adapter(model)
-    model.requires_grad_(True)
-    return sampling

@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from nextscale.base.errors import CheckpointError, NextscaleError
+from nextscale.base.errors import CheckpointError, ConfigError, NextscaleError
 from nextscale.base.files import write_text_aside
+from nextscale.base.records import changed_value
 from nextscale.base.tensors import (
     StateDict,
     build_strictly,
@@ -27,6 +28,7 @@ from nextscale.base.tensors import (
 )
 from nextscale.models.protocol import NextScaleModel
 from nextscale.models.switti import Switti, SwittiConfig
+from nextscale.models.texts import SWITTI_ENCODERS
 from nextscale.models.var import VAR, VARConfig
 from nextscale.models.var_clip import VARClip, VARClipConfig
 from nextscale.models.vqvae import VQVAE, VQVAEConfig, check_same_grids
@@ -84,6 +86,7 @@ def read_switti_config(state: StateDict, path: str | Path, settings: Mapping[str
             f"'{path}' has {depth} blocks and its configuration says {settings['depth']}: they do not belong "
             "together"
         )
+    encoders = settings.get("text_encoders")
     for name in SWITTI_ALWAYS:
         if not settings.get(name, True):
             raise CheckpointError(
@@ -102,6 +105,7 @@ def read_switti_config(state: StateDict, path: str | Path, settings: Mapping[str
         is_causal=settings["use_ar"],
         rope_theta=settings.get("rope_theta", 10000.0),
         rope_size=settings.get("rope_size", 128.0),
+        **({"text_encoders": encoders} if encoders else {}),
     ))  # fmt: skip
 
 
@@ -229,7 +233,7 @@ def save_official(
         dtype: of the stored floating-point tensors; by default each tensor's own.
 
     Raises:
-        ConfigError: there is no such dtype.
+        ConfigError: there is no such dtype, or the format cannot hold the model.
     """
     folder = Path(folder)
     more: StateDict = {}
@@ -238,6 +242,13 @@ def save_official(
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
         settings = switti_settings(transformer.config)
+        again = read_switti_config(transformer.state_dict(), paths[0], settings)
+        if changed := changed_value(again.model_dump(), transformer.config.model_dump()):
+            name, read, ours = changed
+            raise ConfigError(
+                f"the published format of Switti cannot hold this model, whose {name} is {ours} and would be "
+                f"read as {read}: write it with save_pretrained (on the command line --format nextscale)"
+            )
         write_text_aside(paths[0].with_name(SWITTI_CONFIG), json.dumps(settings, indent=2) + "\n")
         scale_L = transformer.schedule.scale_of_token()
         hides = torch.lt if transformer.config.is_causal else torch.ne
@@ -253,9 +264,11 @@ def save_official(
 
 
 def switti_settings(config: SwittiConfig) -> dict[str, Any]:
-    """What the config.json of a published Switti says."""
+    """What the config.json of a published Switti says, and its text encoders, if they are other ones."""
     settings = {"depth": config.depth, **dict.fromkeys(SWITTI_ALWAYS, True), "use_ar": config.is_causal}
     settings |= {"rope_size": config.rope_size, "rope_theta": config.rope_theta}
+    if config.text_encoders != SWITTI_ENCODERS:
+        settings["text_encoders"] = list(config.text_encoders)
     reso = 16 * config.scale_sizes[-1]
     return settings if reso == 512 else settings | {"reso": reso}
 

@@ -139,7 +139,7 @@ def _gap_in_words(run: Run, key: str) -> str:
     """Whether sampler and trainer ran the same policy, as far as the run's precision can tell."""
     settings = run.config.get("run")
     asked = settings.get("mixed_precision", "no") if isinstance(settings, dict) else "no"
-    precision = run.environment.get("mixed_precision", asked)  # what "auto" came to
+    precision = str(run.environment.get("mixed_precision", asked))  # what "auto" came to
     largest, says = max(run.values(key), default=0.0), "Gap of log-probabilities, in nats a token."
     if precision not in MAX_DRIFT:
         return says

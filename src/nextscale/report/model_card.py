@@ -53,7 +53,9 @@ def write_model_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     run = read_run(run_folder) if run_folder else None
-    base = run.config.get("model") if run else base
+    if run:
+        told = run.config.get("model")
+        base = told if isinstance(told, str) else None
     data = ModelCardData(
         license=_licence(base),
         library_name="nextscale",

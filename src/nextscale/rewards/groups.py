@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import RewardError
+from nextscale.rewards.asking.answers import ask
 
 
 class GroupReward(ABC):
@@ -44,6 +45,21 @@ class GroupReward(ABC):
             if len(group) > 1:
                 scores_B[group] = self.scores_of_groups(features_BE[None, group])[0].cpu().float()
         return scores_B
+
+
+def ask_groups(name: str, reward: GroupReward, features_NGE: Tensor) -> Tensor:
+    """(N, G) the scores of whole groups, as the reward gives them.
+
+    Raises:
+        RewardError: the reward raised, or gave anything but one number for each image.
+    """
+    answer = ask(name, lambda features_NGE, _: reward.scores_of_groups(features_NGE), features_NGE, (), None)
+    if not isinstance(answer, Tensor) or answer.shape != features_NGE.shape[:2]:
+        found = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        raise RewardError(
+            f"reward '{name}' gave groups the scores {found}, expected {tuple(features_NGE.shape[:2])}"
+        )
+    return answer
 
 
 def check_features(name: str, features: object, num_images: int) -> Tensor:

@@ -12,7 +12,7 @@ from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError
 from nextscale.rewards.asking.answers import ask, check_answer
 from nextscale.rewards.asking.waiting import begin, is_async, settings_kept
-from nextscale.rewards.groups import GroupReward, check_features
+from nextscale.rewards.groups import GroupReward, ask_groups, check_features
 from nextscale.rewards.protocol import Reward
 from nextscale.rewards.roles import AtLeast, AtMost, Constraint
 
@@ -180,7 +180,7 @@ class RewardSet:
                 features_NGE, size = by_group[name], min(num_compared or group_size, group_size)
                 num_scored = group_size // size * size
                 parts = rearrange(features_NGE[:, :num_scored], "N (n G) E -> (N n) G E", G=size)
-                answer = reward.scores_of_groups(parts).flatten()
+                answer = ask_groups(name, reward, parts).flatten()
                 checked = check_answer(name, answer, parts.flatten(0, 1)).unflatten(0, (-1, num_scored))
                 by_group[name] = F.pad(checked, (0, group_size - num_scored), value=torch.nan)
         return by_group

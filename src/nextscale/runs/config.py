@@ -57,7 +57,7 @@ class RunConfig(Record):
     fsdp: bool | None = Field(default=None, json_schema_extra=FREE_ON_RESUME)
     """Spread weights, gradients and the optimizer's state over the processes (FSDP2); by default, as the
     launcher says."""
-    ddp_timeout: int = Field(default=1800, ge=1, json_schema_extra=FREE_ON_RESUME)
+    ddp_timeout: int = Field(default=1800, ge=1, le=31_536_000, json_schema_extra=FREE_ON_RESUME)
     """Seconds after which a process that waits for the others gives up; the slowest reward must fit in."""
     max_skipped_updates: int = Field(default=3, ge=1)
     """Updates in a row that may be skipped because the gradient is not finite; one more ends the run."""
@@ -71,6 +71,8 @@ class RunConfig(Record):
     def _names_a_folder(cls, output_dir: str) -> str:
         if not output_dir.strip():  # which would be the working directory
             raise ValueError("give the folder to write to, such as runs/mine")
+        if "\0" in output_dir:
+            raise ValueError("no folder has a zero byte in its name: leave that out")
         return output_dir
 
     @model_validator(mode="after")

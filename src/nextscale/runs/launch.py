@@ -109,8 +109,20 @@ def join_processes(device: str | None) -> PartialState:
     return state
 
 
+def started_processes() -> int:
+    """The processes that a launcher such as torchrun says it started; 1 without one.
+
+    Raises:
+        ConfigError: it says no number.
+    """
+    told = os.environ.get("WORLD_SIZE", "1")
+    if not told.isdecimal() or int(told) < 1:
+        raise ConfigError(f"WORLD_SIZE is '{told}', expected the number of processes: unset it, or set it")
+    return int(told)
+
+
 def _check_connected(num_processes: int) -> None:
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    started = started_processes()
     if num_processes != started:
         raise ConfigError(
             f"the launcher started {started} processes, but this one is connected to {num_processes - 1} "
