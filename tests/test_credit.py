@@ -25,6 +25,9 @@ from test_trainer import gradient, make_trainer
 MakePipeline = Callable[..., VARPipeline]
 
 
+SCORES = {"a": torch.tensor([[0.1, 0.3], [0.5, 0.2]]), "loud": torch.tensor([[100.0, 300.0], [500.0, 200.0]])}
+
+
 def corner(images: Tensor, conditions: Any) -> Tensor:
     """Brightness of the upper left eighth of the sides."""
     size = images.shape[-1] // 8
@@ -32,17 +35,23 @@ def corner(images: Tensor, conditions: Any) -> Tensor:
 
 
 def credited(
-    name: str, advantages: Tensor, drawn: Drawn, pipe: VARPipeline, rewards: Any, size: int
+    name: str,
+    advantages: Tensor,
+    drawn: Drawn,
+    pipe: VARPipeline,
+    rewards: Any,
+    size: int,
+    aggregation: Any = "sum_then_normalize",
 ) -> Tensor:
     rewards = RewardSet.of(rewards)
     found = Scored(
         advantages=advantages,
         rollout=drawn,
-        scores={},
+        scores=SCORES | {each: SCORES["a"] for each in rewards.rewards if each not in SCORES},
         tokenizer=pipe.tokenizer,
         rewards=rewards,
         coefficients={},
-        aggregation="sum_then_normalize",
+        aggregation=aggregation,
         batch_size=size,
     )
     return find_credit(name, rewards)(found)
@@ -100,6 +109,27 @@ def test_the_advantage_goes_to_where_the_reward_looks() -> None:
             torch.testing.assert_close(found[:, scale].mean(1), advantages)
     last = found[0, tokenizer.schedule.slices[-1]].view(*[tokenizer.schedule.sizes[-1]] * 2)
     assert last[0, 0] == last.max() > 5 * last[-4:, -4:].mean()
+
+
+def test_a_reward_in_large_units_does_not_decide_where_the_advantage_goes() -> None:
+    """Where each reward is normalised before they are summed, both are worth the same."""
+    pipe = VARPipeline.from_pretrained("toy")
+    drawn, advantages = drawn_of(pipe), torch.ones(4)
+
+    def other(images: Tensor, conditions: Any) -> Tensor:
+        return corner(images.flip(2, 3), conditions)
+
+    def loud(images: Tensor, conditions: Any) -> Tensor:
+        return 1000 * other(images, conditions)
+
+    asked = {"a": corner, "loud": loud}
+    apart = credited("gradient", advantages, drawn, pipe, asked, 4, "normalize_then_sum")
+    alike = credited("gradient", advantages, drawn, pipe, {"a": corner, "b": other}, 4)
+    torch.testing.assert_close(apart, alike)
+    summed = credited("gradient", advantages, drawn, pipe, asked, 4)
+    loud_alone = credited("gradient", advantages, drawn, pipe, {"loud": loud}, 4)
+    torch.testing.assert_close(summed, loud_alone, rtol=0.05, atol=0.05)  # in a sum, units count
+    assert (apart - loud_alone).abs().max() > 1
 
 
 def test_the_networks_that_score_have_a_gradient() -> None:

@@ -78,13 +78,15 @@ def to_all_alike(scored: Scored) -> Tensor:
 
 
 def by_gradient(scored: Scored) -> Tensor:
-    """(B, L) advantages times a mask of where the rewards would change most."""
+    """(B, L) advantages times a mask of where the rewards that are trained on would change most, each as much
+    as it counts in an advantage."""
     trained = {name: scored.rewards.rewards[name] for name in scored.rewards.weights}
+    weights = weights_in_advantage(scored.scores, scored.rewards.weights, {}, scored.aggregation)
 
     def saliency(drawn: Drawn, part: slice) -> Tensor:
         codes_BLD = scored.tokenizer.codebook[drawn.tokens[part]]
         latent_BDhw = scored.tokenizer.codes_to_latent(codes_BLD)
-        given = scored.tokenizer, latent_BDhw, drawn.conditions[part], trained, scored.rewards.weights
+        given = scored.tokenizer, latent_BDhw, drawn.conditions[part], trained, weights
         return gradient_saliency(*given)
 
     return masked_advantages(scored, saliency)
