@@ -3,10 +3,10 @@
 from typing import Literal
 
 import torch
+import transformers
 from pydantic import Field
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
 
 from nextscale.base.records import Record
 
@@ -49,7 +49,7 @@ def make_optimizer(
         # One kernel in place of several, none of which then allocates a copy of the parameters.
         fused=True if on_gpu else None,
     )
-    scheduler = get_scheduler(
+    scheduler = transformers.get_scheduler(
         config.lr_scheduler_type,
         optimizer,
         num_warmup_steps=config.warmup_steps,

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 from urllib.parse import unquote, urlsplit
 
 import torch
+import transformers
 from huggingface_hub.utils import (
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -16,13 +17,13 @@ from huggingface_hub.utils import (
 )
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from nextscale.base.errors import CheckpointError, first_sentence
 from nextscale.models import hub
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+# Of transformers the package alone is imported at the top: what is in it takes seconds, and comes when named.
+Model = TypeVar("Model", bound="transformers.PreTrainedModel")
 
 
 @contextmanager
@@ -79,7 +80,11 @@ def load_frozen(model_class: Any, what: str, name: str | Path, **options: Any) -
 
 
 def build_frozen(
-    model_class: type[Model], config: PretrainedConfig, state: dict[str, Tensor], path: Path, **options: Any
+    model_class: type[Model],
+    config: "transformers.PretrainedConfig",
+    state: dict[str, Tensor],
+    path: Path,
+    **options: Any,
 ) -> Model:
     """A network of transformers in float32 that holds exactly these tensors.
 

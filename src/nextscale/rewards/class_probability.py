@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoModelForImageClassification
 
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError
@@ -34,7 +34,7 @@ class ClassProbability:
 
     def __init__(self, classifier: str | Path, match: Match = DEFAULT_MATCH) -> None:
         self.classifier = str(classifier)
-        self.model = load_frozen(AutoModelForImageClassification, "classifier", classifier)
+        self.model = load_frozen(transformers.AutoModelForImageClassification, "classifier", classifier)
         self.prepare = read_preprocessing(classifier)
         self.match = match
         names = self.model.config.id2label

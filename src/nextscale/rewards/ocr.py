@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, VisionEncoderDecoderModel
 
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import CheckpointError, RewardError
@@ -109,16 +109,16 @@ class Reader:
 
     def __init__(self, name: str | Path) -> None:
         with loading("text reader", name):
-            config = AutoConfig.from_pretrained(str(name))
+            config = transformers.AutoConfig.from_pretrained(str(name))
         if config.model_type != "vision-encoder-decoder":
             raise CheckpointError(
                 f"text reader '{name}' is a {config.model_type}, expected a vision-encoder-decoder such as "
                 "TrOCR"
             )
-        self.model = load_frozen(VisionEncoderDecoderModel, "text reader", name)
+        self.model = load_frozen(transformers.VisionEncoderDecoderModel, "text reader", name)
         self.prepare = read_preprocessing(name)
         with loading("tokenizer", name):
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(str(name))
+            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(name))
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> list[str]:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from transformers import CLIPConfig
+import transformers
 
 from nextscale.models.embedded import CLIPS
 
@@ -33,12 +33,12 @@ KNOWN_CLIPS = {
 """Hub repository to the sizes of its image tower (224 px), its text tower and its embedding."""
 
 
-def backbone_config(name: str) -> CLIPConfig | None:
+def backbone_config(name: str) -> "transformers.CLIPConfig | None":
     """Sizes of a CLIP, given as "toy", a folder or a hub repository; None if they are not known here."""
     if name in KNOWN_CLIPS:
         vision, text, width = KNOWN_CLIPS[name]
-        return CLIPConfig(vision_config=vision, text_config=text, projection_dim=width)
+        return transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=width)
     path = CLIPS.get(name, Path(name)) / "config.json"
     if not path.is_file() or json.loads(path.read_text()).get("model_type") != "clip":
         return None
-    return CLIPConfig.from_pretrained(path.parent)
+    return transformers.CLIPConfig.from_pretrained(path.parent)

@@ -7,9 +7,8 @@ import math
 import re
 from pathlib import Path
 
+import transformers
 from torch import Tensor
-from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
-from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from nextscale.base.errors import CheckpointError
 from nextscale.base.tensors import count_layers, shape_of
@@ -30,7 +29,7 @@ VISION_RENAMES = [
 ]
 
 
-def build_vision_encoder(state: dict[str, Tensor], path: Path) -> BlipVisionModel:
+def build_vision_encoder(state: dict[str, Tensor], path: Path) -> "transformers.BlipVisionModel":
     """Frozen image encoder; all sizes but the heads' width are read from the tensors.
 
     Args:
@@ -41,7 +40,7 @@ def build_vision_encoder(state: dict[str, Tensor], path: Path) -> BlipVisionMode
     """
     width, _, patch_size, _ = shape_of(state, path, "BLIP", "patch_embed.proj.weight", 4)
     _, num_positions, _ = shape_of(state, path, "BLIP", "pos_embed", 3)
-    config = BlipVisionConfig(
+    config = transformers.BlipVisionConfig(
         hidden_size=width,
         intermediate_size=shape_of(state, path, "BLIP", "blocks.0.mlp.fc1.weight", 2)[0],
         num_hidden_layers=count_layers(state, "blocks."),
@@ -50,10 +49,12 @@ def build_vision_encoder(state: dict[str, Tensor], path: Path) -> BlipVisionMode
         patch_size=patch_size,
         layer_norm_eps=1e-6,
     )
-    return build_frozen(BlipVisionModel, config, {_rename(key): each for key, each in state.items()}, path)
+    return build_frozen(
+        transformers.BlipVisionModel, config, {_rename(key): each for key, each in state.items()}, path
+    )
 
 
-def build_text_encoder(state: dict[str, Tensor], path: Path) -> BlipTextModel:
+def build_text_encoder(state: dict[str, Tensor], path: Path) -> "transformers.BlipTextModel":
     """Frozen text encoder that attends to an image; all sizes but the heads' width are read from the tensors.
 
     Args:
@@ -64,7 +65,7 @@ def build_text_encoder(state: dict[str, Tensor], path: Path) -> BlipTextModel:
     """
     vocab_size, width = shape_of(state, path, "BLIP", "embeddings.word_embeddings.weight", 2)
     first = "encoder.layer.0."
-    config = BlipTextConfig(
+    config = transformers.BlipTextConfig(
         vocab_size=vocab_size,
         hidden_size=width,
         encoder_hidden_size=shape_of(state, path, "BLIP", f"{first}crossattention.self.key.weight", 2)[1],
@@ -75,7 +76,7 @@ def build_text_encoder(state: dict[str, Tensor], path: Path) -> BlipTextModel:
         is_decoder=True,  # what gives the layers attention to an image; without a causal mask, see forward
     )
     tensors = {key: each for key, each in state.items() if key != "embeddings.position_ids"}  # 0, 1, 2, ...
-    return build_frozen(BlipTextModel, config, tensors, path, add_pooling_layer=False)
+    return build_frozen(transformers.BlipTextModel, config, tensors, path, add_pooling_layer=False)
 
 
 def _rename(key: str) -> str:

@@ -10,8 +10,8 @@ from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPModel
 
 from nextscale.base.conditions import Condition
 from nextscale.base.images import read_image
@@ -30,7 +30,9 @@ class Clip:
         prepare: preprocessing of the images; CLIP's own by default.
     """
 
-    def __init__(self, model: CLIPModel, tokenizer: Any, prepare: Preprocessing | None = None) -> None:
+    def __init__(
+        self, model: "transformers.CLIPModel", tokenizer: Any, prepare: Preprocessing | None = None
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         config: Any = model.config
@@ -50,7 +52,7 @@ class Clip:
             CheckpointError: either cannot be loaded, or some of the weights are missing.
         """
         source = CLIPS.get(str(name), name)
-        model = load_frozen(CLIPModel, "CLIP", source)
+        model = load_frozen(transformers.CLIPModel, "CLIP", source)
         return cls(model, load_tokenizer(source if tokenizer is None else tokenizer))
 
     def _follow(self, images: Tensor) -> None:
@@ -103,7 +105,7 @@ def load_tokenizer(name: str | Path) -> Any:
         CheckpointError: it cannot be loaded.
     """
     with loading("tokenizer", name):
-        return AutoTokenizer.from_pretrained(str(name))
+        return transformers.AutoTokenizer.from_pretrained(str(name))
 
 
 @lru_cache(maxsize=4)

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForObjectDetection, AutoModelForUniversalSegmentation
 
 from nextscale.base.errors import CheckpointError
 from nextscale.models.pretrained import follow, load_frozen, loading
@@ -52,9 +52,13 @@ class Detector:
 
     def __init__(self, name: str | Path) -> None:
         with loading("detector", name):
-            config = AutoConfig.from_pretrained(str(name))
+            config = transformers.AutoConfig.from_pretrained(str(name))
         self.has_masks = config.model_type in MASKED
-        kind: Any = AutoModelForUniversalSegmentation if self.has_masks else AutoModelForObjectDetection
+        kind: Any = (
+            transformers.AutoModelForUniversalSegmentation
+            if self.has_masks
+            else transformers.AutoModelForObjectDetection
+        )
         self.model = load_frozen(kind, "detector", name)
         self.size, self.mean, self.std = read_preparation(name)
         names = self.model.config.id2label

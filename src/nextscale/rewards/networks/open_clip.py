@@ -7,8 +7,8 @@ import math
 import re
 from pathlib import Path
 
+import transformers
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel
 
 from nextscale.base.errors import CheckpointError
 from nextscale.base.tensors import count_layers, read_state_dict, shape_of
@@ -43,7 +43,7 @@ LAYER_RENAMES = {
 TRANSPOSED = ("visual.proj", "text_projection")  # open_clip multiplies from the right
 
 
-def load_open_clip(path: Path) -> CLIPModel:
+def load_open_clip(path: Path) -> "transformers.CLIPModel":
     """A frozen ViT-H-14 or a smaller one of its kind; all sizes but the heads' widths come from the tensors.
 
     Args:
@@ -53,10 +53,10 @@ def load_open_clip(path: Path) -> CLIPModel:
         CheckpointError: names the first key that is missing, unknown or of the wrong shape.
     """
     state = read_state_dict(path, "state_dict")
-    return build_frozen(CLIPModel, _config(state, path), _renamed(state, path), path)
+    return build_frozen(transformers.CLIPModel, _config(state, path), _renamed(state, path), path)
 
 
-def _config(state: dict[str, Tensor], path: Path) -> CLIPConfig:
+def _config(state: dict[str, Tensor], path: Path) -> "transformers.CLIPConfig":
     vision_width, _, patch_size, _ = shape_of(state, path, "CLIP", "visual.conv1.weight", 4)
     num_positions, _ = shape_of(state, path, "CLIP", "visual.positional_embedding", 2)
     vocab_size, text_width = shape_of(state, path, "CLIP", "token_embedding.weight", 2)
@@ -66,7 +66,7 @@ def _config(state: dict[str, Tensor], path: Path) -> CLIPConfig:
             f"'{path}' has widths {vision_width} and {text_width}, expected multiples of the heads' "
             f"{VISION_HEAD_WIDTH} and {TEXT_HEAD_WIDTH}, as in ViT-H-14"
         )
-    return CLIPConfig(
+    return transformers.CLIPConfig(
         vision_config=dict(
             hidden_size=vision_width,
             intermediate_size=shape_of(

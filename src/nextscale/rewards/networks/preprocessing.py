@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
-from transformers import AutoImageProcessor
 
 from nextscale.base.errors import CheckpointError
 from nextscale.models.pretrained import loading
@@ -80,7 +80,7 @@ def read_preprocessing(name: str | Path) -> Preprocessing:
         CheckpointError: there is no such file, or its processor does more than resize, crop and normalise.
     """
     with loading("image processor", name):
-        processor = AutoImageProcessor.from_pretrained(str(name))
+        processor = transformers.AutoImageProcessor.from_pretrained(str(name))
     unsupported = CheckpointError(
         f"image processor {type(processor).__name__} of '{name}' does not only resize, crop and normalise: "
         "its classifier cannot be used as a reward"
