@@ -101,6 +101,12 @@ def test_what_cannot_be_rescored_is_told_in_a_line(tiny_pipeline, conditions, to
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 160
 
 
+def test_a_policy_of_another_kind_is_told(tiny_pipeline):
+    tokens = tiny_pipeline([0], seed=0).tokens
+    with pytest.raises(ConfigError, match=r"sampling: got an object of type dict, expected SamplingConfig\("):
+        log_probs(tiny_pipeline, [0], tokens, {"top_k": 3})
+
+
 def test_unguided_and_unfiltered_it_is_the_models_own_distribution(tiny_pipeline):
     tokens = torch.randint(48, (6, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -151,6 +151,8 @@ def test_a_negative_prompt_that_cannot_be_used(make_pipeline: Any, capsys: Any, 
             r"the negative prompt 'a \\udcff' is no Unicode: '\\udcff' stands for no",
         ),
         ({"negative_prompt": 3}, "negative prompt 3 cannot be used"),
+        ({"negative_prompt": 0}, "negative prompt 0 cannot be used"),
+        ({"negative_prompt": []}, "0 negative prompts for 3 prompts"),
         ({"negative_prompt": "a", "guidance_scale": 0.0}, "has no effect without guidance"),
     ):
         with pytest.raises(ConfigError, match=says):

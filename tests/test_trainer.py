@@ -847,6 +847,13 @@ def test_conditions_may_come_one_by_one(tiny_pipeline: VARPipeline, tmp_path: Pa
         ({"callbacks": [Callback]}, "callbacks: got a list with the class Callback, expected a list of obj"),
         ({"callbacks": [print]}, "callbacks: got a list with an object of type builtin_function_or_method"),
         ({"callbacks": None}, "callbacks: got None, expected a list of objects of subclasses of Callback"),
+        ({"judges": [redness]}, "judges: got an object of type list, expected a function"),
+        ({"embed": "toy"}, "embed: got 'toy', expected a function"),
+        ({"measures": [redness]}, "measures: got a list with an object of type function, expected a list of"),
+        (
+            {"measures": None},
+            "measures: got None, expected a list of objects with the methods `features` and",
+        ),
         ({"pipe": "toy"}, r"pipe: got 'toy', expected a pipeline, such as VARPipeline\.from_pretrained\("),
     ],
 )

@@ -5,7 +5,7 @@ Shapes: B images · N conditions · G images of one condition · E width of an e
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from accelerate import PartialState
@@ -44,6 +44,7 @@ KeepImages = Callable[[range, int, Tensor], None]
 """Takes which images these are, of how many, and the images, (B, 3, H, W)."""
 
 
+@runtime_checkable
 class SetMeasure(Protocol):
     """Measures all images of an evaluation together, by features of each: a distance of two sets, say."""
 

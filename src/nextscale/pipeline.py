@@ -401,7 +401,7 @@ class VARPipeline:
         texts = [] if prompts is None else prompts
         conditions = self.prompted(texts) if is_prompted else self.conditions(class_labels)
         negative = [""]
-        if negative_prompt:
+        if negative_prompt is not None and negative_prompt != "":
             asked = negative_prompt, len(conditions), self.num_classes, sampling.is_guided
             negative = negative_prompts(*asked)
         seeds = [("sample", seed, i) for i in range(len(conditions))]

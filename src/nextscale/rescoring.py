@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nextscale.base.checks import found
+from nextscale.base.checks import check_kind, found
 from nextscale.base.errors import ConfigError
 from nextscale.models.protocol import Conditioning, Reader
 from nextscale.models.scales import ScaleSchedule
@@ -133,8 +133,11 @@ def log_probs(
         (B, L) float32.
 
     Raises:
-        ConfigError: these are no tokens of the model, or there are not as many conditions.
+        ConfigError: these are no tokens of the model, there are not as many conditions, or `sampling` is of
+            another kind.
     """
+    if sampling is not None:
+        check_kind("sampling", sampling, SamplingConfig, "SamplingConfig(...)")
     config, model = sampling or pipe.sampling, pipe.transformer
     tokens = _checked_tokens(tokens, model.schedule.num_tokens, model.config.codebook_size)
     if not isinstance(conditions, Conditioning):

@@ -15,7 +15,7 @@ from typing import Any
 from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
 
-from nextscale.base.checks import check_kind, check_list
+from nextscale.base.checks import check_kind, check_list, found
 from nextscale.base.clock import Clock
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError, NextscaleError, RewardError, TrainingError, in_words
@@ -111,6 +111,11 @@ class GRPOTrainer:
         for name, (given, kind) in {**records, "run": (run, RunConfig)}.items():
             if given is not None:
                 check_kind(name, given, kind, f"{kind.__name__}(...)")
+        for name, function in {"judges": judges, "embed": embed}.items():
+            if function is not None and not callable(function):
+                raise ConfigError(f"{name}: got {found(function)}, expected a function")
+        of_sets = "a list of objects with the methods `features` and `measure`"
+        measures = check_list("measures", measures, SetMeasure, of_sets, may_be_empty=True)
         looking_on = "a list of objects of subclasses of Callback"
         callbacks = check_list("callbacks", callbacks, Callback, looking_on, may_be_empty=True)
         self.grpo, self.run = grpo or GRPOConfig(), run or RunConfig()

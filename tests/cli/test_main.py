@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -554,6 +555,18 @@ def test_a_dry_run_finds_what_would_fail(folder, fails, tmp_path, words, says):
     words = [word.format(folder=folder) for word in words]
     place = [] if "--run.output_dir" in words else ["--run.output_dir", tmp_path / "run"]
     assert says in fails("train", folder / "recipe.yaml", *place, *words, "--dry-run")
+
+
+def test_a_dry_run_knows_the_options_of_another_folders_checkpoint(folder, fails, tmp_path, capsys):
+    """Also where the folder that it lies in has no config.yaml any more to compare with."""
+    words = ["train", folder / "recipe.yaml", "--run.output_dir", tmp_path / "run"]
+    assert main([str(word) for word in [*words, "--run.save_steps", "1"]]) == 0
+    checkpoint = tmp_path / "kept"
+    shutil.copytree(tmp_path / "run" / "checkpoints" / "step-000001", checkpoint)
+    capsys.readouterr()
+    resumed = ["--run.resume", checkpoint, "--optimizer.learning_rate", "0.5", "--dry-run"]
+    said = fails(*words[:-1], tmp_path / "other", *resumed)
+    assert said.startswith("optimizer.learning_rate is 0.5, but checkpoint ")
 
 
 def test_a_launcher_that_counts_in_words_is_told(folder, fails, tmp_path, monkeypatch):

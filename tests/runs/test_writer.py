@@ -258,7 +258,9 @@ def test_overwriting_removes_the_earlier_run(tmp_path: Path) -> None:
     folder.append_metrics({"step": 1})
     folder.write_environment({"device": "cpu"})
     (tmp_path / "bright.py").touch()
-    folder.keep_sources({"bright": tmp_path / "bright.py"})
+    sources = dict.fromkeys(("bright", "a/b", "a_b"), tmp_path / "bright.py")
+    folder.keep_sources(sources)
+    assert {path.name for path in folder.rewards.iterdir()} == {"bright.py", "a%2Fb.py", "a_b.py"}
     for path in (folder.checkpoints / "step-000001", folder.final, folder.samples, folder.tensorboard):
         path.mkdir(parents=True)
     folder.report.touch()

@@ -17,6 +17,8 @@ from nextscale.pipeline import VARPipeline
 from nextscale.plan.gpus import find_gpu, gpu_at_hand, with_memory
 from nextscale.plan.planning import Plan, make_plan
 from nextscale.runs.launch import trackers_of
+from nextscale.runs.writer import RunFolder
+from nextscale.saver import Options
 
 
 def rehearse(recipe: Recipe, num_processes: int) -> list[str]:
@@ -41,6 +43,8 @@ def rehearse(recipe: Recipe, num_processes: int) -> list[str]:
         rewards = build_parts(recipe).rewards
         check_compared(recipe.grpo, rewards)
         find_credit(recipe.grpo.credit, rewards)
+        options = Options(recipe.grpo, recipe.sampling, recipe.tuning, recipe.optimizer, recipe.run)
+        options.check_continuable(RunFolder(Path(recipe.run.output_dir)))
         return []
     check_folder(recipe)
     model = zoo.describe(recipe.model, recipe.vae)

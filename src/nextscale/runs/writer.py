@@ -108,10 +108,10 @@ class RunFolder(RunPaths):
             write_text_aside(self.environment, json.dumps(content, indent=2) + "\n")
 
     def keep_sources(self, sources: Mapping[str, Path]) -> None:
-        """Copy the Python file of each reward to `rewards/NAME.py`."""
+        """Copy the Python file of each reward to `rewards/NAME.py`; a slash in a name becomes %2F."""
         for name, source in sources.items() if self.is_main else ():
             self.rewards.mkdir(exist_ok=True)
-            with replacing(self.rewards / f"{name.replace('/', '_')}.py") as aside:
+            with replacing(self.rewards / f"{name.replace('%', '%25').replace('/', '%2F')}.py") as aside:
                 shutil.copyfile(source, aside)
 
     def keep_steps(self, last: int) -> None:
