@@ -65,8 +65,17 @@ class FailsInOneOfGroups(GroupReward):
         return features_NGE[..., 0]
 
 
+def interrupts_the_first(images: Tensor, conditions: list) -> Tensor:
+    """The first process gets a signal in a step; the last one only when both write their checkpoint."""
+    if PartialState().is_main_process:
+        signal.raise_signal(signal.SIGTERM)
+    return redness(images, conditions)
+
+
 def full(tensors: Any, path: Path) -> None:
-    """In the second save the disk of the first process is full."""
+    """In the second save the disk of the first process is full. And see `interrupts_the_first`."""
+    if path.name == "random-1.safetensors" and "late/checkpoints/.writing-step-000001" in str(path):
+        signal.raise_signal(signal.SIGTERM)
     if path.name == "optimizer.safetensors" and "full/checkpoints/.writing-step-000002" in str(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     save_tensors(tensors, path)
@@ -77,6 +86,7 @@ cases: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
     each.name: (interrupts(each), {"max_steps": 50})
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 }
+cases["late"] = interrupts_the_first, {"max_steps": 50}
 cases["fails_in_one"] = fails_in_one, {}
 cases["fails_in_evaluation"] = fails_in_evaluation, {"eval_steps": 1, "eval_num_images": 40}
 cases["fails_in_groups"] = FailsInOneOfGroups(), {}

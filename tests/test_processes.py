@@ -127,6 +127,12 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(stopped: Path, sent
     assert [each.name for each in (stopped / sent.name / "checkpoints").iterdir()] == ["step-000002"]
 
 
+def test_a_signal_that_reaches_a_process_while_both_save_stops_neither(stopped: Path) -> None:
+    assert told(stopped, "late") == f"{int(signal.SIGTERM)} after step 1"
+    (checkpoint,) = (stopped / "late" / "checkpoints").iterdir()
+    assert checkpoint.name == "step-000001" and find_damage(checkpoint) is None
+
+
 @pytest.mark.parametrize(("name", "key"), [("fails_in_one", "one"), ("fails_in_evaluation", "evaluation")])
 def test_a_reward_that_fails_in_one_process_stops_both(stopped: Path, name: str, key: str) -> None:
     """After a checkpoint, which both have to write."""

@@ -1,4 +1,4 @@
-"""How far a run has come, and its checkpoints: of whole steps, and gone on from with the same options."""
+"""The options of a run, how far it has come, and its checkpoints: of whole steps, with the same options."""
 
 import copy
 import json
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nextscale.base.checks import check_kind
 from nextscale.base.errors import CheckpointError, ConfigError, in_words
 from nextscale.base.metrics import finite
 from nextscale.base.records import fixed_values
@@ -16,6 +17,7 @@ from nextscale.controllers import Controller
 from nextscale.grpo import GRPOConfig
 from nextscale.learner import Learner
 from nextscale.optimizer import OptimizerConfig
+from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.runs.checkpoint import check_options, check_resume, list_checkpoints
 from nextscale.runs.config import RunConfig
@@ -86,6 +88,33 @@ class Options:
     tuning: TuningConfig
     optimizer: OptimizerConfig
     run: RunConfig
+
+    @staticmethod
+    def of(
+        pipe: VARPipeline,
+        grpo: GRPOConfig | None = None,
+        sampling: SamplingConfig | None = None,
+        tuning: TuningConfig | None = None,
+        optimizer: OptimizerConfig | None = None,
+        run: RunConfig | None = None,
+    ) -> "Options":
+        """What is given, and the defaults of the rest; of the sampling the pipeline's.
+
+        Raises:
+            ConfigError: something is of another kind.
+        """
+        given = {"grpo": (grpo, GRPOConfig), "sampling": (sampling, SamplingConfig)}
+        given |= {"tuning": (tuning, TuningConfig), "optimizer": (optimizer, OptimizerConfig)}
+        for name, (record, kind) in {**given, "run": (run, RunConfig)}.items():
+            if record is not None:
+                check_kind(name, record, kind, f"{kind.__name__}(...)")
+        return Options(
+            grpo or GRPOConfig(),
+            sampling or pipe.sampling,
+            tuning or TuningConfig(),
+            optimizer or OptimizerConfig(),
+            run or RunConfig(),
+        )
 
     def fixed(self) -> dict[str, Any]:
         """The options that a resumed run must keep, by dotted key: those that shape its course."""

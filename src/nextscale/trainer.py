@@ -105,12 +105,12 @@ class GRPOTrainer:
         sources: Mapping[str, Path] | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
+        # What is given, checked: its kinds, then what goes together. Nothing is written before `open`.
         check_kind("pipe", pipe, VARPipeline, "a pipeline, such as VARPipeline.from_pretrained(...)")
-        records = {"grpo": (grpo, GRPOConfig), "sampling": (sampling, SamplingConfig)}
-        records |= {"tuning": (tuning, TuningConfig), "optimizer": (optimizer, OptimizerConfig)}
-        for name, (given, kind) in {**records, "run": (run, RunConfig)}.items():
-            if given is not None:
-                check_kind(name, given, kind, f"{kind.__name__}(...)")
+        self.options = Options.of(pipe, grpo, sampling, tuning, optimizer, run)
+        self.grpo, self.run, self.sampling = self.options.grpo, self.options.run, self.options.sampling
+        self.explored = self.grpo.explored(self.sampling)  # the policy that draws in training and is trained
+        self.rewards = RewardSet.of(rewards)
         for name, function in {"judges": judges, "embed": embed}.items():
             if function is not None and not callable(function):
                 raise ConfigError(f"{name}: got {found(function)}, expected a function")
@@ -118,13 +118,6 @@ class GRPOTrainer:
         measures = check_list("measures", measures, SetMeasure, of_sets, may_be_empty=True)
         looking_on = "a list of objects of subclasses of Callback"
         callbacks = check_list("callbacks", callbacks, Callback, looking_on, may_be_empty=True)
-        self.grpo, self.run = grpo or GRPOConfig(), run or RunConfig()
-        self.sampling, self.optimizer_config = sampling or pipe.sampling, optimizer or OptimizerConfig()
-        self.explored = self.grpo.explored(self.sampling)  # the policy that draws in training and is trained
-        self.tuning = tuning or TuningConfig()
-        self.rewards = RewardSet.of(rewards)
-        options = Options(self.grpo, self.sampling, self.tuning, self.optimizer_config, self.run)
-        self.accelerator = make_accelerator(self.run)
         if conditions is not None and self.grpo.class_labels:
             raise ConfigError("grpo.class_labels has no effect beside `conditions`: give one of them")
         if conditions is None:
@@ -134,36 +127,35 @@ class GRPOTrainer:
         if eval_conditions is None:
             eval_conditions = self.conditions
         eval_conditions = check_list("eval_conditions", eval_conditions, Condition, LISTED)
+        self.accelerator = make_accelerator(self.run)
         self.grpo.check_processes(self.accelerator.num_processes)
         check_evaluated(self.run, self.rewards)
         check_reference(self.grpo, self.run)
-        check_grpo(
-            self.grpo,
-            self.rewards.weights,
-            self.rewards.constraints,
-            has_adapter=self.tuning.use_peft,
-        )
+        roles = self.rewards.weights, self.rewards.constraints
+        check_grpo(self.grpo, *roles, has_adapter=self.options.tuning.use_peft)
         check_compared(self.grpo, self.rewards)
         credit = find_credit(self.grpo.credit, self.rewards)
+
+        # The folder: free to be written to, or to be gone on in.
         self.folder = RunFolder(Path(self.run.output_dir), self.accelerator.is_main_process)
         self.sources = {**(sources or {}), **credit_source(self.grpo.credit)}
         needed = [*self.sources.values(), *([Path(pipe.source)] if pipe.source else [])]
         self.folder.check(resume=bool(self.run.resume), overwrite=self.run.overwrite, needed=needed)
-        options.check_continuable(self.folder)
-        self.config_yaml = config_yaml or options.as_yaml(pipe.source, self.rewards.describe())
+        self.options.check_continuable(self.folder)
+        self.config_yaml = config_yaml or self.options.as_yaml(pipe.source, self.rewards.describe())
         self.command = command
 
+        # Those who do the work of a step: what is trained, its images, and how the model is measured.
         self.pipe = pipe
         self.learner = Learner(
             pipe,
             self.accelerator,
             grpo=self.grpo,
             sampling=self.explored,
-            tuning=self.tuning,
-            optimizer=self.optimizer_config,
+            tuning=self.options.tuning,
+            optimizer=self.options.optimizer,
             run=self.run,
         )
-
         self.collector = Collector(
             pipe,
             self.learner,
@@ -173,7 +165,6 @@ class GRPOTrainer:
             sampling=self.explored,
             run=self.run,
         )
-
         self.evaluator = Evaluator(
             pipe,
             self.learner,
@@ -188,6 +179,7 @@ class GRPOTrainer:
             embed=embed,
         )
 
+        # What adapts from step to step, and how scores become advantages with it.
         grpo = self.grpo
         self.constraints = Constraints(self.rewards.constraints, grpo.constraint_rate, grpo.constraint_start)
         self.watch = HackingWatch(self.rewards.held_out)
@@ -205,11 +197,11 @@ class GRPOTrainer:
         self.crediting = Crediting(*given, grpo=grpo, run=self.run)
         self.after_update = [each for each in (self.entropy_floor, self.adaptive_kl) if each is not None]
 
+        # What looks on, and what is kept to go on from.
         self.bar, self.best = ProgressBar(), best_model(self.run)
         own: list[Callback] = [self.bar, Warnings(), Trackers(), *([self.best] if self.best else [])]
         self.callbacks = [*own, *callbacks]
-
-        self.saver = Saver(self.learner, self.folder, options, self.controllers, self.callbacks)
+        self.saver = Saver(self.learner, self.folder, self.options, self.controllers, self.callbacks)
         self.should_stop, self.has_trained = False, False
 
     @property
@@ -249,7 +241,7 @@ class GRPOTrainer:
             TrainingError: the gradient stays infinite or NaN; a checkpoint from before is written first.
             Interrupted: a KeyboardInterrupt, on Ctrl-C or SIGTERM; a checkpoint is written first.
         """
-        if self.tuning.use_peft and not adapted_layers(self.pipe.transformer):
+        if self.options.tuning.use_peft and not adapted_layers(self.pipe.transformer):
             raise ConfigError(
                 "the pipeline no longer has this trainer's adapter: make a trainer anew, and train before "
                 "another one is made for the same pipeline"
@@ -286,36 +278,47 @@ class GRPOTrainer:
                 tidy_checkpoints(self.folder.checkpoints, self.step_done, run.save_total_limit)
         self.tell("on_train_begin")
 
-        # All steps. Ctrl-C lets the one in hand end, in all processes alike; what fails ends the run after a
-        # checkpoint. An evaluation that is due may be one that an earlier run did not get to.
+        # A signal is heard to the end: one may reach a process while all save, as another told them to.
         with StopOnSignal() as stop:
-            try:
-                while not (signal_number := max(gather_object([stop.requested]))):
-                    if self.evaluation_is_due and self.progress.step_evaluated != self.step_done:
-                        self.log(self.step_done, self.evaluate())
-                    if self.step_done >= run.max_steps:
-                        break
-                    if any(gather_object([self.should_stop])):
-                        if run.eval_steps and self.progress.step_evaluated != self.step_done:
-                            self.log(self.step_done, self.evaluate())
-                        break
-                    metrics = self.step(self.step_done + 1)
-                    self.finish_step(metrics)
-            except (RewardError, TrainingError):  # raised by all processes together
-                self.save_what_can_be()
-                self.learner.unshard()
-                raise
-            except Exception:  # such as a callback's; of this process alone: others would not come to save
-                if process.num_processes == 1 and self.step_done:
-                    self.save_what_can_be()
-                raise
+            return self._end(self._steps(stop))
 
-        # The end: a checkpoint to go on from, and the final model if nothing is left to do.
+    def _steps(self, stop: StopOnSignal) -> int:
+        """All steps, or those until a signal; returns it, or 0. Ctrl-C lets the one in hand end, in all
+        processes alike; what fails ends the run after a checkpoint."""
+        try:
+            while not (signal_number := max(gather_object([stop.requested]))):
+                # An evaluation that is due may be one that an earlier run did not get to.
+                if self.evaluation_is_due and self.progress.step_evaluated != self.step_done:
+                    self.log(self.step_done, self.evaluate())
+                if self.step_done >= self.run.max_steps:
+                    break
+                if any(gather_object([self.should_stop])):
+                    if self.run.eval_steps and self.progress.step_evaluated != self.step_done:
+                        self.log(self.step_done, self.evaluate())
+                    break
+                metrics = self.step(self.step_done + 1)
+                self.finish_step(metrics)
+        except (RewardError, TrainingError):  # raised by all processes together
+            self.save_what_can_be()
+            self.learner.unshard()
+            raise
+        except Exception:  # such as a callback's; of this process alone: others would not come to save
+            if self.accelerator.num_processes == 1 and self.step_done:
+                self.save_what_can_be()
+            raise
+        return signal_number
+
+    def _end(self, signal_number: int) -> TrainResult:
+        """A checkpoint to go on from, and the final model if nothing is left to do.
+
+        Args:
+            signal_number: of the signal that ended the steps, or 0.
+        """
         self.pipe.sampling = self.sampling
         if not self.saver.is_saved:
             self.save()
         self.learner.unshard()
-        if signal_number and self.step_done < run.max_steps:
+        if signal_number and self.step_done < self.run.max_steps:
             raise Interrupted(
                 f"stopped after step {self.step_done}; continue with --run.resume auto, or in Python with "
                 'RunConfig(resume="auto", ...)',
@@ -323,8 +326,9 @@ class GRPOTrainer:
             )
         check_finite(self.pipe.transformer)
         with fail_together():
-            self.learner.release(self.folder.final / "adapter" if process.is_main_process else None)
-            if process.is_main_process:
+            is_main = self.accelerator.is_main_process
+            self.learner.release(self.folder.final / "adapter" if is_main else None)
+            if is_main:
                 self.pipe.save_pretrained(self.folder.final)
                 write_model_card(self.folder.final, self.folder.path, sampling=self.sampling)
                 write_report(self.folder.path)
