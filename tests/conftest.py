@@ -125,6 +125,13 @@ def _randomise(model: nn.Module) -> None:
         model.quantize.embedding.weight.normal_(std=0.5)
 
 
+@pytest.fixture
+def without_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end without report and model card, half of a small run's time: for many that nobody looks at."""
+    for name in ("write_report", "write_model_card"):
+        monkeypatch.setattr(f"nextscale.trainer.{name}", lambda *given, **options: None)
+
+
 @pytest.fixture(scope="session")
 def schedule() -> ScaleSchedule:
     """The scales of `tiny_pipeline`."""

@@ -425,6 +425,7 @@ def test_resumed_is_straight_bit_for_bit(make_pipeline: MakePipeline, tmp_path: 
         ]
 
 
+@pytest.mark.usefixtures("without_pages")
 def test_every_grpo_option_changes_something(
     make_pipeline: MakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -138,6 +138,7 @@ def test_a_model_that_is_frozen_by_hand_is_refused(tiny_pipeline: VARPipeline, t
         make_trainer(tiny_pipeline, tmp_path / "run")
 
 
+@pytest.mark.usefixtures("without_pages")
 def test_every_option_of_lora_has_an_effect(make_pipeline: MakePipeline, tmp_path: Path) -> None:
     def weights(name: str, **options: Any) -> Tensor:
         pipe = make_pipeline()
