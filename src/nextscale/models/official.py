@@ -239,8 +239,6 @@ def save_official(
     more: StateDict = {}
     if isinstance(transformer, Switti):
         paths = tuple(folder / part / SWITTI_TENSORS for part in ("transformer", "tokenizer"))
-        for path in paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
         settings = switti_settings(transformer.config)
         again = read_switti_config(transformer.state_dict(), paths[0], settings)
         if changed := changed_value(again.model_dump(), transformer.config.model_dump()):
@@ -249,6 +247,8 @@ def save_official(
                 f"the published format of Switti cannot hold this model, whose {name} is {ours} and would be "
                 f"read as {read}: write it with save_pretrained (on the command line --format nextscale)"
             )
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
         write_text_aside(paths[0].with_name(SWITTI_CONFIG), json.dumps(settings, indent=2) + "\n")
         scale_L = transformer.schedule.scale_of_token()
         hides = torch.lt if transformer.config.is_causal else torch.ne
