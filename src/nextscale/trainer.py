@@ -81,6 +81,7 @@ class GRPOTrainer:
         should_stop: set it, in any process, to end the run after the step in hand.
 
     Raises:
+        CheckpointError: there is no checkpoint to resume from at the path that is given.
         ConfigError: arguments of another kind, options that do not fit the model or each other, or a folder
             that is in use or holds a run.
     """
