@@ -149,15 +149,13 @@ class _Tally(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:  # half of all calls: autograd asks it of every tensor
             return args[0].fake_device
+        given = {storage._cdata for storage in _storages((args, kwargs))}
         result = func(*args, **kwargs)
         if formula := flop_registry.get(func._overloadpacket):
             self.flops += formula(*args, **kwargs, out_val=result)
-        unknown = [storage for storage in _storages(result) if storage._cdata not in self.sizes]
-        if unknown:
-            given = {storage._cdata for storage in _storages((args, kwargs))}
-            for storage in unknown:
-                if storage._cdata not in given and storage._cdata not in self.sizes:
-                    self._add(storage)
+        for storage in _storages(result):
+            if storage._cdata not in given and storage._cdata not in self.sizes:
+                self._add(storage)
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
