@@ -30,7 +30,7 @@ FLOORS = (
         "fid",
         "measured",
     ),
-    ("toy.*", "learner", "collector", "crediting", "evaluator", "callbacks", "saver", "trainer"),
+    ("toy.*", "options", "learner", "collector", "crediting", "evaluator", "callbacks", "saver", "trainer"),
     ("plan.*",),
     ("config.*", "recipes.*"),
     ("study.*",),

@@ -9,14 +9,12 @@ from torch import Tensor
 
 from nextscale.base.conditions import Condition
 from nextscale.base.processes import fail_together, gathered, my_share
-from nextscale.grpo import GRPOConfig
 from nextscale.learner import Learner
+from nextscale.options import Options
 from nextscale.pipeline import VARPipeline
-from nextscale.policy import SamplingConfig
 from nextscale.rewards.protocol import require_scores
 from nextscale.rewards.reward_set import RewardSet
 from nextscale.rollout import Rollout, branches_of, collect, condition_again, refilled, step_conditions
-from nextscale.runs.config import RunConfig
 
 
 class Collector:
@@ -26,7 +24,6 @@ class Collector:
     Args:
         learner: holds the model.
         conditions: what to train on.
-        sampling: the policy that draws.
     """
 
     def __init__(
@@ -35,15 +32,12 @@ class Collector:
         learner: Learner,
         conditions: Sequence[Condition],
         rewards: RewardSet,
-        *,
-        grpo: GRPOConfig,
-        sampling: SamplingConfig,
-        run: RunConfig,
+        options: Options,
     ) -> None:
         self.pipe, self.learner, self.conditions = pipe, learner, conditions
         self.all_rewards, self.rewards = rewards, rewards.without_held_out()
-        self.grpo, self.sampling, self.run = grpo, sampling, run
-        self.branches = branches_of(grpo, pipe.transformer.schedule)
+        self.grpo, self.sampling, self.run = options.grpo, options.explored, options.run
+        self.branches = branches_of(self.grpo, pipe.transformer.schedule)
 
     def rollout(self, step: int) -> Rollout:
         """This process's share of a step's images, which are cut regardless of groups."""

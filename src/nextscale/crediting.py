@@ -13,13 +13,12 @@ from nextscale.base.clock import Clock
 from nextscale.base.processes import gathered, my_share
 from nextscale.controllers import Constraints
 from nextscale.credit import Credit, Scored
-from nextscale.grpo import GRPOConfig
 from nextscale.learner import Learner
 from nextscale.objective import per_token
+from nextscale.options import Options
 from nextscale.pipeline import VARPipeline
 from nextscale.rewards.reward_set import RewardSet
 from nextscale.rollout import Rollout
-from nextscale.runs.config import RunConfig
 
 
 class Crediting:
@@ -38,12 +37,11 @@ class Crediting:
         rewards: RewardSet,
         constraints: Constraints,
         credit: Credit,
-        *,
-        grpo: GRPOConfig,
-        run: RunConfig,
+        options: Options,
     ) -> None:
         self.pipe, self.learner, self.rewards = pipe, learner, rewards
-        self.constraints, self.credit, self.grpo, self.run = constraints, credit, grpo, run
+        self.constraints, self.credit = constraints, credit
+        self.grpo, self.run = options.grpo, options.run
 
     def of_all(self, scores: Mapping[str, Tensor], step: int) -> Tensor:
         """The advantages of the images of all processes: (N G,), or (N G, S).

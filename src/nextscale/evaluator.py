@@ -13,12 +13,10 @@ from nextscale.evaluation import (
     evaluate,
     scale_images,
 )
-from nextscale.grpo import GRPOConfig
 from nextscale.learner import Learner
+from nextscale.options import Options
 from nextscale.pipeline import VARPipeline
-from nextscale.policy import SamplingConfig
 from nextscale.rewards.reward_set import RewardSet
-from nextscale.runs.config import RunConfig
 from nextscale.runs.writer import RunFolder
 
 NUM_SHOWN = 6  # images of each kind that the report shows of the first and the last evaluation
@@ -32,7 +30,6 @@ class Evaluator:
         learner: holds the model.
         conditions: what to draw.
         folder: where its images go.
-        sampling: the policy that users will sample with.
         judges: independent classifiers.
         measures: of all images together.
         embed: embeddings, for the diversity.
@@ -45,16 +42,14 @@ class Evaluator:
         conditions: Sequence[Condition],
         rewards: RewardSet,
         folder: RunFolder,
+        options: Options,
         *,
-        grpo: GRPOConfig,
-        sampling: SamplingConfig,
-        run: RunConfig,
         judges: Judges | None = None,
         measures: Sequence[SetMeasure] = (),
         embed: Embedder | None = None,
     ) -> None:
         self.pipe, self.learner, self.conditions, self.rewards = pipe, learner, conditions, rewards
-        self.folder, self.grpo, self.sampling, self.run = folder, grpo, sampling, run
+        self.folder, self.options = folder, options
         self.judges, self.measures, self.embed = judges, measures, embed
 
     def measure(self, step: int, progress: Callable[[int, int], None]) -> Evaluation:
@@ -64,19 +59,20 @@ class Evaluator:
             step: the last one that is done.
             progress: called after every batch with the images that this process has drawn, and is to draw.
         """
+        run = self.options.run
         with self.learner.as_evaluated(), self.learner.whole(), self.learner.autocast():
             result = evaluate(
                 self.pipe,
                 self.rewards,
-                self.sampling,
-                num_images=self.run.eval_num_images,
-                seed=self.run.eval_seed,
+                self.options.sampling,  # as users will sample, not as training explores
+                num_images=run.eval_num_images,
+                seed=run.eval_seed,
                 conditions=self.conditions,
                 judges=self.judges,
                 measures=self.measures,
                 embed=self.embed,
-                batch_size=self.run.per_device_eval_batch_size,
-                num_compared=self.grpo.num_generations,
+                batch_size=run.per_device_eval_batch_size,
+                num_compared=self.options.grpo.num_generations,
                 max_pixels=MAX_PIXELS,
                 num_extremes=NUM_SHOWN,
                 progress=progress,

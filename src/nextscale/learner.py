@@ -21,15 +21,15 @@ from nextscale.losses import LossOutput
 from nextscale.models.lora import adapter_off, write_adapter
 from nextscale.models.protocol import NextScaleModel
 from nextscale.objective import Coefficients, Microbatch, Objective, microbatches
-from nextscale.optimizer import OptimizerConfig, make_optimizer
+from nextscale.optimizer import make_optimizer
+from nextscale.options import Options
 from nextscale.pipeline import VARPipeline
-from nextscale.policy import SamplingConfig
 from nextscale.reference import Reference, reference_dtype
 from nextscale.runs.checkpoint import load_checkpoint, save_checkpoint
 from nextscale.runs.config import RunConfig
 from nextscale.runs.launch import asks_for_fsdp, check_trainable, reshards_after_forward
 from nextscale.runs.sharding import Sharded, whole_of
-from nextscale.tuning import TuningConfig, check_tuning, frozen_fingerprint, tune, untune
+from nextscale.tuning import check_tuning, frozen_fingerprint, tune, untune
 
 
 class Learner:
@@ -51,20 +51,10 @@ class Learner:
         ConfigError: weights that cannot be trained, or a tuning that does not fit the model.
     """
 
-    def __init__(
-        self,
-        pipe: VARPipeline,
-        accelerator: Accelerator,
-        *,
-        grpo: GRPOConfig,
-        sampling: SamplingConfig,
-        tuning: TuningConfig,
-        optimizer: OptimizerConfig,
-        run: RunConfig,
-    ) -> None:
-        self.pipe, self.accelerator, self.tuning = pipe, accelerator, tuning
-        self.grpo = grpo
-        self.run, self.max_grad_norm = run, optimizer.max_grad_norm
+    def __init__(self, pipe: VARPipeline, accelerator: Accelerator, options: Options) -> None:
+        self.pipe, self.accelerator = pipe, accelerator
+        self.grpo, self.tuning, self.run = grpo, tuning, run = options.grpo, options.tuning, options.run
+        self.max_grad_norm = options.optimizer.max_grad_norm
         self.precision = precision_on(accelerator.device.type, run.mixed_precision)
         transformer = pipe.transformer
         check_trainable(transformer)
@@ -97,9 +87,11 @@ class Learner:
             self.model = accelerator.prepare(transformer)
         if grpo.needs_reference and tuning.use_peft:
             reference = Reference(transformer, partial(adapter_off, transformer))
-        self.objective = Objective(grpo, sampling, transformer.schedule, reference, accelerator.device)
+        schedule, device = transformer.schedule, accelerator.device
+        self.objective = Objective(grpo, options.explored, schedule, reference, device)
 
-        adamw, self.scheduler = make_optimizer(transformer, optimizer, run.max_steps * grpo.num_iterations)
+        num_updates = run.max_steps * grpo.num_iterations
+        adamw, self.scheduler = make_optimizer(transformer, options.optimizer, num_updates)
         self.optimizer = accelerator.prepare(adamw)
         self.average: Average | None = None
         if tuning.ema_decay is not None:

@@ -36,6 +36,7 @@ from nextscale.models.folder import write_folder
 from nextscale.models.lora import adapted_layers, merged
 from nextscale.objective import Coefficients
 from nextscale.optimizer import OptimizerConfig
+from nextscale.options import Options
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.report.model_card import write_model_card
@@ -50,7 +51,7 @@ from nextscale.runs.hacking import HackingWatch
 from nextscale.runs.launch import make_accelerator
 from nextscale.runs.result import TrainResult
 from nextscale.runs.writer import RunFolder
-from nextscale.saver import Options, Progress, Saver
+from nextscale.saver import Progress, Saver
 from nextscale.tuning import TuningConfig
 
 LISTED = "a list of conditions: pipe.conditions([...]) makes it of classes, pipe.prompted([...]) of prompts"
@@ -110,7 +111,7 @@ class GRPOTrainer:
         check_kind("pipe", pipe, VARPipeline, "a pipeline, such as VARPipeline.from_pretrained(...)")
         self.options = Options.of(pipe, grpo, sampling, tuning, optimizer, run)
         self.grpo, self.run, self.sampling = self.options.grpo, self.options.run, self.options.sampling
-        self.explored = self.grpo.explored(self.sampling)  # the policy that draws in training and is trained
+        self.explored = self.options.explored  # the policy that draws in training
         self.rewards = RewardSet.of(rewards)
         for name, function in {"judges": judges, "embed": embed}.items():
             if function is not None and not callable(function):
@@ -148,33 +149,16 @@ class GRPOTrainer:
 
         # Those who do the work of a step: what is trained, its images, and how the model is measured.
         self.pipe = pipe
-        self.learner = Learner(
-            pipe,
-            self.accelerator,
-            grpo=self.grpo,
-            sampling=self.explored,
-            tuning=self.options.tuning,
-            optimizer=self.options.optimizer,
-            run=self.run,
-        )
-        self.collector = Collector(
-            pipe,
-            self.learner,
-            self.conditions,
-            self.rewards,
-            grpo=self.grpo,
-            sampling=self.explored,
-            run=self.run,
-        )
+        options = self.options
+        self.learner = Learner(pipe, self.accelerator, options)
+        self.collector = Collector(pipe, self.learner, self.conditions, self.rewards, options)
         self.evaluator = Evaluator(
             pipe,
             self.learner,
             eval_conditions,
             self.rewards,
             self.folder,
-            grpo=self.grpo,
-            sampling=self.sampling,
-            run=self.run,
+            options,
             judges=judges,
             measures=measures,
             embed=embed,
@@ -194,15 +178,14 @@ class GRPOTrainer:
         if grpo.target_kl is not None:
             self.adaptive_kl = AdaptiveKL(grpo.beta, grpo.target_kl, grpo.target_kl_rate)
             self.controllers["adaptive_kl"] = self.adaptive_kl
-        given = pipe, self.learner, self.rewards, self.constraints, credit
-        self.crediting = Crediting(*given, grpo=grpo, run=self.run)
+        self.crediting = Crediting(pipe, self.learner, self.rewards, self.constraints, credit, options)
         self.after_update = [each for each in (self.entropy_floor, self.adaptive_kl) if each is not None]
 
         # What looks on, and what is kept to go on from.
         self.bar, self.best = ProgressBar(), best_model(self.run)
         own: list[Callback] = [self.bar, Warnings(), Trackers(), *([self.best] if self.best else [])]
         self.callbacks = [*own, *callbacks]
-        self.saver = Saver(self.learner, self.folder, self.options, self.controllers, self.callbacks)
+        self.saver = Saver(self.learner, self.folder, options, self.controllers, self.callbacks)
         self.should_stop, self.has_trained = False, False
 
     @property

@@ -13,12 +13,12 @@ from nextscale.credit import check_compared, find_credit
 from nextscale.models import hub, zoo
 from nextscale.models.folder import build_transformer
 from nextscale.models.vqvae import VQVAE
+from nextscale.options import Options
 from nextscale.pipeline import VARPipeline
 from nextscale.plan.gpus import find_gpu, gpu_at_hand, with_memory
 from nextscale.plan.planning import Plan, make_plan
 from nextscale.runs.launch import trackers_of
 from nextscale.runs.writer import RunFolder
-from nextscale.saver import Options
 
 
 def rehearse(recipe: Recipe, num_processes: int) -> list[str]:
