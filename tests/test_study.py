@@ -8,8 +8,19 @@ import pytest
 
 from nextscale.base.errors import ConfigError
 from nextscale.cli.main import main
-from nextscale.study.plan import Experiment, read_study, trials
-from nextscale.study.results import Row, at_kl, comparison, draw, images_until, interval, table
+from nextscale.config.recipe import load_recipe
+from nextscale.config.rehearsal import rehearse
+from nextscale.study.plan import Experiment, Trial, read_study, trials
+from nextscale.study.results import (
+    Row,
+    at_kl,
+    comparison,
+    draw,
+    images_until,
+    interval,
+    read_row,
+    table,
+)
 
 TINY = """
 seeds: [3]
@@ -42,11 +53,15 @@ def test_a_trial_is_a_recipe_with_its_overrides(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("seeds: [1", "is not YAML"),
+        ("seeds: [1", "is not valid YAML"),
         ("- 1", "is not a study: expected seeds and experiments"),
         ("seeds: []\nexperiments: {a: {recipe: toy, variants: {b: {}}}}", "seeds"),
         ("seeds: [1]\nexperiments: {a: {recipe: toy, variants: {}}}", "variants"),
         ("seeds: [1]\nexperiments: {a: {recipes: toy, variants: {b: {}}}}", "recipe"),
+        (
+            "seeds: [1]\nexperiments: {a/b: {recipe: toy, variants: {b: {}}}}",
+            "'a/b' is no name for a picture",
+        ),
     ],
 )
 def test_a_file_that_is_no_study_is_refused(text: str, says: str, tmp_path: Path) -> None:
@@ -54,6 +69,75 @@ def test_a_file_that_is_no_study_is_refused(text: str, says: str, tmp_path: Path
     path.write_text(text)
     with pytest.raises(ConfigError, match=says):
         read_study(path)
+
+
+def test_a_study_has_the_scalars_of_recipes(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(TINY.replace("run.max_steps: 1", "run.mixed_precision: no"))
+    words = trials(read_study(path), tmp_path)[0].words()
+    assert words[words.index("--run.mixed_precision") + 1] == "no"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        (
+            "plain: {}",
+            "co arse: {}\n      co-arse: {}",
+            "painting/co arse/3 and painting/co-arse/3 would both",
+        ),
+        ("seeds: [3]", "seeds: [3, 4, 3]", "painting/plain/3 and painting/plain/3 would both be in"),
+        ("grpo.train_scales: 2", "grpo.trian_scales: 2", "variant 'coarse': unknown key 'grpo.trian_scales'"),
+        ("recipe: toy-painting", "recipe: 2024-99-99", "no recipe '2024-99-99'"),
+        (
+            "recipe: toy-painting",
+            "recipe: toy-painting\n    aim: rewards/paintin/mean",
+            "no metric 'rewards/paintin/mean', the aim; did you mean 'rewards/painting/mean'",
+        ),
+    ],
+)
+def test_what_cannot_be_run_is_told_before_the_first_run(
+    old: str, new: str, says: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(TINY.replace(old, new))
+    with pytest.raises(ConfigError, match=says):
+        trials(read_study(path), tmp_path)
+
+
+def test_what_a_recipe_or_variant_needs_measured_on_the_way_is(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    best = "run.save_best: eval_reward"
+    plain = TINY.replace(
+        "plain: {}", f"plain: {{}}\n      best: {{{best}}}\n      own: {{run.eval_steps: 9}}"
+    )
+    path.write_text(plain)
+    steps = {}
+    for trial in trials(read_study(path), tmp_path):
+        given = dict(zip(trial.words()[2::2], trial.words()[3::2], strict=True))
+        steps[trial.variant] = given.get("--run.eval_steps")
+    assert steps == {"plain": "0", "best": None, "own": "9", "coarse": "0"}
+
+
+def test_a_recipe_with_a_held_out_reward_can_be_studied(tmp_path: Path) -> None:
+    path, mine = tmp_path / "study.yaml", tmp_path / "mine.yaml"
+    path.write_text(TINY.replace("recipe: toy-painting", "recipe: mine.yaml"))
+    rewards = "{a: {clip_score: a dot, clip: toy}, b: {clip_score: a star, clip: toy, held_out: true}}"
+    mine.write_text(f"model: toy\nrewards: {rewards}\nrun: {{eval_steps: 5}}\n")
+    watched, coarse = trials(read_study(path), tmp_path, tmp_path)
+    assert "--run.eval_steps" not in watched.words() and "--run.eval_steps" in coarse.words()
+    assert rehearse(load_recipe(mine), 1) == []
+    with pytest.raises(ConfigError, match=r"reward 'b' is held out, but with run\.eval_steps 0"):
+        rehearse(load_recipe(mine, {"run.eval_steps": "0"}), 1)
+
+
+def test_an_aim_that_training_did_not_log_is_told(tmp_path: Path) -> None:
+    trial = Trial("a", "b", 1, "toy-painting", {}, tmp_path)
+    trial.evaluation.write_text("{}")
+    (tmp_path / "config.yaml").write_text("model: toy\n")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "step_time": 1.0, "reward": 0.5, "num_tokens": 8}\n')
+    with pytest.raises(ConfigError, match=r"logged no metric 'rewrad', the aim .* did you mean 'reward'"):
+        read_row(trial, "rewrad")
 
 
 def test_the_interval_is_students() -> None:
@@ -133,7 +217,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
 def test_a_recipe_may_lie_beside_the_study(tmp_path: Path) -> None:
     path = tmp_path / "study.yaml"
     path.write_text(TINY.replace("recipe: toy-painting", "recipe: mine.yaml"))
-    (tmp_path / "mine.yaml").write_text("model: toy\n")
+    (tmp_path / "mine.yaml").write_text("model: toy\nrewards: {mine: {clip_score: a dot, clip: toy}}\n")
     first, second = trials(read_study(path), tmp_path / "runs", tmp_path)
     assert (first.recipe, second.recipe) == (str(tmp_path / "mine.yaml"), "toy-aesthetic")
 

@@ -297,15 +297,18 @@ def scale_images(pipe: VARPipeline, tokens_BL: Tensor) -> Tensor:
     return torch.stack(images, 1)
 
 
-def check_evaluated(run: RunConfig, rewards: RewardSet) -> None:
+def check_evaluated(run: RunConfig, held_out: Sequence[str]) -> None:
     """Check that what is only measured will be.
 
+    Args:
+        held_out: names of the rewards that are.
+
     Raises:
-        ConfigError: there are held-out rewards, and no evaluations.
+        ConfigError: there are such rewards, and no evaluations.
     """
-    if rewards.held_out and not run.eval_steps:
+    if held_out and not run.eval_steps:
         raise ConfigError(
-            f"reward '{rewards.held_out[0]}' is held out, but with run.eval_steps 0 nothing measures it: set "
+            f"reward '{held_out[0]}' is held out, but with run.eval_steps 0 nothing measures it: set "
             "run.eval_steps, or remove the reward"
         )
 

@@ -131,7 +131,7 @@ class GRPOTrainer:
         eval_conditions = check_list("eval_conditions", eval_conditions, Condition, LISTED)
         self.accelerator = make_accelerator(self.run)
         self.grpo.check_processes(self.accelerator.num_processes)
-        check_evaluated(self.run, self.rewards)
+        check_evaluated(self.run, self.rewards.held_out)
         check_reference(self.grpo, self.run)
         roles = self.rewards.weights, self.rewards.constraints
         check_grpo(self.grpo, *roles, has_adapter=self.options.tuning.use_peft)

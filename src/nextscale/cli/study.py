@@ -30,7 +30,7 @@ def run(args: Namespace) -> int:
     if args.experiment is not None and args.experiment not in study.experiments:
         known = ", ".join(study.experiments)
         raise ConfigError(f"unknown experiment '{args.experiment}'; '{args.study}' has {known}")
-    every = list(trials(study, args.runs, args.study.parent))
+    every = trials(study, args.runs, args.study.parent)
     chosen = [each for each in every if args.experiment in (None, each.experiment)]
     if args.dry_run:
         for trial in chosen:

@@ -11,7 +11,7 @@ from nextscale.base.errors import ConfigError, NextscaleError
 from nextscale.base.records import Record
 from nextscale.config.recipe import Recipe, to_yaml
 from nextscale.config.resume import check_folder
-from nextscale.evaluation import Embedder, Judges, SetMeasure
+from nextscale.evaluation import Embedder, Judges, SetMeasure, check_evaluated
 from nextscale.grpo import check_grpo
 from nextscale.losses import find_loss, loss_weights
 from nextscale.models import zoo
@@ -176,6 +176,7 @@ def check_fit(recipe: Recipe, pipe: VARPipeline) -> None:
     weights = {name: each.weight for name, each in recipe.rewards.items() if each.weight is not None}
     constraints = [name for name, each in recipe.rewards.items() if each.constraint]
     check_grpo(recipe.grpo, weights, constraints, has_adapter=recipe.tuning.use_peft)
+    check_evaluated(recipe.run, [name for name, each in recipe.rewards.items() if each.held_out])
     find_loss(recipe.grpo.loss_type)
     if recipe.grpo.class_labels and recipe.prompts:
         raise ConfigError("grpo.class_labels has no effect beside prompts: remove it")

@@ -2,17 +2,19 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pydantic
-import yaml
 from pydantic import Field
 
-from nextscale.base.errors import ConfigError
-from nextscale.base.records import Record, describe_validation_error
+from nextscale.base.errors import ConfigError, in_words
+from nextscale.base.files import read_text
+from nextscale.base.records import Record, describe_validation_error, did_you_mean
+from nextscale.config.files import parse_yaml
+from nextscale.config.recipe import Recipe, load_recipe
 
 Overrides = dict[str, Any]
 """Dotted keys of a recipe to values, as on the command line."""
@@ -44,7 +46,17 @@ class Study(Record):
     eval_seed: int = Field(default=2000, ge=0)
     """Seed of these images."""
     experiments: dict[str, Experiment] = Field(min_length=1)
-    """Name to experiment."""
+    """Name to experiment; pictures are called so, too."""
+
+    @pydantic.field_validator("experiments")
+    @classmethod
+    def _names_files(cls, experiments: dict[str, Experiment]) -> dict[str, Experiment]:
+        for name in experiments:
+            if not re.fullmatch(r"\w[\w .+-]*", name):
+                raise ValueError(
+                    f"'{name}' is no name for a picture: use letters, digits, spaces and . + - _"
+                )
+        return experiments
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,7 @@ class Trial:
 
     Attributes:
         folder: of the run; `evaluation.json` in it says that it is done.
+        evaluates: whether its recipe needs the evaluations of training; else there are none.
     """
 
     experiment: str
@@ -61,6 +74,12 @@ class Trial:
     recipe: str
     overrides: Overrides
     folder: Path
+    evaluates: bool = False
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages."""
+        return f"{self.experiment}/{self.variant}/{self.seed}"
 
     @property
     def evaluation(self) -> Path:
@@ -69,18 +88,18 @@ class Trial:
 
     def words(self) -> list[str]:
         """The words of its `nextscale train`."""
+        # What its recipe or its variant needs to be measured on the way is.
+        needless = {"run.save_steps": 0} | ({} if self.evaluates else {"run.eval_steps": 0})
         own = {
             "run.seed": self.seed,
             "run.output_dir": str(self.folder),
             "run.overwrite": True,
-            "run.eval_steps": 0,
-            "run.save_steps": 0,
             "run.report_to": "none",
             "run.disable_tqdm": True,
         }
         words = ["train", self.recipe]
-        for key, value in (self.overrides | own).items():
-            words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+        for key, value in (needless | self.overrides | own).items():
+            words += [f"--{key}", _text(value)]
         return words
 
 
@@ -88,12 +107,13 @@ def read_study(path: Path) -> Study:
     """A study from its file.
 
     Raises:
-        ConfigError: the file is not YAML, or not a study.
+        ConfigError: the file cannot be read, is not YAML, or not a study.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"'{path}' is not YAML: {' '.join(str(error).split())}") from None
+        text = read_text(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"study '{path}' cannot be read: {in_words(error)}") from None
+    values = parse_yaml(text, f"'{path}'")
     if not isinstance(values, Mapping):
         raise ConfigError(f"'{path}' is not a study: expected seeds and experiments")
     try:
@@ -102,19 +122,57 @@ def read_study(path: Path) -> Study:
         raise ConfigError(f"'{path}': {describe_validation_error(Study, error)}") from None
 
 
-def trials(study: Study, folder: Path, beside: Path = Path()) -> Iterator[Trial]:
+def trials(study: Study, folder: Path, beside: Path = Path()) -> list[Trial]:
     """All runs: seed by seed, so that what is there of an unfinished study can be compared.
 
     Args:
         folder: where each run gets a folder EXPERIMENT/VARIANT/SEED.
         beside: folder of the study, where recipes are looked for.
+
+    Raises:
+        ConfigError: a variant is no recipe, or has no such aim; or two runs would be in one folder.
     """
-    for seed in study.seeds:
-        for name, experiment in study.experiments.items():
-            for variant, overrides in experiment.variants.items():
-                path = folder / name / re.sub(r"[^\w.]+", "-", variant) / str(seed)
-                given = experiment.common | overrides
-                recipe = given.pop("recipe", experiment.recipe)
-                if (beside / recipe).is_file():
-                    recipe = str(beside / recipe)
-                yield Trial(name, variant, seed, recipe, given, path)
+    found: list[Trial] = []
+    for name, experiment in study.experiments.items():
+        for variant, overrides in experiment.variants.items():
+            given = experiment.common | overrides
+            path = str(given.pop("recipe", experiment.recipe))
+            if (beside / path).is_file():
+                path = str(beside / path)
+            try:
+                recipe = load_recipe(path, {key: _text(value) for key, value in given.items()})
+                _check_aim(experiment.aim, recipe)
+            except ConfigError as error:
+                raise ConfigError(f"experiment '{name}', variant '{variant}': {error}") from None
+            # Held-out rewards are refused where nothing would measure them, and so is keeping the best model.
+            is_watched = recipe.run.save_best is not None or any(
+                each.held_out for each in recipe.rewards.values()
+            )
+            place = folder / name / re.sub(r"[^\w.]+", "-", variant)
+            found += [
+                Trial(name, variant, seed, path, given, place / str(seed), is_watched) for seed in study.seeds
+            ]
+    taken: dict[Path, Trial] = {}
+    for trial in found:
+        if (other := taken.setdefault(trial.folder, trial)) is not trial:
+            raise ConfigError(
+                f"the runs {other.name} and {trial.name} would both be in '{trial.folder}': give them names "
+                "that differ by letters or digits, and each seed once"
+            )
+    return sorted(found, key=lambda trial: study.seeds.index(trial.seed))
+
+
+def _check_aim(aim: str, recipe: Recipe) -> None:
+    """Check what can be known of a metric before a run: that its reward is there.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    known = [f"rewards/{name}/{each}" for name in recipe.rewards for each in ("mean", "std", "sem")]
+    if aim.startswith("rewards/") and aim not in known:
+        raise ConfigError(f"it has no metric '{aim}', the aim{did_you_mean(aim, known)}")
+
+
+def _text(value: Any) -> str:
+    """A value as it is given on the command line."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -11,6 +11,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from nextscale.base.errors import ConfigError
+from nextscale.base.records import did_you_mean
 from nextscale.runs.reader import BASE_MODEL, images_of, read_run
 from nextscale.study.plan import Experiment, Study, Trial
 
@@ -55,6 +57,9 @@ def read_row(trial: Trial, aim: str = "reward") -> Row:
 
     Args:
         aim: metric of the curve.
+
+    Raises:
+        ConfigError: training logged no such metric.
     """
     measured = json.loads(trial.evaluation.read_text(encoding="utf-8"))
     measures = {name: float(value) for name, value in measured.items() if isinstance(value, int | float)}
@@ -63,6 +68,12 @@ def read_row(trial: Trial, aim: str = "reward") -> Row:
     for record in run.records:
         if "step_time" in record:
             images, seconds = images + images_of(record), seconds + record["step_time"]
+            if aim not in record:
+                known = [name for name, value in record.items() if isinstance(value, int | float)]
+                raise ConfigError(
+                    f"the run in '{trial.folder}' logged no metric '{aim}', the aim of experiment "
+                    f"'{trial.experiment}'{did_you_mean(aim, known)}; what was run is kept"
+                )
             kl = record.get("kl_per_image", math.nan) if run.kl_to == BASE_MODEL else math.nan
             curve.append((images, seconds, record[aim], kl))
     last = {"images": images, "seconds": seconds}

@@ -23,12 +23,11 @@ def run_trials(
     failed: list[str] = []
 
     def run(trial: Trial) -> None:
-        name = f"{trial.experiment}/{trial.variant}/{trial.seed}"
         try:
             run_trial(study, trial, jobs)
-            say(f"{name}: done")
+            say(f"{trial.name}: done")
         except TrainingError as error:
-            failed.append(f"{name}: {error}")
+            failed.append(f"{trial.name}: {error}")
             say(failed[-1])
 
     with ThreadPoolExecutor(jobs) as pool:
