@@ -23,6 +23,7 @@ from nextscale.grpo import GRPOConfig
 from nextscale.models.var import VAR, VARConfig
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
 from nextscale.pipeline import VARPipeline
+from nextscale.plan.gpus import this_cpu
 from nextscale.plan.planning import make_plan
 from nextscale.policy import DEFAULT_SAMPLING
 from nextscale.runs.config import RunConfig
@@ -95,6 +96,7 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     # What is freed goes back to the system at once, so that the resident set is what is in use.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    cpu = this_cpu()
     for case in CASES:
         depth, precision, checkpointing, lora = case
         run, tuning = run_of(precision, checkpointing, ""), TuningConfig(use_peft=lora)
@@ -105,9 +107,8 @@ def main() -> None:
             GRPO,
             DEFAULT_SAMPLING,
             run,
-            "h100-80gb",
+            cpu,
             tuning=tuning,
-            as_on_gpu=False,
         )
         command = [sys.executable, __file__, "--case", json.dumps(case)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

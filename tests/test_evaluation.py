@@ -267,3 +267,15 @@ def test_a_set_is_measured_as_a_whole(tiny_pipeline: VARPipeline) -> None:
         assert spread.given["label"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
         assert spread.conditions == [0, 1, 2, 3] and spread.given.keys() == same.given.keys()
         assert "diversity" in metrics
+
+
+def test_the_total_is_told_also_where_the_one_reward_is_called_so(tiny_pipeline: VARPipeline) -> None:
+    def reward(images: Tensor, conditions: list) -> Tensor:
+        return images.mean((1, 2, 3))
+
+    found = evaluate(
+        tiny_pipeline, RewardSet({"reward": reward}, {"reward": 3.0}), SamplingConfig(), num_images=8
+    )
+    assert found.metrics["reward"] == pytest.approx(3 * found.metrics["rewards/reward/mean"])
+    assert list(found.scores) == ["reward"]
+    assert found.scores["reward"].mean().item() == pytest.approx(found.metrics["reward"])

@@ -1,5 +1,6 @@
 """FID and Inception Score, by independent formulas and, where it is installed, by torch-fidelity's own."""
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -303,3 +304,12 @@ def test_rewards_stand_beside_it(tiny_pipeline: VARPipeline) -> None:
     found = evaluate(tiny_pipeline, RewardSet({"bright": bright}), SamplingConfig(), **options)
     assert {"reward", "rewards/bright/mean", "fid"} <= found.metrics.keys()
     assert found.scores.keys() == {"reward", "bright"}
+
+
+def test_a_file_of_statistics_with_a_wrong_byte(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "a.npz", mu=np.arange(64.0), sigma=np.eye(64))
+    content = (tmp_path / "a.npz").read_bytes()
+    for i in range(0, 400, 3):
+        (tmp_path / "b.npz").write_bytes(content[:i] + bytes([content[i] ^ 0xFF]) + content[i + 1 :])
+        with contextlib.suppress(ConfigError):
+            read_statistics(tmp_path / "b.npz", width=64)

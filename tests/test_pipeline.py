@@ -502,12 +502,9 @@ def test_another_format_version(saved, version):
     ("part", "change"),
     [
         ("transformer", {"num_heads": 3}),
-        ("transformer", {"scale_sizes": [2, 1]}),
-        ("transformer", {"scale_sizes": []}),
         ("transformer", {"width": 32}),
         ("transformer", {"depth": 3}),
         ("transformer", {"depth": 1}),
-        ("tokenizer", {"scale_sizes": [4, 4]}),
         ("tokenizer", {"codebook_size": 47}),
     ],
 )
@@ -516,6 +513,16 @@ def test_sizes_that_are_not_those_of_the_tensors(saved, part, change):
     config[part] |= change
     (saved / "config.json").write_text(json.dumps(config))
     refusal(saved, saved / f"{part}.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("part", "sizes"), [("transformer", [2, 1]), ("transformer", []), ("tokenizer", [4, 4])]
+)
+def test_scales_that_do_not_grow(saved, part, sizes):
+    config = json.loads((saved / "config.json").read_text())
+    config[part]["scale_sizes"] = sizes
+    (saved / "config.json").write_text(json.dumps(config))
+    assert "scale sizes must be positive and growing" in refusal(saved, saved / "config.json")
 
 
 @pytest.mark.parametrize("names", [["a", "b"], ["a"] * 5])

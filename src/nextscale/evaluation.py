@@ -26,7 +26,7 @@ from nextscale.policy import SamplingConfig
 from nextscale.reference import Reference
 from nextscale.rewards.groups import GroupReward
 from nextscale.rewards.protocol import require_scores
-from nextscale.rewards.reward_set import RewardSet
+from nextscale.rewards.reward_set import TOTAL, RewardSet
 from nextscale.rollout import cat_by_name
 from nextscale.runs.config import RunConfig
 
@@ -246,7 +246,9 @@ def evaluate(
                 kept.forget()  # or the next try would find the same
             raise
         reward = rewards.total(flat)
-        scores, groups = {"reward": reward} | flat, _groups(rewards, total, per_condition, num_compared)
+        # The total comes first, also where the one reward is called so.
+        scores = {TOTAL: reward} | flat | {TOTAL: reward}
+        groups = _groups(rewards, total, per_condition, num_compared)
         metrics |= _reward_metrics(reward, flat, groups)
     metrics["num_images"] = float(total)
     embedded = whole.get("embedding")

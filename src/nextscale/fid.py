@@ -5,8 +5,10 @@ Shapes: B N images · D width of a feature · K classes of the network
 """
 
 import io
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, Protocol
 from zipfile import BadZipFile
 
@@ -141,7 +143,15 @@ def read_statistics(path: Path, width: int = 2048) -> Gaussian:
         content: Any = np.load(path, allow_pickle=False)
         names = list(getattr(content, "files", []))
         found = [content[name] for name in ("mu", "sigma") if name in names]
-    except (OSError, ValueError, EOFError, BadZipFile):
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        RuntimeError,
+        BadZipFile,
+        zlib.error,
+        TokenError,
+    ):  # numpy's and zip's
         raise ConfigError(f"'{path}' is no readable .npz file: {expected}") from None
     if len(found) < 2:
         raise ConfigError(

@@ -287,7 +287,14 @@ class VARPipeline:
         with TemporaryDirectory() as name:
             folder = self.save_pretrained(name, dtype)
             run = Path(run) if run else None
-            write_model_card(folder, run, sampling=self.sampling, base=self.source, repository=repo_id)
+            write_model_card(
+                folder,
+                run,
+                sampling=self.sampling,
+                base=self.source,
+                repository=repo_id,
+                is_prompted=not self.num_classes,
+            )
             return hub.upload(
                 repo_id, folder, private, token=token, revision=revision, commit_message=commit_message
             )
@@ -390,6 +397,10 @@ class VARPipeline:
         if class_labels is not None and prompts is not None:
             raise ConfigError("class_labels has no effect beside prompts: give one of them")
         if num_images_per_prompt is not None:
+            if num_images_per_label != 1:
+                raise ConfigError(
+                    "num_images_per_label and num_images_per_prompt are the same: give one of them"
+                )
             num_images_per_label = check_count("num_images_per_prompt", num_images_per_prompt)
         num_images_per_label = check_count("num_images_per_label", num_images_per_label)
         batch_size = check_count("batch_size", batch_size)

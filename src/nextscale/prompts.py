@@ -90,13 +90,17 @@ def _from_jsonl(text: str, source: str) -> Rows:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=_refused)
         except (ValueError, RecursionError):
             raise ConfigError(f"'{source}', line {i}: not JSON; expected one object a line") from None
         if not isinstance(row, dict):
             raise ConfigError(f"'{source}', line {i}: expected an object, got {type(row).__name__}")
         rows.append((i, *_split(row, source, i)))
     return rows
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")  # as RFC 8259 has it
 
 
 def _from_csv(text: str, source: str) -> Rows:

@@ -314,7 +314,8 @@ class GRPOTrainer:
             self.learner.release(self.folder.final / "adapter" if is_main else None)
             if is_main:
                 self.pipe.save_pretrained(self.folder.final)
-                write_model_card(self.folder.final, self.folder.path, sampling=self.sampling)
+                is_prompted, final = not self.pipe.num_classes, self.folder.final
+                write_model_card(final, self.folder.path, sampling=self.sampling, is_prompted=is_prompted)
                 write_report(self.folder.path)
         result = self.result()
         self.tell("on_train_end", result)

@@ -252,6 +252,16 @@ def test_a_repository_of_something_else(asked):
         VARPipeline.from_pretrained("someone/else")
 
 
+def test_a_revision_is_one_of_the_models_own_repository(asked):
+    with contextlib.suppress(CheckpointError):  # the files in this hub are those of d16 only
+        zoo.fetch_official("switti-512", revision="v1")
+    repositories = {repository: keywords.get("revision") for repository, keywords in asked}
+    assert repositories == {"yresearch/Switti": "v1"} or repositories == {
+        "yresearch/Switti": "v1",
+        "yresearch/VQVAE-Switti": None,
+    }
+
+
 @pytest.mark.parametrize("name", ["var-d16", "someone/painter"])
 def test_the_hubs_keywords_arrive(asked, name, tmp_path):
     access = dict(revision="v1", token="secret", cache_dir=tmp_path / "elsewhere")

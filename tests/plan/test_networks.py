@@ -16,6 +16,7 @@ from transformers import (
     YolosForObjectDetection,
 )
 
+from nextscale.base.errors import CheckpointError
 from nextscale.config import rehearsal
 from nextscale.config.recipe import load_recipe
 from nextscale.grpo import GRPOConfig
@@ -117,6 +118,15 @@ def test_a_detector_and_a_reader_in_a_folder(tmp_path):
     assert flops_of(reader) == pytest.approx(by_hand, rel=0.01)
     assert flops_of(reader, 3) == 3 * flops_of(reader)
     assert flops_of(detector, 2) == 2 * flops_of(detector) > 0
+
+
+def test_a_folder_whose_configuration_is_damaged_is_told(tmp_path):
+    for content in ('{"model_type": "cl', "[]"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(CheckpointError, match=r"config\.json' is no configuration of transformers"):
+            find_network(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": 3}')
+    assert find_network(str(tmp_path)) is None
 
 
 SWITTI = SwittiConfig(

@@ -41,6 +41,16 @@ def small_plan(gpu="h100-80gb", num_gpus=1, backbones=None, evaluated=None, grpo
     )
 
 
+def test_a_cpu_saves_nothing_by_moving_to_main_memory():
+    cpu = GPU("cpu", 16e9, None, 1e11)
+    plain = small_plan(cpu, gradient_checkpointing=True)
+    moved = {"gradient_checkpointing": True, "activation_offloading": True}
+    offloaded = small_plan(cpu, grpo={"offload_reference": True}, **moved)
+    assert offloaded.peak == plain.peak and offloaded.phases == plain.phases
+    on_gpu = small_plan(grpo={"offload_reference": True})
+    assert on_gpu.resident["reference"] < small_plan().resident["reference"]
+
+
 def by_hand(config: VARConfig, lengths: list[int], seen: list[int], embedded: int, passes: int = 1) -> float:
     """Operations of a transformer on one sequence: (l, C) by (C, n) is 2 l C n.
 

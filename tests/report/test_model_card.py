@@ -150,6 +150,19 @@ def test_how_to_load_it(card):
         assert "sampled with guidance_scale 2.0, temperature 1.0, top_k 5, top_p 1.0." in text
 
 
+def test_a_model_of_prompts_is_asked_by_prompts(card):
+    front, body = card(is_prompted=True)
+    assert "text-to-image" in front["tags"] and "class-conditional" not in front["tags"]
+    assert "pipe(prompts=[" in body and "pipe([0, 1]" not in body
+    front, body = card()
+    assert "class-conditional" in front["tags"] and "pipe([0, 1]" in body
+
+
+def test_a_file_named_as_vars_training_names_it_is_of_no_known_model(run, card):
+    (run / "config.yaml").write_text(CONFIG.format(model="mine/ar-ckpt-last.pth"))
+    assert "var-clip" not in card()[1]
+
+
 def test_a_model_without_a_run(tmp_path):
     text = write_model_card(tmp_path, sampling=TRAINED, base="var-d20").read_text()
     front = yaml.safe_load(text.split("---\n")[1])

@@ -276,6 +276,20 @@ def test_a_run_that_was_stopped_says_so_above_its_last_pictures(tmp_path):
     assert page.images[1]["alt"].startswith("After 10 steps, of 13 done")
 
 
+def test_of_very_many_prompts_the_first_are_shown(tmp_path):
+    folder = make_run(tmp_path / "run", metrics())
+    names, size = [f"prompt {i}" for i in range(5_000)], (16, 8 * 5_000)
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    for step in (0, 30):
+        Image.fromarray(noise).save(folder / "samples" / f"all-step-{step:06d}.png")
+        index = json.dumps({"names": names, "num_columns": 2})
+        (folder / "samples" / f"all-step-{step:06d}.json").write_text(index)
+    page = Page(write_report(folder))
+    assert "the first 4 of 400 rows and more" in page.text and "The first 400, one by one" in page.text
+    panels = [each for each in page.images if each["alt"].startswith("prompt ")]
+    assert [each["alt"].partition(":")[0] for each in panels] == names[:400]
+
+
 def test_all_prompts_can_be_seen(tmp_path):
     folder = make_run(tmp_path / "run", metrics())
     names = [f"prompt {i}" for i in range(40)]

@@ -227,6 +227,21 @@ def test_another_file_than_the_published_one_is_refused(cache: Path, monkeypatch
     assert not any(cache.iterdir())
 
 
+def test_a_download_that_was_broken_off_does_not_stay(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = saved(tmp_path / "whole.pth", mlp_state(RELU_LAYERS))
+    (tmp_path / "part.pth").write_bytes(whole.read_bytes()[:500])
+    serve(monkeypatch, tmp_path / "part.pth")  # no hash of this one is known
+    assert "was no whole download of https://" in refusal(lambda: load_head("laion-v2-l14-relu"))
+    assert not any(cache.iterdir())
+    serve(monkeypatch, whole)
+    assert load_head("laion-v2-l14-relu").has_relu
+    with pytest.raises(CheckpointError):  # a file of one's own stays
+        load_head(tmp_path / "part.pth")
+    assert (tmp_path / "part.pth").is_file()
+
+
 @pytest.mark.parametrize(
     ("name", "file", "clip"),
     [

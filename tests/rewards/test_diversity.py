@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nextscale.base.conditions import Condition
-from nextscale.base.errors import RewardError
+from nextscale.base.errors import ConfigError, RewardError
 from nextscale.evaluation import evaluate, mean_pairwise_distance
 from nextscale.grpo import GRPOConfig
 from nextscale.optimizer import OptimizerConfig
@@ -153,3 +153,14 @@ def test_an_evaluation_compares_as_many_as_training() -> None:
     whole = rewards.of_groups(features, 7, num_compared=9)["various"]
     torch.testing.assert_close(whole, leave_one_out_coverage(groups))
     assert (whole < found.nan_to_num(torch.inf)).all()  # more images cover more of what any one adds
+
+
+def test_options_without_a_sense_are_refused() -> None:
+    with pytest.raises(ConfigError, match="compare_by coverage is for features of length 1, not for pixels"):
+        Diversity("pixels", compare_by="coverage")
+    for options, says in (
+        ({"compare_by": "coverage"}, "compare_by coverage is for features of length 1"),
+        ({"clip": "mine/clip"}, "clip 'mine/clip' has no effect on pixels: remove it"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            read_reward({"diversity": "pixels", **options})

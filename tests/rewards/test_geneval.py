@@ -100,6 +100,22 @@ def test_partial_is_the_share_of_what_is_asked_for() -> None:
     assert GenEval(detect, name_colours, partial=True)(image, [condition]).tolist() == [0.5]
 
 
+def test_objects_that_detectors_call_otherwise() -> None:
+    class Detects:
+        names = ("mouse", "cup")
+
+        def __call__(self, images: Tensor) -> list[list[Found]]:
+            return [[Found("mouse", 0.95, (0, 0, 8, 8)), Found("cup", 0.95, (30, 0, 38, 8))] for _ in images]
+
+    reward, image = GenEval(Detects(), name_colours), drawn()[None]
+    mouse = {"class": "computer mouse", "count": 1}
+    assert reward(image, [asks("two_object", mouse, CUP)]).tolist() == [1.0]
+    assert reward(image, [asks("counting", mouse | {"count": 2})]).tolist() == [0.0]
+    for unknown in ("computer keyboard", "bench"):  # of the first it knows neither name
+        with pytest.raises(RewardError, match=f"the detector knows no '{unknown}'"):
+            reward(image, [asks("single_object", {"class": unknown, "count": 1})])
+
+
 def test_counting_needs_surer_objects_and_others_do_not() -> None:
     def unsure(images: Tensor) -> list[list[Found]]:
         return [[Found("cup", 0.5, (0, 0, 8, 8))] for _ in images]

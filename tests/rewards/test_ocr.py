@@ -20,6 +20,8 @@ from nextscale.toy.train_clip import text_tokenizer
         ('a sign that says "OPEN late"', {}, "OPEN late"),
         ("a \u201cred\u201d and a \u00abblue\u00bb sign", {}, "red blue"),
         ("the dog's bowl with 'Rex' on it", {}, "Rex"),
+        ("a sign that says 'don't stop'", {}, "don't stop"),
+        ("the dogs' bowls, 'Rex' and 'Tom'", {}, "Rex Tom"),
         ("a sign", {"says": "OPEN"}, "OPEN"),
     ],
 )
@@ -30,6 +32,8 @@ def test_what_an_image_should_say(prompt: str, data: dict, expected: str) -> Non
 def test_a_prompt_that_does_not_tell() -> None:
     with pytest.raises(RewardError, match="put it in quotes, or in a column 'says'"):
         text_asked_for(Condition(None, "the dog's bowl"))
+    with pytest.raises(RewardError, match="put it in quotes"):  # no letter of it could be read
+        text_asked_for(Condition(None, 'a card that says "\u2665"', {"says": "!"}))
 
 
 def test_the_measures_by_hand() -> None:

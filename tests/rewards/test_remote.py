@@ -189,6 +189,16 @@ def test_a_key_is_sent_and_told_nowhere(fake_server: FakeServer, monkeypatch: py
     with pytest.raises(RewardError) as caught:
         Remote(with_password)(IMAGES, CONDITIONS)
     assert "sesame-18" not in str(caught.value) and "sesame-19" not in str(caught.value)
+    # As a file ends, such as a mounted secret; and what no header can hold.
+    monkeypatch.setenv("MY_KEY", "sesame-17\n")
+    with pytest.raises(RewardError, match=r"401 Unauthorized 'wrong key \*\*\*'"):
+        Remote(fake_server.url, api_key_env="MY_KEY")(IMAGES, CONDITIONS)
+    assert fake_server.requests[-1].headers["Authorization"] == "Bearer sesame-17"
+    for key in ("sesame\n17", "sésame"):
+        monkeypatch.setenv("MY_KEY", key)
+        with pytest.raises(ConfigError, match="variable MY_KEY is no API key") as refused:
+            Remote(fake_server.url, api_key_env="MY_KEY")
+        assert "same" not in str(refused.value)
     monkeypatch.delenv("MY_KEY")
     with pytest.raises(ConfigError, match="the environment variable MY_KEY is not set"):
         Remote(fake_server.url, api_key_env="MY_KEY")

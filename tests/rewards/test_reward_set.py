@@ -121,6 +121,10 @@ def test_what_a_user_gives_as_rewards():
         ({"a": Aesthetic}, "reward 'a': got the class Aesthetic, expected"),
         ({"a": [answering(0)]}, "reward 'a': got an object of type list, expected"),
         ({}, "no rewards given"),
+        (
+            {"reward": answering(0), "b": answering(1)},
+            "a reward is called 'reward', as what all",
+        ),
     ],
 )
 def test_what_is_no_reward_is_refused_before_anything_is_scored(given: Any, says: str):
@@ -250,3 +254,20 @@ def test_a_part_of_a_step_may_be_without_any_score():
     with pytest.raises(RewardError, match="reward 'b' returned NaN for all 3 images"):
         require_scores(scores)
     require_scores({"a": scores["a"], "b": torch.tensor([[NAN, NAN], [NAN, 0.0]])})
+
+
+def test_what_a_reward_asks_for_is_told_where_it_is_text():
+    class Mine:
+        positive = torch.rand(3)
+        prompts = ("a star", "a moon")
+        question = ""
+
+        def prompt(self, label: str) -> str:
+            return label
+
+        def __call__(self, images: Tensor, conditions: list) -> Tensor:
+            return images.mean((1, 2, 3))
+
+    described = RewardSet.of(Mine()).describe()["Mine"]
+    assert described["prompts"] == ("a star", "a moon")
+    assert not {"positive", "prompt", "question"} & set(described)

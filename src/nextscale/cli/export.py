@@ -67,6 +67,7 @@ def run(args: Namespace) -> int:
         base=pipe.source,
         repository=args.push_to_hub,
         is_official=is_official,
+        is_prompted=not pipe.num_classes,
     )
     print(args.output)
     if args.push_to_hub:

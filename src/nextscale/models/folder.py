@@ -16,7 +16,7 @@ import torch
 from nextscale.base.errors import CheckpointError, ConfigError
 from nextscale.base.files import read_text, write_text_aside
 from nextscale.base.records import Record, did_you_mean
-from nextscale.base.tensors import load_strictly, write_tensors
+from nextscale.base.tensors import load_strictly, to_dtype, write_tensors
 from nextscale.models.embedded import tokenizer_folder
 from nextscale.models.protocol import NextScaleModel
 from nextscale.models.switti import Switti, SwittiConfig
@@ -121,6 +121,7 @@ def write_folder(
     Args:
         dtype: of the stored floating-point tensors; by default each tensor's own.
     """
+    dtype = None if dtype is None else to_dtype(dtype)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(transformer, folder / TRANSFORMER, dtype, _exact(type(transformer)))
     write_tensors(tokenizer, folder / TOKENIZER, dtype)

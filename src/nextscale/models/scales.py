@@ -5,8 +5,26 @@ Shapes: S scales · L tokens of all scales
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from typing import Annotated
 
 import torch
+from pydantic import AfterValidator
+
+
+def check_growing(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The side lengths of grids, coarse to fine, as they are.
+
+    Raises:
+        ValueError: one is not positive, or they do not grow.
+    """
+    growing = all(a < b for a, b in pairwise(sizes))
+    if not sizes or sizes[0] < 1 or not growing:
+        raise ValueError(f"scale sizes must be positive and growing, got {sizes}")
+    return sizes
+
+
+ScaleSizes = Annotated[tuple[int, ...], AfterValidator(check_growing)]
 
 
 @dataclass(frozen=True)
@@ -24,9 +42,7 @@ class ScaleSchedule:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", tuple(int(size) for size in self.sizes))
-        growing = all(a < b for a, b in zip(self.sizes, self.sizes[1:], strict=False))
-        if not self.sizes or self.sizes[0] < 1 or not growing:
-            raise ValueError(f"scale sizes must be positive and growing, got {self.sizes}")
+        check_growing(self.sizes)
 
     @property
     def num_scales(self) -> int:

@@ -24,7 +24,7 @@ from nextscale.base.records import Record
 from nextscale.models.attention import AttentionByScale, KVCache
 from nextscale.models.layers import NORM_EPS, as_stored, last_weight
 from nextscale.models.protocol import Conditioning
-from nextscale.models.scales import ScaleSchedule
+from nextscale.models.scales import ScaleSchedule, ScaleSizes
 from nextscale.models.texts import SWITTI_ENCODERS, TextEncoder, switti_encoder
 from nextscale.models.transformer import BlockTransformer, init_adaln
 
@@ -55,7 +55,7 @@ class SwittiConfig(Record):
     """Number of codes, V."""
     codebook_width: int = Field(default=32, gt=0)
     """Width of a code, D."""
-    scale_sizes: tuple[int, ...] = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+    scale_sizes: ScaleSizes = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
     """Side lengths of the token grids, coarse to fine."""
     is_causal: bool = False
     """Whether tokens attend to coarser scales too, or to their own alone; `use_ar` in the published files."""

@@ -9,7 +9,7 @@ Source: VAR (arXiv 2404.02905), section 3.2; parameter names are those of the of
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from nextscale.base.records import Record
 from nextscale.models.attention import AttentionByScale, KVCache
 from nextscale.models.layers import as_stored, last_weight, modulate
 from nextscale.models.protocol import Conditioning
+from nextscale.models.scales import ScaleSizes
 from nextscale.models.transformer import BlockTransformer, init_adaln
 
 MAX_LOG_ATTENTION_SCALE = math.log(100)
@@ -45,7 +46,7 @@ class VARSizes(Record):
     """Number of codes, V."""
     codebook_width: int = Field(default=32, gt=0)
     """Width of a code, D."""
-    scale_sizes: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    scale_sizes: ScaleSizes = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
     """Side lengths of the token grids, coarse to fine."""
     shared_adaln: bool = False
     """Whether all blocks share one AdaLN projection, as in VAR-d36 at 512 px."""
@@ -242,13 +243,19 @@ class VAR(VARStack):
         """The class labels, int64; the null class is the one after the last.
 
         Raises:
-            ConfigError: a condition without a label.
+            ConfigError: a condition without a label, or with one that the model has not.
         """
         labels = [each.label for each in conditions]
         if None in labels:
             raise ConfigError(
                 f"'{conditions[labels.index(None)].text}' has no class label, which this model draws by"
             )
+        for each in conditions:
+            if not 0 <= cast("int", each.label) < self.num_classes:
+                raise ConfigError(
+                    f"'{each.text}' has the class label {each.label}, and this model has 0 to "
+                    f"{self.num_classes - 1}"
+                )
         return self.conditioning_from_labels(torch.tensor(labels, device=self.device))
 
     def conditioning_from_labels(self, labels_B: Tensor) -> Conditioning:

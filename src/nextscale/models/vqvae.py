@@ -19,7 +19,7 @@ from nextscale.base.compiling import Fusible
 from nextscale.base.errors import ConfigError
 from nextscale.base.records import Record
 from nextscale.models.quantizer import MultiScaleQuantizer
-from nextscale.models.scales import ScaleSchedule
+from nextscale.models.scales import ScaleSchedule, ScaleSizes
 
 NORM_GROUPS = 32
 
@@ -37,7 +37,7 @@ class VQVAEConfig(Record):
     """Channels of each level, as multiples of the base; every level but the last halves the resolution."""
     num_res_blocks: int = Field(default=2, gt=0)
     """Residual blocks per level of the encoder; the decoder has one more in each."""
-    scale_sizes: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    scale_sizes: ScaleSizes = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
     """Side lengths of the token grids, coarse to fine."""
 
     @property

@@ -65,6 +65,7 @@ AESTHETIC_HEADS = {
 }
 """Aesthetic heads by name. LAION's are Apache-2.0 (v2) and MIT (v1); none comes with the package."""
 
+VAR_CLIP = "ar-ckpt-last.pth"  # as VAR's own training calls what it writes
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 SCALES_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
@@ -159,7 +160,7 @@ OFFICIAL_MODELS = {
     "var-d30": _var(30, 1.92, SCALES_256),
     "var-d36": _var(36, 2.63, SCALES_512, shared_adaln=True),  # "d36-s" in the paper
     "var-clip": OfficialModel(
-        files=("ar-ckpt-last.pth", VAE),
+        files=(VAR_CLIP, VAE),
         transformer=VARClipConfig(),
         tokenizer=VQVAEConfig(scale_sizes=SCALES_256),
         sampling=VAR_CLIP_SAMPLING,
@@ -180,10 +181,9 @@ def find_official(source: str | None) -> str | None:
     """The name of the published model that `source` refers to, by its name or as the path of its file."""
     if source is None or source in OFFICIAL_MODELS:
         return source
-    files = {
-        model.files[0]: name for name, model in OFFICIAL_MODELS.items() if model.files[0] != SWITTI_TENSORS
-    }
-    return files.get(Path(source).name)
+    files = {model.files[0]: name for name, model in OFFICIAL_MODELS.items()}
+    name = Path(source).name
+    return None if name in (SWITTI_TENSORS, VAR_CLIP) else files.get(name)
 
 
 def sampling_of(name: str, vae: str | None = None) -> SamplingConfig:
@@ -264,8 +264,12 @@ def _fetch(model: OfficialModel, **access: Unpack[hub.Access]) -> tuple[Path, Pa
         raise CheckpointError("it is not on the hub")
     folders = {}
     for repository, files in files_of(model).items():
-        folders[repository] = hub.find_cached(repository, files, **access) or hub.download(
-            repository, files, **access
+        # A revision is one of the model's repository; its tokenizer's, where that is another, has it not.
+        asked = access.copy()
+        if repository != model.repository:
+            asked.pop("revision", None)
+        folders[repository] = hub.find_cached(repository, files, **asked) or hub.download(
+            repository, files, **asked
         )
     of_vae = folders[model.tokenizer_repository or model.repository]
     return folders[model.repository] / model.files[0], of_vae / model.files[1]

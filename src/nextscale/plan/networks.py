@@ -3,7 +3,6 @@
 Each is built without weights, and run once as the run would.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MA
 
 from nextscale.models.texts import TextEncoder
 from nextscale.rewards.geneval import DEFAULT_DETECTOR
-from nextscale.rewards.networks.backbones import backbone_config
+from nextscale.rewards.networks.backbones import backbone_config, model_type
 from nextscale.rewards.networks.detection import MASKED, input_shape, read_preparation
 from nextscale.rewards.ocr import DEFAULT_READER, MOST_TOKENS
 
@@ -116,8 +115,7 @@ def find_network(name: str) -> Network | None:
         # Source: transformers' conversion of TrOCR's files, its model "base".
         parts = ViTConfig(image_size=384, qkv_bias=False), TrOCRConfig(cross_attention_hidden_size=768)
         return ReaderNetwork(VisionEncoderDecoderConfig.from_encoder_decoder_configs(*parts))
-    path = Path(name) / "config.json"
-    kind = json.loads(path.read_text()).get("model_type") if path.is_file() else None
+    kind = model_type(Path(name))
     if kind == "vision-encoder-decoder":
         return ReaderNetwork(AutoConfig.from_pretrained(name))
     if kind in MASKED or kind in MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES:

@@ -4,6 +4,7 @@ Shapes: B images processed at once · L tokens of all scales · D codebook width
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -21,7 +22,6 @@ from nextscale.grpo import GRPOConfig
 from nextscale.losses import trained_lengths
 from nextscale.models.folder import build_transformer
 from nextscale.models.lora import adapter_off
-from nextscale.models.protocol import Conditioning, NextScaleModel
 from nextscale.models.scales import ScaleSchedule
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
 from nextscale.objective import Microbatch, Objective
@@ -46,7 +46,7 @@ class Phases:
 
     Attributes:
         num_images: images per step of this process.
-        as_on_gpu: see `without_data`.
+        as_on_gpu: see `without_data`; also whether main memory is elsewhere.
     """
 
     transformer: Any
@@ -64,10 +64,8 @@ class Phases:
 
         def draw(transformer: Any) -> Count:
             tokenizer = VQVAE(self.tokenizer)
-            conditioning, uniforms_BL = (
-                self._conditioning(transformer, batch),
-                torch.zeros(batch, self._num_tokens),
-            )
+            conditioning = transformer.blank_conditions(batch)
+            uniforms_BL = torch.zeros(batch, self._num_tokens)
             branches = branches_of(self.grpo, transformer.schedule)
             branching = None if branches is None else branches.of(range(batch))
             run = partial(sample, transformer, tokenizer, conditioning, uniforms_BL, self.sampling, branching)
@@ -79,7 +77,7 @@ class Phases:
         """Decoding of latents to pixels."""
         on_cpu = decoded_at_once(self.tokenizer.image_size)
         batch = self._drawn_at_once if self.as_on_gpu else on_cpu
-        with without_data(as_on_gpu=self.as_on_gpu), torch.no_grad():
+        with self._without_data(), torch.no_grad():
             tokenizer = VQVAE(self.tokenizer)
             latent = tokenizer.quantize.empty_latent(batch)
             return self._count(lambda: tokenizer.latent_to_images(latent), batch)
@@ -88,7 +86,7 @@ class Phases:
         """Most bytes that the encoding of one prompt takes besides the networks, which are float32."""
         peaks = []
         for build in networks:
-            with without_data(as_on_gpu=self.as_on_gpu), torch.no_grad():
+            with self._without_data(), torch.no_grad():
                 network: Any = build().eval()
                 tokens = torch.zeros(1, network.config.max_position_embeddings, dtype=torch.long)
                 peaks.append(count(partial(network, tokens)).peak)
@@ -98,7 +96,7 @@ class Phases:
         """The networks of all rewards, one after the other."""
         total, batch = Count(), self._drawn_at_once
         for network in networks:
-            with without_data(as_on_gpu=self.as_on_gpu), torch.no_grad():
+            with self._without_data(), torch.no_grad():
                 each = self._count(network.run(batch, self.tokenizer.image_size), batch)
             total = Count(total.flops + each.flops, forward_peak=max(total.peak, each.peak))
         return total
@@ -106,7 +104,7 @@ class Phases:
     def credit(self, clips: Sequence[CLIPConfig]) -> Count:
         """The way back from all rewards to the codes of the tokens, and the way there again."""
         batch = self._trained_at_once
-        with without_data(as_on_gpu=self.as_on_gpu):
+        with self._without_data():
             tokenizer = VQVAE(self.tokenizer).requires_grad_(False)
             towers: list[Any] = [CLIPModel(each).vision_model.requires_grad_(False) for each in clips]
             codes_BLD = torch.zeros(batch, self._num_tokens, self.tokenizer.codebook_width).requires_grad_()
@@ -129,7 +127,7 @@ class Phases:
 
         def run(model: Any) -> Count:
             reference = self._reference(model)
-            conditioning = self._conditioning(reference.model, batch)
+            conditioning = reference.model.blank_conditions(batch)
             inputs_BlD = self._inputs(batch)[:, : self._num_trained - 1]
             return self._count(partial(reference.features, conditioning, inputs_BlD, sampling), batch)
 
@@ -227,13 +225,13 @@ class Phases:
         """The loss, and images to give to it."""
         reference = self._reference(model) if self.grpo.needs_reference else None
         tokens_BL = torch.zeros(batch, self._num_tokens, dtype=torch.long)
-        conditioning = self._conditioning(model, batch)
+        conditioning = model.blank_conditions(batch)
         log_probs_BL, advantages_B = torch.zeros(tokens_BL.shape), torch.zeros(batch)
         drawn = Microbatch(conditioning, tokens_BL, self._inputs(batch), log_probs_BL, advantages_B)
         return Objective(self.grpo, self.sampling, model.schedule, reference), drawn
 
-    def _conditioning(self, model: NextScaleModel, batch: int) -> Conditioning:
-        return model.blank_conditions(batch)
+    def _without_data(self) -> AbstractContextManager[None]:
+        return without_data(as_on_gpu=self.as_on_gpu)
 
     def _count(self, run: Callable[[], object], batch: int) -> Count:
         counted = count(run, bfloat16=self.run.mixed_precision == "bf16")
@@ -258,7 +256,7 @@ class Phases:
     def _at_depth(self, run: Callable[[Any], Count], depth: int) -> Count:
         model = tuned_transformer(self.transformer, self.tuning)
         model.blocks = model.blocks[:depth]
-        with without_data(as_on_gpu=self.as_on_gpu):
+        with self._without_data():
             _leave_meta(model)
             return run(model)
 

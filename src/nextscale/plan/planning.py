@@ -126,8 +126,6 @@ def make_plan(
     num_gpus: int = 1,
     evaluated: Mapping[str, str | None] | None = None,
     tuning: TuningConfig | None = None,
-    *,
-    as_on_gpu: bool = True,
 ) -> Plan:
     """Plan a run.
 
@@ -137,7 +135,6 @@ def make_plan(
         num_gpus: number of GPUs, each with one process.
         evaluated: purpose to name of networks that are loaded too, but run in evaluations only.
         tuning: what of the transformer is trained; by default all of it.
-        as_on_gpu: see `without_data`.
 
     Raises:
         ConfigError: the GPU is unknown, there are more processes than images, or `tuning` does not fit the
@@ -167,7 +164,7 @@ def make_plan(
     sizes |= {name: _size(_on_meta(build)) for name, build in of_texts.items()}
 
     share = len(share_of(num_images, 0, num_gpus))  # the largest, which all wait for
-    of = Phases(transformer, tokenizer, grpo, sampling, run, share, tuning, as_on_gpu)
+    of = Phases(transformer, tokenizer, grpo, sampling, run, share, tuning, device.name != "cpu")
     is_alone = num_gpus == 1 and of.num_passes == 1  # the backward pass, before which there is no gradient
     scored_by = [networks[name] for name in backbones.values() if name in networks]
     counts = {
@@ -190,7 +187,8 @@ def make_plan(
     shards = num_gpus if is_sharded else 1
     one_each = FLOAT32 * trained.parameters / shards
     reference = sizes["reference"].num_bytes if has_copy else 0
-    waiting = reference - _size(tuned.head).num_bytes if grpo.offload_reference else 0  # in main memory
+    is_offloaded = grpo.offload_reference and of.as_on_gpu
+    waiting = reference - _size(tuned.head).num_bytes if is_offloaded else 0  # in main memory
     bytes_of_texts = sum(sizes[name].num_bytes for name in of_texts)
     resident = {
         "weights": weights.num_bytes / shards,
@@ -201,7 +199,7 @@ def make_plan(
         "tokenizer": sizes["tokenizer"].num_bytes,
         "rewards": sum(sizes[name].num_bytes for name in networks),
         # They are on a GPU while they run, with each prompt once; a CPU has them always.
-        "text encoder": bytes_of_texts if device.name == "cpu" else 0,
+        "text encoder": 0 if of.as_on_gpu else bytes_of_texts,
         "scored images": of.scored_bytes(),
     }
     phases = {name: counts[name].peak for name in (*OF_AN_IMAGE, "credit") if name in counts}

@@ -17,7 +17,7 @@ from nextscale.policy import SamplingConfig
 from nextscale.runs.reader import Run, read_run
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
-TAGS = ["image-generation", "class-conditional", "var", "next-scale-prediction"]
+TAGS = ["image-generation", "var", "next-scale-prediction"]
 GRPO_TAGS = ["grpo", "reinforcement-learning"]
 PAPER = "https://arxiv.org/abs/2505.23331"
 MAX_WIDTH = 1600  # of the picture of samples
@@ -33,6 +33,7 @@ def write_model_card(
     base: str | None = None,
     repository: str | None = None,
     is_official: bool = False,
+    is_prompted: bool = False,
 ) -> Path:
     """Write `README.md`, and from a run `samples.png` and `curves.png`, into a model's folder.
 
@@ -43,6 +44,7 @@ def write_model_card(
         base: the model that this is a copy of; a run itself names the model that it started from.
         repository: "owner/name", where the model is going to be pushed.
         is_official: whether the folder holds the official code's files instead of nextscale's.
+        is_prompted: whether it is a model of prompts and not of classes.
 
     Returns:
         the path of the card.
@@ -60,7 +62,7 @@ def write_model_card(
         license=_licence(base),
         library_name="nextscale",
         base_model=_hub_base(base),
-        tags=[*TAGS, *(GRPO_TAGS if run else [])],
+        tags=[*TAGS, "text-to-image" if is_prompted else "class-conditional", *(GRPO_TAGS if run else [])],
     )
     card = ModelCard.from_template(
         data,
@@ -70,6 +72,7 @@ def write_model_card(
         licence=_licence(base),
         repository=repository,
         is_official=is_official,
+        is_prompted=is_prompted,
         sampling=sampling.told(),
         run=run,
         **(_told_by(run, folder) if run else {}),

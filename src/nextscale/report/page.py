@@ -64,6 +64,7 @@ def render_report(folder: Path, *, refresh: int | None = None) -> str:
         between=between,
         row_names=run.row_names(),
         panels=pictures.class_panels(run),
+        max_panels=pictures.MAX_PANELS,
         film=pictures.film(run),
         scales=pictures.scale_by_scale(run),
         extremes=pictures.by_reward(run),

@@ -22,6 +22,8 @@ FILM_ROWS = 6
 TILE = 96  # CSS pixels that a small image is enlarged to at most
 BYTES = 1_000_000  # of a picture; a larger one becomes the largest JPEG that is not
 PANEL_BYTES = 3_000_000  # of all panels together
+MAX_PANELS = 400
+SMALLEST = 16  # side of a JPEG below which its header is most of it
 
 Shown = dict[str, Any]
 """A picture as the page's template takes it."""
@@ -59,10 +61,10 @@ def class_panels(run: Run) -> list[Shown]:
     if len(files) < 2 or not names:
         return []
     ends, panels = [_open(files[step]) for step in (min(files), max(files))], []
-    for i, name in enumerate(names):
+    for i, name in enumerate(names[:MAX_PANELS]):
         rows = [_row(each, i, len(names)) for each in ends]
         alt = f"{name}: images of the same seeds, before training above, after it below"
-        most = min(BYTES // 8, PANEL_BYTES // len(names))
+        most = min(BYTES // 8, PANEL_BYTES // min(len(names), MAX_PANELS))
         panels.append(_shown(_stacked(rows), name, alt, columns, most))
     return panels
 
@@ -160,7 +162,7 @@ def _shown(
     picture: Image.Image, title: str, alt: str, columns: int, max_bytes: int, file: Path | None = None
 ) -> Shown:
     """A picture for the page: as PNG, or where that is larger than `max_bytes`, as the largest JPEG that is
-    not; and not shown larger than makes sense for so many columns of images.
+    not (or of some pixels); and not shown larger than makes sense for so many columns of images.
 
     Args:
         file: what the picture was read from, whole, where it is a PNG.
@@ -169,7 +171,7 @@ def _shown(
         picture.save(buffer := io.BytesIO(), "PNG")
     data = buffer.getvalue() if file is None else file.read_bytes()
     kind, scale = "png", min(1.0, 1600 / picture.width)
-    while len(data) > max_bytes:
+    while len(data) > max_bytes and scale * max(picture.size) > SMALLEST:
         size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
         picture.resize(size).save(buffer := io.BytesIO(), "JPEG", quality=85)
         data, kind, scale = buffer.getvalue(), "jpeg", scale * 0.8

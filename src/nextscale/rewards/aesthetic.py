@@ -71,8 +71,17 @@ def load_head(path: str | Path) -> AestheticHead:
     Raises:
         CheckpointError: the file cannot be downloaded or read, or is of none of these kinds.
     """
-    path = _find_head(path)
-    state = read_state_dict(path)
+    name, path = path, _find_head(path)
+    try:
+        state = read_state_dict(path)
+    except CheckpointError:
+        entry = zoo.AESTHETIC_HEADS.get(str(name))
+        if entry is None or not isinstance(entry.source, str) or entry.sha256:
+            raise
+        path.unlink()  # a download that was broken off, which no hash told of, would stay for good
+        raise CheckpointError(
+            f"'{path}' was no whole download of {entry.source}, and has been removed: try again"
+        ) from None
     kinds = (
         (["weight"], False),
         ([f"layers.{i}.weight" for i in LINEAR_LAYERS], False),

@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import pydantic
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from nextscale.base.conditions import Condition
+from nextscale.base.errors import ConfigError
 from nextscale.rewards.clip_score import DEFAULT_CLIP
 from nextscale.rewards.groups import GroupReward
 from nextscale.rewards.networks.clip import load_clip
@@ -39,6 +41,7 @@ class Diversity(GroupReward):
 
     Raises:
         CheckpointError: the CLIP cannot be loaded.
+        ConfigError: a coverage of pixels.
 
     Source: leave-one-out contributions to a group's diversity, as arXiv 2603.23086 gives them to a
     distribution's distance. The volume is a determinantal point process's (arXiv 1207.6083, section 2).
@@ -50,6 +53,8 @@ class Diversity(GroupReward):
         clip: str | Path = DEFAULT_CLIP,
         compare_by: Comparison = "distance",
     ) -> None:
+        if error := _misfit(features, compare_by):
+            raise ConfigError(error)
         self.compare_by, self.is_clip = compare_by, features == "clip"
         self.embed: Callable[[Tensor], Tensor] = (
             load_clip(clip).embed_images if self.is_clip else small_pixels
@@ -65,6 +70,12 @@ class Diversity(GroupReward):
             return mean_to_others(1 - features_NGE @ features_NGE.mT)
         width = features_NGE.shape[-1]
         return mean_to_others(torch.cdist(features_NGE, features_NGE) / width**0.5)
+
+
+def _misfit(features: str, compare_by: str) -> str | None:
+    if compare_by == "coverage" and features != "clip":
+        return f"compare_by coverage is for features of length 1, not for {features}: use clip, or distance"
+    return None
 
 
 def small_pixels(images: Tensor) -> Tensor:
@@ -107,6 +118,14 @@ class DiversityConfig(RewardConfig):
     """CLIP: "toy", a folder or a hub repository; an aesthetic head comes with its own by default."""
     compare_by: Comparison = "distance"
     """Mean distance to the others, or what the group's coverage loses without the image."""
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> "DiversityConfig":
+        if error := _misfit(self.features, self.compare_by):
+            raise ValueError(error)
+        if self.features != "clip" and self.clip != DEFAULT_CLIP:
+            raise ValueError(f"clip '{self.clip}' has no effect on {self.features}: remove it")
+        return self
 
     def make(self) -> Reward:
         return Diversity(**self.options())

@@ -9,6 +9,7 @@ Source: GenEval (arXiv 2310.11513) and its code, `evaluation/evaluate_images.py`
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,9 @@ POSITION_MARGIN = 0.1
 """Share of both objects' sides by which their centres have to be apart before one is beside the other."""
 BACKGROUND = 0.6
 """Grey that what is around an object becomes, where its mask is known: GenEval's #999."""
+
+COCO_NAMES = {"computer keyboard": "keyboard", "computer mouse": "mouse", "tv remote": "remote"}
+"""What detectors call objects that GenEval's prompts call otherwise."""
 
 Detect = Callable[[Tensor], list[list[Found]]]
 NameColours = Callable[[Tensor, Sequence[Found]], list[str]]
@@ -72,19 +76,32 @@ class GenEval:
 
     def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         asked = [read_requirements(condition) for condition in conditions]
-        known = getattr(self.detect, "names", None)
-        for requirements in asked:
-            for name in requirements.names():
-                if known is not None and name not in known:
-                    raise RewardError(
-                        f"the detector knows no '{name}', which a prompt asks for; it knows "
-                        f"{', '.join(known[:5])} and {max(len(known) - 5, 0)} others"
-                    )
+        renamed = [self._renamed(requirements) for requirements in asked]
         scores = []
-        for image, found, requirements in zip(images, self.detect(images), asked, strict=True):
+        parts = zip(images, self.detect(images), asked, renamed, strict=True)
+        for image, found, requirements, names in parts:
+            found = [replace(each, name=names.get(each.name, each.name)) for each in found]
             met = requirements.met_by(found, lambda some, of=image: self.name_colours(of, some))
             scores.append(sum(met) / len(met) if self.partial else float(all(met)))
         return torch.tensor(scores)
+
+    def _renamed(self, requirements: "Requirements") -> dict[str, str]:
+        """The detector's names of what a prompt calls otherwise, to the prompt's.
+
+        Raises:
+            RewardError: it does not know what is asked for.
+        """
+        known, renamed = getattr(self.detect, "names", None), {}
+        for name in requirements.names():
+            if known is None or name in known:
+                continue
+            if (theirs := COCO_NAMES.get(name)) not in known:
+                raise RewardError(
+                    f"the detector knows no '{name}', which a prompt asks for; it knows "
+                    f"{', '.join(known[:5])} and {max(len(known) - 5, 0)} others"
+                )
+            renamed[theirs] = name
+        return renamed
 
 
 class Requirements:

@@ -27,7 +27,8 @@ Measure = Literal["words", "edit"]
 MARKS = '"\u201c\u201d\u201e\u00ab\u00bb'  # straight, curly, low and angle quotation marks
 APOSTROPHES = "'\u2018\u2019"
 QUOTED = re.compile(
-    rf"[{MARKS}]([^{MARKS}]+)[{MARKS}]|(?<!\w)[{APOSTROPHES}]([^{APOSTROPHES}]+)[{APOSTROPHES}](?!\w)"
+    rf"[{MARKS}]([^{MARKS}]+)[{MARKS}]"
+    rf"|(?<!\w)[{APOSTROPHES}]((?:[^{APOSTROPHES}]|(?<=\w)[{APOSTROPHES}](?=\w))+)[{APOSTROPHES}](?!\w)"
 )
 MOST_TOKENS = 64
 
@@ -65,15 +66,15 @@ def text_asked_for(condition: Condition) -> str:
         RewardError: the prompt does not tell.
     """
     says = condition.data.get("says")
-    if isinstance(says, str) and says.strip():
+    if isinstance(says, str) and _words(says):
         return says
-    quoted = [a or b for a, b in QUOTED.findall(condition.text)]
-    if not quoted:
+    quoted = " ".join(a or b for a, b in QUOTED.findall(condition.text))
+    if not _words(quoted):
         raise RewardError(
             f"the prompt '{condition.text}' does not tell what the image should say: put it in quotes, or in "
             "a column 'says' of the prompts' file"
         )
-    return " ".join(quoted)
+    return quoted
 
 
 def word_accuracy(found: str, wanted: str) -> float:

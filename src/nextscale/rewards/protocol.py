@@ -85,8 +85,9 @@ class RewardConfig(Record):
 
     @property
     def networks(self) -> tuple[str | None, ...]:
-        """All networks that it runs, named as `backbone` is, which is the first."""
-        return (self.backbone,)
+        """All networks that it runs, named as `backbone` is, which is the first; None for one that is not
+        known."""
+        return (self.backbone,) if self.backbone else ()
 
     @property
     def constraint(self) -> Constraint | None:

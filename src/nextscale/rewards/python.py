@@ -56,5 +56,9 @@ class PythonConfig(RewardConfig):
     function: str
     """path/to/file.py:function; looked for beside the recipe, then from the working directory."""
 
+    @property
+    def networks(self) -> tuple[str | None, ...]:
+        return (None,)  # whatever it runs
+
     def make(self) -> Reward:
         return load_function(self.function)

@@ -16,6 +16,8 @@ from nextscale.rewards.groups import GroupReward, ask_groups, check_features
 from nextscale.rewards.protocol import Reward
 from nextscale.rewards.roles import AtLeast, AtMost, Constraint
 
+TOTAL = "reward"
+"""What all rewards make together is called so, in metrics and tables."""
 PROMPTS = ("prompt", "prompts", "positive", "negative", "question")
 """Attributes that hold what a reward asks for."""
 
@@ -54,6 +56,8 @@ class RewardSet:
             )
         if not rewards:
             raise ConfigError("no rewards given: give at least one")
+        if TOTAL in rewards and len(rewards) > 1:
+            raise ConfigError(f"a reward is called '{TOTAL}', as what all make together is: rename it")
         for name, reward in rewards.items():
             if isinstance(reward, type) or not callable(reward):
                 raise ConfigError(
@@ -114,7 +118,7 @@ class RewardSet:
         """What is known of each reward: its class or function, its prompts, and its role."""
         return {
             name: {"kind": getattr(reward, "__qualname__", type(reward).__name__)}
-            | {key: value for key in PROMPTS if (value := getattr(reward, key, None))}
+            | {key: value for key in PROMPTS if _is_text(value := getattr(reward, key, None))}
             | self.roles()[name]
             for name, reward in self.rewards.items()
         }
@@ -195,3 +199,8 @@ class RewardSet:
             if isinstance(reward, GroupReward):
                 scores[name] = reward.scores_by_condition(scores[name], conditions)
         return self.total(scores)
+
+
+def _is_text(value: object) -> bool:
+    parts = value if isinstance(value, list | tuple) else [value]
+    return all(isinstance(each, str) and each for each in parts) and len(parts) > 0

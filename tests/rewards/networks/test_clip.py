@@ -88,6 +88,15 @@ def test_a_text_s_embedding_does_not_depend_on_the_others_to_the_bit(clip_folder
         assert torch.equal(Clip.from_pretrained(clip_folder).embed_texts([text])[0], together[i])
 
 
+def test_what_is_kept_of_a_text_or_file_is_in_float32_whoever_asked_first(clip_folder: Path, tmp_path: Path):
+    Image.new("RGB", (40, 40), (200, 30, 60)).save(tmp_path / "a.png")
+    clip, later = Clip.from_pretrained(clip_folder), Clip.from_pretrained(clip_folder)
+    with torch.autocast("cpu", torch.bfloat16):
+        text, file = clip.embed_texts(["a star"]), clip.embed_files([tmp_path / "a.png"], "cpu")
+    assert torch.equal(text, later.embed_texts(["a star"]))
+    assert torch.equal(file, later.embed_files([tmp_path / "a.png"], "cpu"))
+
+
 def test_a_text_longer_than_the_model_takes_is_cut(clip_folder: Path):
     clip = Clip.from_pretrained(clip_folder)
     long, longer = ("star " * count for count in (40, 60))

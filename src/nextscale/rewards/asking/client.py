@@ -36,7 +36,7 @@ class ScoringClient:
             logged or stored.
 
     Raises:
-        ConfigError: the URL is malformed, or the environment variable is not set.
+        ConfigError: the URL is malformed, or the environment variable is not set or holds no key.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class ScoringClient:
             with self._client.stream("POST", self.url, json=content) as response:
                 answer = self._read(response)
         except httpx2.RequestError as error:
-            raise _TryAgain(f"{type(error).__name__}: {error}") from None
+            raise _TryAgain(self._without_key(f"{type(error).__name__}: {error}")) from None
         if response.is_success:
             return answer
         found = f"{response.status_code} {response.reason_phrase} {self.excerpt(answer)}"
@@ -122,8 +122,11 @@ class ScoringClient:
     def excerpt(self, answer: bytes | str) -> str:
         """The beginning of an answer on one line, in quotes, without the key."""
         text = answer.decode(errors="replace") if isinstance(answer, bytes) else answer
-        text = " ".join((text.replace(self._key, "***") if self._key else text).split())
+        text = " ".join(self._without_key(text).split())
         return repr(text if len(text) <= LONGEST_EXCERPT else text[:LONGEST_EXCERPT] + "...")
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
 
 
 class _TryAgain(Exception):
@@ -150,9 +153,13 @@ def png_base64(image: Image.Image) -> str:
 
 
 def _read_key(variable: str) -> str:
-    key = os.environ.get(variable)
+    key = os.environ.get(variable, "").strip()  # a file that it came from ends in a new line
     if not key:
         raise ConfigError(f"no API key: the environment variable {variable} is not set; export it first")
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(
+            f"the environment variable {variable} is no API key: it has more than plain characters"
+        )
     return key
 
 

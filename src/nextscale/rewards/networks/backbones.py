@@ -5,6 +5,8 @@ from pathlib import Path
 
 import transformers
 
+from nextscale.base.errors import CheckpointError
+from nextscale.base.files import read_text
 from nextscale.models.embedded import CLIPS
 
 
@@ -38,7 +40,21 @@ def backbone_config(name: str) -> "transformers.CLIPConfig | None":
     if name in KNOWN_CLIPS:
         vision, text, width = KNOWN_CLIPS[name]
         return transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=width)
-    path = CLIPS.get(name, Path(name)) / "config.json"
-    if not path.is_file() or json.loads(path.read_text()).get("model_type") != "clip":
+    folder = CLIPS.get(name, Path(name))
+    return transformers.CLIPConfig.from_pretrained(folder) if model_type(folder) == "clip" else None
+
+
+def model_type(folder: Path) -> str | None:
+    """What transformers calls the model in a folder; None where there is none.
+
+    Raises:
+        CheckpointError: its config.json is damaged.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
         return None
-    return transformers.CLIPConfig.from_pretrained(path.parent)
+    try:
+        kind = json.loads(read_text(path)).get("model_type")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        raise CheckpointError(f"'{path}' is no configuration of transformers: is it whole?") from None
+    return kind if isinstance(kind, str) else None

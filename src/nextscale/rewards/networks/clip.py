@@ -72,7 +72,8 @@ class Clip:
         Raises:
             ConfigError: one cannot be read.
         """
-        return torch.cat([self.embed_images(read_image(file).to(device)[None]) for file in files])
+        with torch.autocast(torch.device(device).type, enabled=False):
+            return torch.cat([self.embed_images(read_image(file).to(device)[None]) for file in files])
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
@@ -88,8 +89,10 @@ class Clip:
 
     def _embed_text(self, text: str) -> Tensor:
         tokens = self.tokenizer(text, truncation=True, max_length=self.max_text_length, return_tensors="pt")
-        pooled = self.model.text_model(tokens["input_ids"].to(self.model.device)).pooler_output
-        return F.normalize(self.model.text_projection(pooled).float(), dim=-1)[0]
+        device = self.model.device
+        with torch.autocast(device.type, enabled=False):  # what is kept is the same, whoever asked first
+            pooled = self.model.text_model(tokens["input_ids"].to(device)).pooler_output
+            return F.normalize(self.model.text_projection(pooled).float(), dim=-1)[0]
 
     def cosines(self, images: Tensor, conditions: Sequence[Condition], prompts: Sequence[str]) -> Tensor:
         """(B, P) cosine of each image with each prompt, filled in with the condition of the image."""
