@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from pathlib import Path
 
 import pytest
@@ -185,10 +186,12 @@ def test_variants_are_compared_at_equal_kl_and_by_the_images_they_took() -> None
 
 def test_a_study_runs_and_is_not_repeated(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path, runs = tmp_path / "study.yaml", tmp_path / "runs"
-    path.write_text(TINY)
+    path.write_text(TINY.replace("plain: {}", """plain: {description: "two words, it's"}"""))
     words = ["study", str(path), "--runs", str(runs), "--jobs", "2"]
     assert main([*words, "--dry-run"]) == 0
-    assert not runs.exists() and capfd.readouterr().out.count("nextscale train toy-") == 2
+    lines = capfd.readouterr().out.splitlines()
+    assert not runs.exists() and [each[:20] for each in lines] == ["nextscale train toy-"] * 2
+    assert shlex.split(lines[0])[2:] == trials(read_study(path), runs, tmp_path)[0].words()[1:]
     assert main(words) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert {row["variant"] for row in results["rows"]} == {"plain", "coarse"}

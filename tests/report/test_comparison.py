@@ -39,6 +39,24 @@ def test_numbers_curves_and_differing_settings(tmp_path):
         )
     last = [np.asarray(picture_of(image)) for image in page.images]
     assert len(last) == 2 and (last[0] != last[1]).any()  # after 30 steps, and after 20
+    assert "KL to the base, nats an image, in the last step" in page.text
+    assert "first: after 30 steps" in page.text and "second: after 20 steps" in page.text
+    assert "All are from the same seeds" in page.text
+
+
+def test_each_picture_has_its_own_runs_rows_and_time(tmp_path):
+    names = [["star", "moon", "fish", "tree"], ["a red star", "a blue moon", "a fish", "a tree"]]
+    folders = []
+    for name, rows, grids in zip(("first", "second"), names, ((0, 30), (0,)), strict=True):
+        folders.append(make_run(tmp_path / name, metrics()[: 31 if name == "first" else 14], grids=grids))
+        index = json.loads((folders[-1] / "samples" / "index.json").read_text())
+        (folders[-1] / "samples" / "index.json").write_text(json.dumps(index | {"classes": rows}))
+    page = Page(write_comparison(folders, tmp_path / "both.html"))
+    assert "first: after 30 steps" in page.text and "second: before training" in page.text
+    for row in [*names[0], *names[1]]:
+        assert page.raw.count(f'<li title="{row}">{row}</li>') == 1
+    assert "the same seeds" not in page.text
+    assert "second: The metrics end at step" in page.text
 
 
 def test_a_curve_over_images_has_its_points_where_they_were_drawn(tmp_path, monkeypatch):

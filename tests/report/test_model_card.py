@@ -105,7 +105,7 @@ def test_rewards_results_and_cost(card):
     assert "| kept | aesthetic: toy | at least base |" in body
     assert "| seen | aesthetic: toy | held out |" in body
     assert "| reward | 1.25 | 2.125 |" in body and "| rewards/bright/mean | 0.5 | 0.75 |" in body
-    assert "| KL to the base model, nats an image |  | 3.75 |" in body
+    assert "| KL to the base model, nats an image, in the last step |  | 3.75 |" in body
     assert "On the 64 images" in body and "2 steps, 2.0 minutes of training on cpu." in body
     assert "# bright-run\n" in body and "Learns to be bright." in body and "mit, that of [var-d16](" in body
 
@@ -142,7 +142,7 @@ def test_the_pictures_are_of_the_first_and_the_last_step(card, tmp_path):
 
 def test_how_to_load_it(card):
     assert 'ns.VARPipeline.from_pretrained("someone/bright")' in card(repository="someone/bright")[1]
-    official = card(is_official=True)[1]
+    official = card(official=("var.pth", "vae.pth"))[1]
     assert 'ns.VARPipeline.from_official("var.pth", "vae.pth")' in official
     policy = "guidance_scale=2.0, temperature=1.0, top_k=5, top_p=1.0"
     assert f"pipe.sampling = ns.SamplingConfig({policy})" in official  # the files hold no sampling
@@ -264,6 +264,7 @@ def test_export_the_official_format(trained, tmp_path, capsys):
         (["{run}"], "required: --output"),
         (["{run}", "--output", "x", "--dtype", "int8"], "unknown --dtype 'int8'; valid are float32"),
         (["{run}", "--output", "x", "--vae", "y"], "vae has no effect on"),
+        (["{run}", "--output", "x", "--private"], "--private has no effect without --push-to-hub"),
     ],
 )
 def test_what_cannot_be_exported(trained, tmp_path, monkeypatch, capsys, words, says):

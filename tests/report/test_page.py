@@ -171,7 +171,7 @@ def test_the_page_shows_the_figures_of_the_run(tmp_path):
         "Judged photo 99 % → 6 %",
         "Object recognised 93 % → 88 %",
         "Diversity 0.36 → 0.31",
-        "KL to base 12.3 nats an image",
+        "KL to base 12.3 nats an image, in the last step",
         "Training time 1 min 42 s 30 steps on cpu",
         "Speed 37.6 images a second",
         "Images drawn in training 3,840",
@@ -274,6 +274,21 @@ def test_a_run_that_was_stopped_says_so_above_its_last_pictures(tmp_path):
     page = Page(write_report(make_run(tmp_path / "run", metrics()[:14], grids=(0, 10))))
     assert "Before training" in page.text and "After 10 steps, of 13 done" in page.text
     assert page.images[1]["alt"].startswith("After 10 steps, of 13 done")
+
+
+def test_a_style_that_did_not_move_is_not_told(tmp_path):
+    lines = metrics()
+    for line in lines:
+        for name in ("photo", "painting", "sketch"):
+            if f"eval_judge/style/{name}" in line:
+                line[f"eval_judge/style/{name}"] = float(name == "photo")
+        if "eval_reward" in line:
+            line["eval_reward"] = 0.25 - 1e-6 * line["step"]
+    folder = make_run(tmp_path / "run", lines)
+    text = Page(write_report(folder)).text
+    assert "calls 100 % of the images photo (100 % before)." in summarize(folder) and "Judged photo" in text
+    assert "Judged painting" not in text and "Judged sketch" not in text
+    assert "evaluation, +0.0 sd" in text and "-0.0 sd" not in text
 
 
 def test_of_very_many_prompts_the_first_are_shown(tmp_path):
@@ -398,7 +413,7 @@ def test_summary_tells_what_happened(tmp_path):
         "Fréchet distance to true pictures: painting (style judge) 94.0 to 12.0; photo (style judge) 1.0 "
         "to 61.0.",
         "Diversity is 0.31 (0.36 before).",
-        "KL to the base model: 12.3 nats an image.",
+        "KL to the base model: 12.3 nats an image, in the last step.",
         "37.6 images a second, and 41 % of the time went into the update.",
     ]
 

@@ -228,8 +228,10 @@ def test_a_run_is_started_stopped_and_can_be_gone_on_with(tmp_path):
         assert found.status() == "Running: mine"
         wait_for(lambda: (tmp_path / "mine" / "metrics.jsonl").exists() or not found.is_running)
         table, picture = app.look_at(tmp_path / "mine")
-        assert table is not None and set(table["metric"]) <= set(app.CURVES) and picture is not None
-        found.stop()
+        assert table is not None and set(table["metric"]) <= set(app.CURVES.values()) and picture is not None
+        for _ in range(2):  # the second press sends nothing: it would end the run without a checkpoint
+            found.stop()
+            assert not found.is_running or found.status() == "Stopping after the step in hand: mine"
         wait_for(lambda: not found.is_running)
     finally:
         found.process.kill()
@@ -256,9 +258,30 @@ def test_mistakes_are_told_on_the_page():
 def test_the_page_shows_a_run_and_a_run_that_has_logged_nothing(models, tmp_path):
     assert app.look_at(tmp_path / "runs" / "other") == (None, None)
     table, picture = app.look_at(tmp_path / "runs" / "done")
-    assert table is not None and list(table["metric"]) == ["reward"] and picture is None
+    assert table is not None and list(table["metric"]) == ["training"] and picture is None
+    assert set(app.COLOURS) == set(app.CURVES.values())  # what has no colour would not be drawn
     page = app.build(models)
     assert {"draw", "score", "tune"} <= {fn.api_name for fn in page.fns.values()}
+
+
+def test_a_run_that_cannot_be_read_takes_the_place_of_the_one_before(models, tmp_path):
+    page = app.build(models)
+    shows = [fn.fn for fn in page.fns.values() if fn.fn is not None and fn.fn.__name__ == "show"]
+    summary, frame = shows[0]("done")
+    assert "step" in summary and "Report of done" in frame
+    (tmp_path / "runs" / "going" / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    summary, frame = shows[0]("going")
+    assert "metrics.jsonl" in summary and frame == ""
+
+
+def test_what_can_be_chosen_is_looked_up_when_a_tab_is_opened(models):
+    page = app.build(models)
+    selected = [fn for fn in page.fns.values() if any(event == "select" for _, event in fn.targets)]
+    assert {fn.fn.__name__ for fn in selected} == {"names", "names_now"}
+
+
+def test_classes_may_stand_on_lines_of_their_own(make_pipeline):
+    assert words_of(make_pipeline(), "star\nheart, 3\r\n\n house ") == ["star", "heart", "3", "house"]
 
 
 def test_images_of_a_grid_are_enlarged_but_not_blurred():

@@ -125,9 +125,19 @@ def given_sampling(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
+def check_image_file(path: Path) -> None:
+    """Check that an image can be written to a file of this name.
+
+    Raises:
+        ConfigError: its extension is none of images'.
+    """
+    from PIL import Image
+
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise ConfigError(f"'{path}' has no image file extension: use one such as .png")
+
+
 def save_image(image: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        image.save(path)
-    except ValueError:
-        raise ConfigError(f"'{path}' has no image file extension: use one such as .png") from None
+    image.save(path)

@@ -72,14 +72,14 @@ def add(commands: Any) -> None:
     text = "precision of all networks (default: the recipe's, or that of the run that trained the model)"
     parser.add_argument("--mixed-precision", choices=("auto", "no", "bf16"), help=text)
     text = "how to print the figures (default: table)"
-    parser.add_argument(
-        "--format", choices=("table", "markdown", "latex", "json"), default="table", help=text
-    )
+    parser.add_argument("--format", choices=("table", "markdown", "latex", "json"), help=text)
     parser.add_argument("--json", action="store_true", help="the same as --format json")
     parser.option("--output", Path, "also write the figures as JSON to this file")
 
 
 def run(args: Namespace) -> int:
+    if args.json and args.format:
+        raise ConfigError(f"--format {args.format} has no effect beside --json: give one of them")
     if args.num_images is not None and args.num_images < 2:
         raise ConfigError(f"--num-images must be at least 2, got {args.num_images}")
     alphas = alphas_of(args)
@@ -188,7 +188,7 @@ def _tell(measuring: "Measuring", alphas: list[float], found: "list[Found]") -> 
         args.output.write_text(text + "\n")
     if args.plot:
         plot_strengths(args.plot, alphas, measured, kept)
-    form = "json" if args.json else args.format
+    form = "json" if args.json else args.format or "table"
     if form == "json":
         print(text)
         return

@@ -35,6 +35,10 @@ def add(commands: Any) -> None:
 
 
 def run(args: Namespace) -> int:
+    if args.private and not args.push_to_hub:
+        raise ConfigError(
+            "--private has no effect without --push-to-hub OWNER/NAME: add that, or leave it out"
+        )
     is_written = args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir()))
     pending = args.output.with_name(f".pushing-{args.output.name}.json")  # there while a push is not done
     if is_written and not (args.push_to_hub and pending.is_file()):
@@ -43,6 +47,7 @@ def run(args: Namespace) -> int:
 
     from nextscale.config.build import load_pipeline
     from nextscale.models import hub
+    from nextscale.models.official import official_files
     from nextscale.report.model_card import write_model_card
     from nextscale.runs.reader import find_run
 
@@ -66,7 +71,7 @@ def run(args: Namespace) -> int:
         sampling=pipe.sampling,
         base=pipe.source,
         repository=args.push_to_hub,
-        is_official=is_official,
+        official=official_files(pipe.transformer) if is_official else None,
         is_prompted=not pipe.num_classes,
     )
     print(args.output)

@@ -5,6 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from nextscale.base.errors import ConfigError
 from nextscale.cli import arguments
 from nextscale.cli.parser import add_command
 
@@ -42,6 +43,10 @@ def run(args: Namespace) -> int:
 
     from nextscale.base.images import to_pil
 
+    if args.num_images < 1:
+        raise ConfigError(f"--num-images must be at least 1, got {args.num_images}")
+    if args.output:
+        arguments.check_image_file(args.output)
     pipe = arguments.load_model(args)
     conditions = arguments.conditions_of(args, pipe)
     if conditions is None:

@@ -1,5 +1,6 @@
 """`nextscale study`: run variants of recipes with several seeds, and compare them."""
 
+import shlex
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ def run(args: Namespace) -> int:
     chosen = [each for each in every if args.experiment in (None, each.experiment)]
     if args.dry_run:
         for trial in chosen:
-            print(" ".join(["nextscale", *trial.words()]))
+            print(shlex.join(["nextscale", *trial.words()]))
         return 0
     from nextscale.study.results import write_results
     from nextscale.study.runner import run_trials

@@ -221,6 +221,13 @@ def _of_scales(state: StateDict, config: VQVAEConfig) -> StateDict:
     return state
 
 
+def official_files(transformer: NextScaleModel) -> tuple[str, str]:
+    """Names of the files of the transformer and of the tokenizer that `save_official` writes."""
+    if isinstance(transformer, Switti):
+        return f"transformer/{SWITTI_TENSORS}", f"tokenizer/{SWITTI_TENSORS}"
+    return "var.pth", "vae.pth"
+
+
 def save_official(
     transformer: NextScaleModel, tokenizer: VQVAE, folder: str | Path, dtype: torch.dtype | str | None = None
 ) -> tuple[Path, Path]:
@@ -235,32 +242,29 @@ def save_official(
     Raises:
         ConfigError: there is no such dtype, or the format cannot hold the model.
     """
-    folder = Path(folder)
+    of_transformer, of_tokenizer = (Path(folder) / name for name in official_files(transformer))
     more: StateDict = {}
     if isinstance(transformer, Switti):
-        paths = tuple(folder / part / SWITTI_TENSORS for part in ("transformer", "tokenizer"))
         settings = switti_settings(transformer.config)
-        again = read_switti_config(transformer.state_dict(), paths[0], settings)
+        again = read_switti_config(transformer.state_dict(), of_transformer, settings)
         if changed := changed_value(again.model_dump(), transformer.config.model_dump()):
             name, read, ours = changed
             raise ConfigError(
                 f"the published format of Switti cannot hold this model, whose {name} is {ours} and would be "
                 f"read as {read}: write it with save_pretrained (on the command line --format nextscale)"
             )
-        for path in paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_aside(paths[0].with_name(SWITTI_CONFIG), json.dumps(settings, indent=2) + "\n")
+        of_transformer.parent.mkdir(parents=True, exist_ok=True)
+        write_text_aside(of_transformer.with_name(SWITTI_CONFIG), json.dumps(settings, indent=2) + "\n")
         scale_L = transformer.schedule.scale_of_token()
         hides = torch.lt if transformer.config.is_causal else torch.ne
         bias_LL = torch.zeros(len(scale_L), len(scale_L))
         bias_LL.masked_fill_(hides(scale_L[:, None], scale_L[None]), float("-inf"))
         more = {"attn_bias_for_masking": bias_LL[None, None]}
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = folder / "var.pth", folder / "vae.pth"
-    write_tensors(transformer, paths[0], dtype, transformer.FLOAT32_TENSORS, more)
-    write_tensors(tokenizer, paths[1], dtype)
-    return paths[0], paths[1]
+    for path in (of_transformer, of_tokenizer):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(transformer, of_transformer, dtype, transformer.FLOAT32_TENSORS, more)
+    write_tensors(tokenizer, of_tokenizer, dtype)
+    return of_transformer, of_tokenizer
 
 
 def switti_settings(config: SwittiConfig) -> dict[str, Any]:

@@ -45,12 +45,13 @@ def write_comparison(folders: Sequence[Path], output: Path) -> Path:
         script_hash=script_hash,
         names=list(runs),
         keys=keys,
+        notes=[f"{name}: {note}" for name, run in runs.items() for note in run.notes],
         ends=[
-            picture | {"title": name}
+            picture | {"title": f"{name}: {_begun(picture['title'])}", "names": run.row_names()}
             for name, run in runs.items()
             for picture in pictures.ends_and_between(run)[0][-1:]
         ],
-        row_names=next(iter(runs.values())).row_names(),
+        is_same=_draws_alike(list(runs.values())),
         charts=_charts(runs),
         numbers=_numbers(runs),
         settings=_differing(runs),
@@ -67,6 +68,17 @@ def _named(runs: Sequence[Run]) -> dict[str, Run]:
         if len(set(names)) == len(names):
             return dict(zip(names, runs, strict=True))
     raise ConfigError(f"the run '{runs[0].paths.path}' is given twice: give each run once")
+
+
+def _draws_alike(runs: Sequence[Run]) -> bool:
+    """Whether the pictures of the runs are of the same conditions, from the same seeds."""
+    drawn = [(run.row_names(), (run.config.get("run") or {}).get("eval_seed")) for run in runs]
+    return all(each == drawn[0] for each in drawn)
+
+
+def _begun(sentence: str) -> str:
+    """A sentence as the rest of another."""
+    return sentence[0].lower() + sentence[1:]
 
 
 def _spent(run: Run) -> dict[str, np.ndarray]:
@@ -130,7 +142,8 @@ def _numbers(runs: Mapping[str, Run]) -> list[dict[str, Any]]:
         },
     ]
     for key in ["eval_reward", *_metrics(runs), "kl_per_image"]:
-        rows.append({"label": _title(runs, key), "values": [_last(run, key) for run in runs.values()]})
+        label = _title(runs, key) + (", in the last step" if key == "kl_per_image" else "")
+        rows.append({"label": label, "values": [_last(run, key) for run in runs.values()]})
     return rows
 
 

@@ -32,7 +32,7 @@ def write_model_card(
     sampling: SamplingConfig,
     base: str | None = None,
     repository: str | None = None,
-    is_official: bool = False,
+    official: tuple[str, str] | None = None,
     is_prompted: bool = False,
 ) -> Path:
     """Write `README.md`, and from a run `samples.png` and `curves.png`, into a model's folder.
@@ -43,7 +43,8 @@ def write_model_card(
         sampling: how the model is sampled by default.
         base: the model that this is a copy of; a run itself names the model that it started from.
         repository: "owner/name", where the model is going to be pushed.
-        is_official: whether the folder holds the official code's files instead of nextscale's.
+        official: names of the transformer's and the tokenizer's files, where the folder holds those of the
+            official code and not nextscale's.
         is_prompted: whether it is a model of prompts and not of classes.
 
     Returns:
@@ -71,7 +72,7 @@ def write_model_card(
         base=_base_link(base) if base else None,
         licence=_licence(base),
         repository=repository,
-        is_official=is_official,
+        official=official,
         is_prompted=is_prompted,
         sampling=sampling.told(),
         run=run,
@@ -178,7 +179,7 @@ def _results(run: Run) -> tuple[str, list[tuple[str, str, str]]]:
         if (ends := run.ends(key))
     ]
     if kl := run.values("kl_per_image"):
-        rows.append((f"KL to {run.kl_to}, nats an image", "", _number(kl[-1])))
+        rows.append((f"KL to {run.kl_to}, nats an image, in the last step", "", _number(kl[-1])))
     return source, rows
 
 

@@ -54,7 +54,7 @@ def _price(run: Run) -> str:
         change = diversity[1] / diversity[0] - 1
         told.append(f"diversity {pair(*diversity, ' to ')} ({change:+.0%})".replace("%", " %"))
     if kl:
-        told.append(f"a KL of {number(kl[-1])} nats an image to {run.kl_to}")
+        told.append(f"a KL of {number(kl[-1])} nats an image to {run.kl_to} in the last step")
     return f" The price: {' and '.join(told)}." if told else ""
 
 
@@ -77,7 +77,8 @@ def facts(run: Run) -> list[Fact]:
     source = "evaluation" if run.ends("eval_reward") else "training"
     if change:
         name = "reward" if source == "evaluation" else "training reward"
-        hint = source + ("" if math.isnan(change[2]) else f", {(change[1] - change[0]) / change[2]:+.1f} sd")
+        moved = round((change[1] - change[0]) / change[2], 1) + 0.0  # and no -0.0
+        hint = source + ("" if math.isnan(moved) else f", {moved:+.1f} sd")
         sentence = f"In {steps}{took} the {name} went from {pair(*change[:2], ' to ')}."
         found.append(Fact(sentence, "Reward", pair(*change[:2]), hint))
     else:
@@ -107,9 +108,9 @@ def facts(run: Run) -> list[Fact]:
         found.append(Fact(sentence, "Diversity", pair(*ends), "evaluation"))
     if kl := run.values("kl_per_image"):
         value = number(kl[-1])
-        sentence = f"KL to {run.kl_to}: {value} nats an image."
+        sentence = f"KL to {run.kl_to}: {value} nats an image, in the last step."
         name = "KL to base" if run.kl_to == BASE_MODEL else "KL to reference"
-        found.append(Fact(sentence, name, value, "nats an image"))
+        found.append(Fact(sentence, name, value, "nats an image, in the last step"))
     if spent:
         found.append(Fact("", "Training time", duration(spent), f"{steps}{place}"))
     if spent and images:
@@ -150,11 +151,13 @@ def _is_hacking(run: Run) -> bool:
 
 
 def _moved_styles(run: Run) -> list[tuple[str, float, float]]:
-    """The style whose share rose most and the one whose share fell most: name, first share, last share."""
+    """The style whose share rose most (of several, the commonest), and the one whose share fell most, if one
+    did: name, first share, last share."""
     names = run.names(r"eval_judge/style/(.+)")
     styles = [(name, *ends) for name in names if (ends := run.ends(f"eval_judge/style/{name}"))]
-    styles.sort(key=lambda style: style[1] - style[2])
-    return styles if len(styles) < 2 else [styles[0], styles[-1]]
+    styles.sort(key=lambda style: (style[1] - style[2], -style[2]))
+    found = styles if len(styles) < 2 else [styles[0], styles[-1]]
+    return [each for i, each in enumerate(found) if i == 0 or each[1] != each[2]]
 
 
 def _attribute_facts(run: Run) -> list[Fact]:

@@ -46,7 +46,9 @@ SCORED: dict[bool, dict[str, Any]] = {
 }
 """The same to the prompt of a reward."""
 CLIP = "of the list, a repository of the hub, or a folder that the studio was started with"
-CURVES = ("reward", "eval_reward", "eval_diversity")
+CURVES = {"reward": "training", "eval_reward": "evaluation", "eval_diversity": "diversity"}
+"""Metrics that are drawn while a model trains, and what they are called."""
+COLOURS = {"training": "#60a5fa", "evaluation": "#2563eb", "diversity": "#d97706"}
 # Gradio's own orange and greys have too little contrast for small print (WCAG asks for 4.5 to 1). No theme
 # can give the chosen tab another colour in dark mode, hence the CSS.
 THEME = Default(primary_hue="blue").set(
@@ -93,26 +95,27 @@ def build(models: Models) -> gr.Blocks:
     """
     with gr.Blocks(title="nextscale studio", analytics_enabled=False) as page:
         gr.Markdown("# nextscale studio")
-        with gr.Tab("Draw"):
-            draw_tab(page, models)
+        with gr.Tab("Draw") as tab:
+            draw_tab(page, tab, models)
         with gr.Tab("Score"):
             score_tab(models)
         with gr.Tab("Tune"):
             tune_tab(models)
-        with gr.Tab("Runs"):
-            runs_tab(page, models)
+        with gr.Tab("Runs") as tab:
+            runs_tab(page, tab, models)
     return page
 
 
 def picture_of(label: str, alt: str) -> gr.Image:
     """Where a picture will be shown; `alt` says what it is of to those who cannot see it."""
-    return gr.Image(label=label, type="pil", format="png", interactive=False, alt_text=alt)
+    buttons: Any = ["download", "fullscreen"]  # Gradio's third shares on its own site alone
+    return gr.Image(label=label, type="pil", format="png", interactive=False, alt_text=alt, buttons=buttons)
 
 
 # ---- draw
 
 
-def draw_tab(page: gr.Blocks, models: Models) -> None:
+def draw_tab(page: gr.Blocks, tab: gr.Tab, models: Models) -> None:
     """Two models side by side, from the same seed."""
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
@@ -168,7 +171,8 @@ def draw_tab(page: gr.Blocks, models: Models) -> None:
     def names() -> tuple[Any, Any]:
         return gr.update(choices=models.names()), gr.update(choices=["", *models.names()])
 
-    page.load(names, None, [base, tuned], api_visibility="private")
+    for looked_at in (page.load, tab.select):  # a run may have ended since
+        looked_at(names, None, [base, tuned], api_visibility="private")
     kind = gr.State(False)  # whether the page asks for prompts
 
     def turn(name: str, was_prompted: bool) -> tuple[Any, ...]:
@@ -298,7 +302,9 @@ def tune_tab(models: Models) -> None:
                 end = gr.Button("Stop")
         with gr.Column(scale=3):
             status = gr.Markdown("Nothing runs yet.")
-            curve = gr.LinePlot(x="step", y="value", color="metric", label="Reward and diversity", height=320)
+            # All colours are given: else only what the first drawing has would be drawn later.
+            drawn = {"x": "step", "y": "value", "color": "metric", "color_map": COLOURS}
+            curve = gr.LinePlot(**drawn, label="Reward and diversity", height=400)
             picture = picture_of(
                 "Samples", "Samples of the newest evaluation, a row for each class or prompt"
             )
@@ -336,7 +342,7 @@ def tune_tab(models: Models) -> None:
         if running is None or not running.is_running:
             return "Nothing runs."
         running.stop()
-        return "Stopping after the step in hand."
+        return running.status()
 
     def look(running: Training | None) -> tuple[Any, Any, Any]:
         if running is None:
@@ -359,9 +365,9 @@ def look_at(folder: Path) -> tuple[pd.DataFrame | None, Image.Image | None]:
     except NextscaleError:  # which has not logged anything yet
         return None, None
     parts = []
-    for key in CURVES:
+    for key, name in CURVES.items():
         steps, values = run.series(key)
-        parts.append(pd.DataFrame({"step": steps, "value": values, "metric": key}))
+        parts.append(pd.DataFrame({"step": steps, "value": values, "metric": name}))
     grids = run.paths.grids()
     whole = [part for part in parts if len(part)]
     newest: Image.Image | None = None
@@ -374,7 +380,7 @@ def look_at(folder: Path) -> tuple[pd.DataFrame | None, Image.Image | None]:
 # ---- runs
 
 
-def runs_tab(page: gr.Blocks, models: Models) -> None:
+def runs_tab(page: gr.Blocks, tab: gr.Tab, models: Models) -> None:
     """The runs in the folder, while they train and afterwards, each with its report."""
     names = models.run_names()
     with gr.Row():
@@ -385,9 +391,11 @@ def runs_tab(page: gr.Blocks, models: Models) -> None:
     def show(name: str | None) -> tuple[str, str]:
         if not name:
             return f"There are no runs in `{html.escape(str(models.runs))}` yet.", ""
-        paths = models.run(name)
-        text = summarize(paths.path)
-        content = render_report(paths.path)
+        try:
+            paths = models.run(name)
+            text, content = summarize(paths.path), render_report(paths.path)
+        except NextscaleError as error:  # in the place of what is shown, which is of another run
+            return html.escape(str(error)), ""
         frame = (
             f'<iframe title="Report of {html.escape(name)}" sandbox="allow-scripts" '
             f'style="width:100%;height:80vh;border:0" srcdoc="{html.escape(content)}"></iframe>'
@@ -398,10 +406,8 @@ def runs_tab(page: gr.Blocks, models: Models) -> None:
         found = models.run_names()
         return gr.update(choices=found, value=name if name in found else found[0] if found else None)
 
-    chosen.change(told(show), chosen, [summary, report], api_visibility="private")
-    again.click(names_now, chosen, chosen, api_visibility="private").then(
-        told(show), chosen, [summary, report], api_visibility="private"
-    )
-    page.load(names_now, chosen, chosen, api_visibility="private").then(
-        told(show), chosen, [summary, report], api_visibility="private"
-    )
+    chosen.change(show, chosen, [summary, report], api_visibility="private")
+    for looked_at in (again.click, page.load, tab.select):
+        looked_at(names_now, chosen, chosen, api_visibility="private").then(
+            show, chosen, [summary, report], api_visibility="private"
+        )

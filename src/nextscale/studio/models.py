@@ -172,9 +172,10 @@ class Frame:
 
 
 def words_of(pipe: VARPipeline, text: str) -> list[str]:
-    """What a field of the page asks for: classes with commas between, or a prompt a line."""
+    """What a field of the page asks for: classes with commas or lines between, or a prompt a line."""
     # Not `splitlines`: that cuts at U+2028 and its like, which a prompt may hold.
-    parts = text.split(",") if pipe.num_classes else text.replace("\r\n", "\n").split("\n")
+    lines = text.replace("\r\n", "\n").split("\n")
+    parts = [part for line in lines for part in line.split(",")] if pipe.num_classes else lines
     return [each.strip() for each in parts if each.strip()]
 
 

@@ -31,11 +31,13 @@ class Training:
         paths: of the run.
         process: that trains.
         log: where what it says is written.
+        is_stopping: whether it was asked to stop.
     """
 
     paths: RunPaths
     process: "subprocess.Popen[bytes]" = field(repr=False)
     log: Path
+    is_stopping: bool = False
 
     @property
     def is_running(self) -> bool:
@@ -43,14 +45,17 @@ class Training:
         return self.process.poll() is None
 
     def stop(self) -> None:
-        """Let the step in hand end, write a checkpoint and end the run. A second call ends it at once."""
-        if self.is_running:
+        """Let the step in hand end, write a checkpoint and end the run. A second signal would end it at once,
+        without one, so it is not sent."""
+        if self.is_running and not self.is_stopping:
             self.process.send_signal(signal.SIGINT)
+            self.is_stopping = True
 
     def status(self) -> str:
         """What to tell of it."""
         if self.is_running:
-            return f"Running: {self.paths.path.name}"
+            doing = "Stopping after the step in hand" if self.is_stopping else "Running"
+            return f"{doing}: {self.paths.path.name}"
         code = self.process.returncode
         if code == 0:
             return f"Done: {self.paths.path.name}. Its model can be chosen in Draw, its report is in Runs."

@@ -75,7 +75,8 @@ def read_row(trial: Trial, aim: str = "reward") -> Row:
                     f"'{trial.experiment}'{did_you_mean(aim, known)}; what was run is kept"
                 )
             kl = record.get("kl_per_image", math.nan) if run.kl_to == BASE_MODEL else math.nan
-            curve.append((images, seconds, record[aim], kl))
+            reached = math.nan if record[aim] is None else record[aim]
+            curve.append((images, seconds, reached, kl))
     last = {"images": images, "seconds": seconds}
     if not math.isnan(kl := curve[-1][3]):
         last["kl"] = kl
