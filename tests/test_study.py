@@ -202,6 +202,17 @@ def test_a_study_runs_and_is_not_repeated(tmp_path: Path, capfd: pytest.CaptureF
     assert main(words) == 0
     assert (runs / "painting/plain/3/evaluation.json").stat().st_mtime_ns == before
     assert "2 runs, 2 of them done" in capfd.readouterr().out
+    # Other images: it is measured again, and trained no more. Other options: it is run again.
+    trained = (runs / "painting/plain/3/metrics.jsonl").stat().st_mtime_ns
+    path.write_text(
+        path.read_text().replace("num_images: 16", "num_images: 24").replace("scales: 2", "scales: 3")
+    )
+    assert main(words) == 0
+    out = capfd.readouterr().out
+    assert "2 runs, 0 of them done" in out
+    assert json.loads((runs / "painting/plain/3/evaluation.json").read_text())["num_images"] == 24
+    assert (runs / "painting/plain/3/metrics.jsonl").stat().st_mtime_ns == trained
+    assert "train_scales: 3" in (runs / "painting/coarse/3/config.yaml").read_text()
 
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(

@@ -38,10 +38,10 @@ def run(args: Namespace) -> int:
             print(shlex.join(["nextscale", *trial.words()]))
         return 0
     from nextscale.study.results import write_results
-    from nextscale.study.runner import run_trials
+    from nextscale.study.runner import is_measured, run_trials
 
     failed = run_trials(study, chosen, args.jobs, partial(print, flush=True))
-    done = [trial for trial in every if trial.evaluation.exists()]
+    done = [trial for trial in every if is_measured(study, trial)]
     if not done:
         raise ConfigError(f"no run has ended: {failed[0]}")
     for path in write_results(study, done, args.output or args.study.parent):

@@ -64,7 +64,7 @@ class Trial:
     """One run of a study.
 
     Attributes:
-        folder: of the run; `evaluation.json` in it says that it is done.
+        folder: of the run, and of what was measured of it.
         evaluates: whether its recipe needs the evaluations of training; else there are none.
     """
 
@@ -86,8 +86,22 @@ class Trial:
         """Where its measurements are written."""
         return self.folder / "evaluation.json"
 
+    @property
+    def config(self) -> Path:
+        """The recipe that was run, once it was."""
+        return self.folder / "config.yaml"
+
+    def load(self) -> Recipe:
+        """The recipe that is to be run."""
+        return load_recipe(self.recipe, self.options())
+
     def words(self) -> list[str]:
         """The words of its `nextscale train`."""
+        pairs = ((f"--{key}", value) for key, value in self.options().items())
+        return ["train", self.recipe, *(word for pair in pairs for word in pair)]
+
+    def options(self) -> dict[str, str]:
+        """What differs from its recipe, as it is given on the command line."""
         # What its recipe or its variant needs to be measured on the way is.
         needless = {"run.save_steps": 0} | ({} if self.evaluates else {"run.eval_steps": 0})
         own = {
@@ -97,10 +111,7 @@ class Trial:
             "run.report_to": "none",
             "run.disable_tqdm": True,
         }
-        words = ["train", self.recipe]
-        for key, value in (needless | self.overrides | own).items():
-            words += [f"--{key}", _text(value)]
-        return words
+        return {key: _text(value) for key, value in (needless | self.overrides | own).items()}
 
 
 def read_study(path: Path) -> Study:

@@ -6,7 +6,10 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from nextscale.base.errors import TrainingError
+from nextscale.base.errors import ConfigError, NextscaleError, TrainingError
+from nextscale.config.build import resolve
+from nextscale.config.recipe import load_recipe, to_yaml
+from nextscale.runs.reader import read_object
 from nextscale.study.plan import Study, Trial
 
 
@@ -18,7 +21,7 @@ def run_trials(
     Args:
         jobs: how many at once. With more than one, each gets one thread: a run's numbers depend on threads.
     """
-    left = [trial for trial in chosen if not trial.evaluation.exists()]
+    left = [trial for trial in chosen if not is_measured(study, trial)]
     say(f"{len(chosen)} runs, {len(chosen) - len(left)} of them done")
     failed: list[str] = []
 
@@ -36,18 +39,41 @@ def run_trials(
 
 
 def run_trial(study: Study, trial: Trial, jobs: int = 1) -> None:
-    """Train, then measure the final model.
+    """Train if that is not done, then measure the final model.
 
     Raises:
         TrainingError: a command failed; its last line.
     """
-    final, config = trial.folder / "final", trial.folder / "config.yaml"
+    final, config = trial.folder / "final", trial.config
     measure = ["evaluate", str(final), "--recipe", str(config), "--num-images", str(study.num_images)]
     measure += ["--seed", str(study.eval_seed), "--output", str(trial.evaluation)]
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
-    for words in (trial.words(), measure):
+    for words in [measure] if is_trained(trial) else [trial.words(), measure]:
         command = [sys.executable, "-m", "nextscale", *words]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode:
             last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
             raise TrainingError(last.removeprefix("nextscale: error: "))
+
+
+def is_trained(trial: Trial) -> bool:
+    """Whether its folder has the final model of a run with the options that it has now."""
+    if not (trial.folder / "final").is_dir():
+        return False
+    try:
+        ran, asked = load_recipe(trial.config), resolve(trial.load())
+    except NextscaleError:  # then training will tell
+        return False
+    lasting = asked.replace(run=asked.run.replace(resume=None, overwrite=False))
+    return to_yaml(ran) == to_yaml(lasting)
+
+
+def is_measured(study: Study, trial: Trial) -> bool:
+    """Whether it is trained, and measured on the images that the study asks for."""
+    if not trial.evaluation.is_file() or not is_trained(trial):
+        return False
+    try:
+        measured = read_object(trial.evaluation)
+    except ConfigError:  # it was cut off
+        return False
+    return measured.get("num_images", 0) >= study.num_images and measured.get("seed") == study.eval_seed
