@@ -56,6 +56,20 @@ class Drawn:
             seconds={name: sum(each.seconds[name] for each in parts) for name in parts[0].seconds},
         )
 
+    def select(self, index_B: Tensor) -> "Drawn":
+        """These of the images, in this order."""
+        here_B = index_B.to(self.tokens.device)
+        return Drawn(
+            conditions=[self.conditions[i] for i in index_B.tolist()],
+            conditioning=self.conditioning.select(here_B),
+            tokens=self.tokens[here_B],
+            log_probs=self.log_probs[here_B],
+            expected_codes=self.expected_codes[here_B],
+            inputs=self.inputs[here_B],
+            images=self.images[here_B],
+            seconds=self.seconds,
+        )
+
 
 @torch.no_grad()
 def draw_batches(

@@ -45,19 +45,9 @@ class Rollout(Drawn):
         num = len(self.images)
         order_B = torch.arange(num)
         order_B[list(rows)] = torch.arange(num, num + len(rows))
-        both, scores = Drawn.cat([self, others]), cat_by_name([self.scores, others.scores])
-        here_B = order_B.to(both.tokens.device)
-        return Rollout(
-            conditions=[both.conditions[i] for i in order_B.tolist()],
-            conditioning=both.conditioning.select(here_B),
-            tokens=both.tokens[here_B],
-            log_probs=both.log_probs[here_B],
-            expected_codes=both.expected_codes[here_B],
-            inputs=both.inputs[here_B],
-            images=both.images[here_B],
-            seconds=both.seconds,
-            scores={name: each[order_B] for name, each in scores.items()},
-        )
+        drawn = Drawn.cat([self, others]).select(order_B)
+        scores = cat_by_name([self.scores, others.scores])
+        return Rollout(**vars(drawn), scores={name: each[order_B] for name, each in scores.items()})
 
 
 def step_conditions(

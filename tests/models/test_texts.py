@@ -13,7 +13,7 @@ from nextscale.base.errors import CheckpointError, ConfigError
 from nextscale.models import texts
 from nextscale.models.protocol import Conditioning
 from nextscale.models.switti import Switti, SwittiConfig
-from nextscale.models.texts import Projected, TokensAndPooled, switti_encoder
+from nextscale.models.texts import Projected, TokensAndPooled
 from nextscale.models.var_clip import VARClip, VARClipConfig
 from nextscale.toy.train_clip import text_tokenizer
 
@@ -112,7 +112,7 @@ def test_embeddings_of_a_repositorys_networks_are_kept_on_disk(
         return made
 
     of = dict(zip(("owner/a", "owner/b"), folders, strict=True))
-    monkeypatch.setattr(texts, "_tokenizer", lambda source: text_tokenizer(Path(of[source])))
+    monkeypatch.setattr(texts, "load_tokenizer", lambda source: text_tokenizer(Path(of[source])))
     first = encoder()(["moon"])
     (file,) = (tmp_path / "cache").rglob("*.safetensors")
     again = encoder()
@@ -171,7 +171,7 @@ def test_copies_of_a_model_share_its_encoder(folders: tuple[str, str]) -> None:
 
 def test_an_encoder_that_cannot_be_loaded() -> None:
     with pytest.raises(CheckpointError, match="text encoder 'no/such' cannot be loaded"):
-        switti_encoder(["no/such"])(["moon"])
+        TokensAndPooled(["no/such"])(["moon"])
 
 
 @pytest.mark.parametrize(

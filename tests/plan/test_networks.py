@@ -21,7 +21,7 @@ from nextscale.config import rehearsal
 from nextscale.config.recipe import load_recipe
 from nextscale.grpo import GRPOConfig
 from nextscale.models.switti import SwittiConfig
-from nextscale.models.texts import CLIP_L, SWITTI_ENCODERS, clip_encoder, switti_encoder
+from nextscale.models.texts import CLIP_L, SWITTI_ENCODERS, Projected, TokensAndPooled
 from nextscale.models.vqvae import VQVAEConfig
 from nextscale.models.zoo import TOY_ASSETS
 from nextscale.plan.counting import count, without_data
@@ -60,16 +60,16 @@ def test_the_networks_of_text_rewards(name, millions):
 
 def test_the_text_encoders_of_published_models():
     """Of the bigger one OpenCLIP publishes 694.66 million with the projection, which Switti leaves out."""
-    towers = text_networks(switti_encoder(SWITTI_ENCODERS))
+    towers = text_networks(TokensAndPooled(SWITTI_ENCODERS))
     assert [*towers] == [*SWITTI_ENCODERS]
     clip = on_meta(lambda: CLIPModel(backbone_config(CLIP_L)))
     assert size_of(on_meta(towers[CLIP_L])) == size_of(clip.text_model)
     big = size_of(on_meta(towers[SWITTI_ENCODERS[1]]))
     assert (big + 1280**2) / 1e6 == pytest.approx(694.66, abs=0.005)
-    projected = on_meta(text_networks(clip_encoder(CLIP_L, "gelu"))[CLIP_L])
+    projected = on_meta(text_networks(Projected(CLIP_L, "gelu"))[CLIP_L])
     assert isinstance(projected, CLIPTextModelWithProjection)
     assert size_of(projected) == size_of(clip.text_model) + size_of(clip.text_projection)
-    assert text_networks(None) == {} and text_networks(switti_encoder(["no/such"])) == {"no/such": None}
+    assert text_networks(None) == {} and text_networks(TokensAndPooled(["no/such"])) == {"no/such": None}
 
 
 def trocr(folder: Path) -> Path:
@@ -144,7 +144,7 @@ def test_a_plan_counts_the_text_encoder_and_both_networks_of_geneval(tmp_path, m
 
     backbones, guided = {"a": detector, "a, toy": "toy"}, SamplingConfig(guidance_scale=1.5)
     one = make_plan(SWITTI, VQVAE, backbones, grpo, guided, RunConfig(), "h100-80gb")
-    tower = switti_encoder(["toy-text"]).load(str(TOY_ASSETS / "clip_text"))
+    tower = TokensAndPooled(["toy-text"]).load(str(TOY_ASSETS / "clip_text"))
     num = size_of(tower)
     assert one.parameters["text of toy-text"] == num and "text of toy-text 113152" in describe(one)
     # On a GPU only while prompts are encoded, which is before there are gradients; the widest of what is made

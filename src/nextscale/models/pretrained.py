@@ -115,6 +115,16 @@ def build_frozen(
     return cast("Model", cast("nn.Module", model).eval().requires_grad_(False))
 
 
+def load_tokenizer(name: str | Path) -> Any:
+    """The tokenizer in a folder or hub repository.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    with loading("tokenizer", name):
+        return transformers.AutoTokenizer.from_pretrained(str(name))
+
+
 def follow(network: nn.Module, images: Tensor) -> bool:
     """Move a network to the images' device; returns whether it was on another one."""
     is_elsewhere = next(network.parameters()).device != images.device

@@ -25,7 +25,7 @@ from nextscale.models.attention import AttentionByScale, KVCache
 from nextscale.models.layers import NORM_EPS, as_stored, last_weight
 from nextscale.models.protocol import Conditioning
 from nextscale.models.scales import ScaleSchedule, ScaleSizes
-from nextscale.models.texts import SWITTI_ENCODERS, TextEncoder, switti_encoder
+from nextscale.models.texts import SWITTI_ENCODERS, TextEncoder, TokensAndPooled
 from nextscale.models.transformer import BlockTransformer, init_adaln
 
 CROP_SIZE = 512
@@ -332,7 +332,7 @@ class Switti(BlockTransformer):
 
     def __init__(self, config: SwittiConfig, text_encoder: TextEncoder | None = None) -> None:
         super().__init__(config)
-        self.text_encoder = text_encoder or switti_encoder(config.text_encoders)
+        self.text_encoder = text_encoder or TokensAndPooled(config.text_encoders)
         width = config.width
         self.text_pooler = nn.Linear(config.pooled_width, width)
         self.lvl_embed = nn.Embedding(self.schedule.num_scales, width)

@@ -24,7 +24,7 @@ from torch import Tensor
 from nextscale.base.files import cache_folder, replacing
 from nextscale.base.tensors import save_tensors
 from nextscale.models.embedded import CLIPS
-from nextscale.models.pretrained import load_frozen, loading
+from nextscale.models.pretrained import load_frozen, load_tokenizer, loading
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class TextEncoder(ABC):
     @contextlib.contextmanager
     def _on(self, device: torch.device | str) -> Any:
         if not self._networks:
-            self._networks = [(self.load(source), _tokenizer(source)) for source in self.sources]
+            self._networks = [(self.load(source), load_tokenizer(source)) for source in self.sources]
         for network, _ in self._networks:
             network.to(device)
         try:
@@ -210,23 +210,6 @@ class Projected(TextEncoder):
         [(network, tokenizer)] = networks
         tokens = _tokens(text, network, tokenizer, is_padded=False)
         return {"embeds": F.normalize(network(tokens["input_ids"]).text_embeds.float(), dim=-1)[0]}
-
-
-def switti_encoder(names: Sequence[str]) -> TextEncoder:
-    """Switti's, of these networks."""
-    return TokensAndPooled(names)
-
-
-def clip_encoder(name: str, activation: str | None) -> TextEncoder:
-    """VAR-CLIP's, of this CLIP."""
-    return Projected(name, activation)
-
-
-def _tokenizer(source: str) -> Any:
-    from transformers import AutoTokenizer
-
-    with loading("tokenizer", source):
-        return AutoTokenizer.from_pretrained(source)
 
 
 def _tokens(text: str, network: Any, tokenizer: Any, *, is_padded: bool) -> Any:

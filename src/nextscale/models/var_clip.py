@@ -15,7 +15,7 @@ from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError
 from nextscale.models.layers import as_stored
 from nextscale.models.protocol import Conditioning
-from nextscale.models.texts import CLIP_L, TextEncoder, clip_encoder
+from nextscale.models.texts import CLIP_L, Projected, TextEncoder
 from nextscale.models.var import VARSizes, VARStack
 
 
@@ -42,7 +42,7 @@ class VARClip(VARStack):
 
     def __init__(self, config: VARClipConfig, text_encoder: TextEncoder | None = None) -> None:
         super().__init__(config)
-        self.text_encoder = text_encoder or clip_encoder(config.text_encoder, config.text_activation)
+        self.text_encoder = text_encoder or Projected(config.text_encoder, config.text_activation)
 
     def add_condition_layers(self) -> None:
         self.cond_proj = nn.Linear(self.config.text_width, self.config.width)

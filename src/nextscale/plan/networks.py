@@ -14,8 +14,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForObjectDetection,
-    AutoModelForUniversalSegmentation,
     CLIPConfig,
     CLIPModel,
     Mask2FormerConfig,
@@ -29,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MA
 from nextscale.models.texts import TextEncoder
 from nextscale.rewards.geneval import DEFAULT_DETECTOR
 from nextscale.rewards.networks.backbones import backbone_config, model_type
-from nextscale.rewards.networks.detection import MASKED, input_shape, read_preparation
+from nextscale.rewards.networks.detection import MASKED, input_shape, network_class, read_preparation
 from nextscale.rewards.ocr import DEFAULT_READER, MOST_TOKENS
 
 
@@ -73,9 +71,7 @@ class DetectorNetwork(Network):
     size: Any
 
     def build(self) -> Any:
-        has_masks = self.config.model_type in MASKED
-        kind: Any = AutoModelForUniversalSegmentation if has_masks else AutoModelForObjectDetection
-        return kind.from_config(self.config)
+        return network_class(self.config).from_config(self.config)
 
     def run(self, num_images: int, image_size: int) -> Callable[[], object]:
         network = self.build().eval()

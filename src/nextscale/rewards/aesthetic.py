@@ -20,7 +20,7 @@ from nextscale.base.tensors import read_state_dict
 from nextscale.models import zoo
 from nextscale.models.pretrained import follow, web_file
 from nextscale.rewards.networks.clip import load_clip
-from nextscale.rewards.protocol import Reward, RewardConfig
+from nextscale.rewards.protocol import RewardConfig
 
 DEFAULT_HEAD = "laion-v2-l14"
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"  # for a head that is given as a file
@@ -157,15 +157,13 @@ class AestheticConfig(RewardConfig):
     """Aesthetic predictor: how people would rate an image, about 1 to 10."""
 
     main_option = "head"
+    reward = Aesthetic
 
     kind: Literal["aesthetic"] = "aesthetic"
     head: str = DEFAULT_HEAD
     """Head of the predictor: "toy", one of LAION's by name such as "laion-v2-l14", or a file."""
     clip: str | None = None
     """CLIP: "toy", a folder or a hub repository; an aesthetic head comes with its own by default."""
-
-    def make(self) -> Reward:
-        return Aesthetic(**self.options())
 
     @property
     def backbone(self) -> str | None:

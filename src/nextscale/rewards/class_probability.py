@@ -13,7 +13,7 @@ from nextscale.base.errors import ConfigError
 from nextscale.base.records import did_you_mean
 from nextscale.models.pretrained import follow, load_frozen
 from nextscale.rewards.networks.preprocessing import read_preprocessing
-from nextscale.rewards.protocol import Reward, RewardConfig
+from nextscale.rewards.protocol import RewardConfig
 
 Match = Literal["name", "label"]
 DEFAULT_MATCH: Match = "name"
@@ -88,15 +88,13 @@ class ClassProbabilityConfig(RewardConfig):
     """Probability of the requested class under an image classifier."""
 
     main_option = "classifier"
+    reward = ClassProbability
 
     kind: Literal["class_probability"] = "class_probability"
     classifier: str
     """Image classifier of transformers: a folder or a hub repository."""
     match: Match = DEFAULT_MATCH
     """How the classifier's class is found: by the condition's "name", or by its "label"."""
-
-    def make(self) -> Reward:
-        return ClassProbability(**self.options())
 
     @property
     def backbone(self) -> str | None:

@@ -14,7 +14,7 @@ from nextscale.models.class_names import imagenet_names
 from nextscale.rewards.clip_score import DEFAULT_CLIP
 from nextscale.rewards.networks.clip import load_clip
 from nextscale.rewards.networks.prompts import DEFAULT_PROMPT, check_prompts
-from nextscale.rewards.protocol import Reward, RewardConfig
+from nextscale.rewards.protocol import RewardConfig
 
 IMAGENET = "imagenet"
 
@@ -80,6 +80,7 @@ class ClipClassConfig(RewardConfig):
     """How sure a CLIP is of the class, among others."""
 
     main_option = "among"
+    reward = ClipClass
 
     kind: Literal["clip_class"] = "clip_class"
     among: str | tuple[str, ...]
@@ -88,9 +89,6 @@ class ClipClassConfig(RewardConfig):
     """Prompt such as "a photo of a {label}"; for CLIP, also a list whose mean counts."""
     clip: str = DEFAULT_CLIP
     """CLIP: "toy", a folder or a hub repository; an aesthetic head comes with its own by default."""
-
-    def make(self) -> Reward:
-        return ClipClass(**self.options())
 
     @property
     def backbone(self) -> str | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from nextscale.base.conditions import Condition
 from nextscale.rewards.networks.clip import load_clip
 from nextscale.rewards.networks.prompts import DEFAULT_PROMPT, check_prompts
-from nextscale.rewards.protocol import Reward, RewardConfig
+from nextscale.rewards.protocol import RewardConfig
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
 
@@ -48,6 +48,7 @@ class ClipScoreConfig(RewardConfig):
     """CLIP score: how well an image fits a prompt."""
 
     main_option = "prompt"
+    reward = ClipScore
 
     kind: Literal["clip_score"] = "clip_score"
     prompt: str | tuple[str, ...] = DEFAULT_PROMPT
@@ -56,9 +57,6 @@ class ClipScoreConfig(RewardConfig):
     """CLIP: "toy", a folder or a hub repository; an aesthetic head comes with its own by default."""
     negative: str | tuple[str, ...] | None = None
     """Prompts whose mean score is subtracted."""
-
-    def make(self) -> Reward:
-        return ClipScore(**self.options())
 
     @property
     def backbone(self) -> str | None:

@@ -18,7 +18,7 @@ from nextscale.base.errors import ConfigError
 from nextscale.rewards.clip_score import DEFAULT_CLIP
 from nextscale.rewards.groups import GroupReward
 from nextscale.rewards.networks.clip import load_clip
-from nextscale.rewards.protocol import Reward, RewardConfig
+from nextscale.rewards.protocol import RewardConfig
 
 PIXELS = 8  # of a side, to which images are shrunk where pixels are compared: layout and colours remain
 
@@ -110,6 +110,7 @@ class DiversityConfig(RewardConfig):
     """Diversity: how much an image differs from the others of its group."""
 
     main_option = "features"
+    reward = Diversity
 
     kind: Literal["diversity"] = "diversity"
     features: Literal["clip", "pixels"] = "clip"
@@ -126,9 +127,6 @@ class DiversityConfig(RewardConfig):
         if self.features != "clip" and self.clip != DEFAULT_CLIP:
             raise ValueError(f"clip '{self.clip}' has no effect on {self.features}: remove it")
         return self
-
-    def make(self) -> Reward:
-        return Diversity(**self.options())
 
     @property
     def backbone(self) -> str | None:

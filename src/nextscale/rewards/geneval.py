@@ -22,7 +22,7 @@ from nextscale.base.errors import RewardError
 from nextscale.rewards.clip_score import DEFAULT_CLIP
 from nextscale.rewards.networks.clip import load_clip
 from nextscale.rewards.networks.detection import Detector, Found
-from nextscale.rewards.protocol import Reward, RewardConfig
+from nextscale.rewards.protocol import RewardConfig
 
 DEFAULT_DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -224,6 +224,7 @@ class GenEvalConfig(RewardConfig):
     """Whether an image has the objects, numbers, colours and positions asked for, by GenEval's protocol."""
 
     main_option = "detector"
+    reward = GenEval
 
     kind: Literal["geneval"] = "geneval"
     detector: str = DEFAULT_DETECTOR
@@ -232,9 +233,6 @@ class GenEvalConfig(RewardConfig):
     """CLIP: "toy", a folder or a hub repository; an aesthetic head comes with its own by default."""
     partial: bool = False
     """Give the share of what is asked for that is there; GenEval's own score is 1 for all of it, else 0."""
-
-    def make(self) -> Reward:
-        return GenEval(**self.options())
 
     @property
     def backbone(self) -> str | None:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import CheckpointError
-from nextscale.models.pretrained import hub_file
-from nextscale.rewards.networks.clip import Clip, load_tokenizer
+from nextscale.models.pretrained import hub_file, load_tokenizer
+from nextscale.rewards.networks.clip import Clip
 from nextscale.rewards.networks.open_clip import load_open_clip
 from nextscale.rewards.networks.preprocessing import Preprocessing
 from nextscale.rewards.networks.prompts import DEFAULT_PROMPT, check_prompts

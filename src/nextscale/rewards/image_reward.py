@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import CheckpointError
 from nextscale.base.tensors import read_state_dict, shape_of
-from nextscale.models.pretrained import follow, hub_file
+from nextscale.models.pretrained import follow, hub_file, load_tokenizer
 from nextscale.rewards.networks.blip import build_text_encoder, build_vision_encoder
-from nextscale.rewards.networks.clip import load_tokenizer
 from nextscale.rewards.networks.preprocessing import clip_preprocessing
 from nextscale.rewards.networks.prompts import DEFAULT_PROMPT, check_prompts, fill
 from nextscale.rewards.preference import PreferenceConfig

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import CheckpointError, RewardError
-from nextscale.models.pretrained import follow, load_frozen, loading
+from nextscale.models.pretrained import follow, load_frozen, load_tokenizer, loading
 from nextscale.rewards.networks.preprocessing import read_preprocessing
 from nextscale.rewards.protocol import Reward, RewardConfig
 
@@ -118,8 +118,7 @@ class Reader:
             )
         self.model = load_frozen(transformers.VisionEncoderDecoderModel, "text reader", name)
         self.prepare = read_preprocessing(name)
-        with loading("tokenizer", name):
-            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(str(name))
+        self.tokenizer: Any = load_tokenizer(name)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> list[str]:

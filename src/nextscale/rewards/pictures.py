@@ -18,7 +18,7 @@ from nextscale.rewards.clip_score import DEFAULT_CLIP
 from nextscale.rewards.diversity import mean_to_others
 from nextscale.rewards.groups import GroupReward
 from nextscale.rewards.networks.clip import load_clip
-from nextscale.rewards.protocol import Reward, RewardConfig
+from nextscale.rewards.protocol import RewardConfig
 
 BANDWIDTH = 0.4
 
@@ -102,6 +102,7 @@ class PicturesConfig(RewardConfig):
     """Pictures as the aim: near to those in a folder, and apart from one another."""
 
     main_option = "folder"
+    reward = Pictures
 
     kind: Literal["pictures"] = "pictures"
     folder: str
@@ -111,9 +112,6 @@ class PicturesConfig(RewardConfig):
     """CLIP: "toy", a folder or a hub repository; an aesthetic head comes with its own by default."""
     bandwidth: float = Field(default=BANDWIDTH, ge=0.01, allow_inf_nan=False)
     """Of the Gaussian by which embeddings, of length 1, are compared."""
-
-    def make(self) -> Reward:
-        return Pictures(**self.options())
 
     @property
     def backbone(self) -> str | None:

@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 from nextscale.rewards.networks.prompts import DEFAULT_PROMPT
-from nextscale.rewards.protocol import Reward, RewardConfig
+from nextscale.rewards.protocol import RewardConfig
 
 CLIP_H_TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
@@ -14,8 +14,6 @@ class PreferenceConfig(RewardConfig):
     main_option = "prompt"
     repository: ClassVar[str]
     """Where its weights are, unless `checkpoint` says otherwise."""
-    reward: ClassVar[type]
-    """What is made with these options."""
 
     prompt: str = DEFAULT_PROMPT
     """Prompt such as "a photo of a {label}"; for CLIP, also a list whose mean counts."""
@@ -23,9 +21,6 @@ class PreferenceConfig(RewardConfig):
     """Local folder (pick_score) or file (hps, image_reward) in place of the weights on the hub."""
     tokenizer: str = CLIP_H_TOKENIZER
     """Tokenizer of the text encoder: a folder or a hub repository."""
-
-    def make(self) -> Reward:
-        return self.reward(**self.options())
 
     @property
     def backbone(self) -> str | None:

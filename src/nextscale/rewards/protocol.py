@@ -1,6 +1,6 @@
 """What a reward is: a callable, and the record that describes one in a recipe."""
 
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Protocol, Self
 
 import numpy as np
@@ -58,6 +58,8 @@ class RewardConfig(Record):
 
     main_option: ClassVar[str]
     """The option that a recipe's short form `{clip_score: VALUE}` sets."""
+    reward: ClassVar[Callable[..., Reward]]
+    """What is made with these options, unless `make` does otherwise."""
 
     weight: float | None = Field(default=None, allow_inf_nan=False)
     """Weight in the sum of rewards that is trained on; 1 for a reward without another role."""
@@ -76,7 +78,7 @@ class RewardConfig(Record):
         Raises:
             NextscaleError: an option cannot be used, or weights cannot be loaded.
         """
-        raise NotImplementedError
+        return self.reward(**self.options())
 
     @property
     def backbone(self) -> str | None:

@@ -15,7 +15,6 @@ from nextscale.base.errors import RewardError
 from nextscale.base.images import to_pil
 from nextscale.base.records import FREE_ON_RESUME
 from nextscale.rewards.asking.client import RequestConfig, ScoringClient, png_base64
-from nextscale.rewards.protocol import Reward
 
 BATCH_SIZE = 32
 
@@ -81,12 +80,10 @@ class RemoteConfig(RequestConfig):
     """Server of yours that scores images (docs/rewards.md has the protocol)."""
 
     main_option = "url"
+    reward = Remote
 
     kind: Literal["remote"] = "remote"
     url: str
     """URL to POST to (remote), or base URL of an OpenAI-compatible API such as http://localhost:8000/v1."""
     batch_size: int = Field(default=BATCH_SIZE, ge=1, json_schema_extra=FREE_ON_RESUME)
     """Images per request."""
-
-    def make(self) -> Reward:
-        return Remote(**self.options())

@@ -19,7 +19,6 @@ from nextscale.base.records import FREE_ON_RESUME
 from nextscale.rewards.asking.client import RequestConfig, ScoringClient, png_base64
 from nextscale.rewards.asking.waiting import start_thread
 from nextscale.rewards.networks.prompts import FIELDS
-from nextscale.rewards.protocol import Reward
 
 QUESTION = "How good is this picture of a {label}?"
 SCORE_RANGE = (0.0, 10.0)
@@ -146,6 +145,7 @@ class VlmJudgeConfig(RequestConfig):
     """Vision-language model that rates each image."""
 
     main_option = "url"
+    reward = VlmJudge
 
     kind: Literal["vlm_judge"] = "vlm_judge"
     url: str
@@ -158,6 +158,3 @@ class VlmJudgeConfig(RequestConfig):
     """Lowest and highest score that the model may give."""
     concurrency: int = Field(default=CONCURRENCY, ge=1, json_schema_extra=FREE_ON_RESUME)
     """Number of simultaneous requests."""
-
-    def make(self) -> Reward:
-        return VlmJudge(**self.options())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nextscale.base.conditions import Condition
 from nextscale.base.images import read_image
 from nextscale.models.embedded import CLIPS
-from nextscale.models.pretrained import follow, load_frozen, loading
+from nextscale.models.pretrained import follow, load_frozen, load_tokenizer
 from nextscale.rewards.networks.preprocessing import Preprocessing, clip_preprocessing
 from nextscale.rewards.networks.prompts import fill
 
@@ -99,16 +99,6 @@ class Clip:
         image_BE = self.embed_images(images)
         texts = [self.embed_texts(fill(prompt, conditions)) for prompt in prompts]
         return torch.stack([(image_BE * text_BE).sum(-1) for text_BE in texts], dim=1)
-
-
-def load_tokenizer(name: str | Path) -> Any:
-    """The tokenizer in a folder or hub repository.
-
-    Raises:
-        CheckpointError: it cannot be loaded.
-    """
-    with loading("tokenizer", name):
-        return transformers.AutoTokenizer.from_pretrained(str(name))
 
 
 @lru_cache(maxsize=4)

@@ -40,6 +40,16 @@ class Found:
     mask: Tensor | None = None
 
 
+def network_class(config: Any) -> Any:
+    """The class of transformers for a detector with this configuration."""
+    has_masks = config.model_type in MASKED
+    return (
+        transformers.AutoModelForUniversalSegmentation
+        if has_masks
+        else transformers.AutoModelForObjectDetection
+    )
+
+
 class Detector:
     """Finds objects of the classes that it was trained on.
 
@@ -54,12 +64,7 @@ class Detector:
         with loading("detector", name):
             config = transformers.AutoConfig.from_pretrained(str(name))
         self.has_masks = config.model_type in MASKED
-        kind: Any = (
-            transformers.AutoModelForUniversalSegmentation
-            if self.has_masks
-            else transformers.AutoModelForObjectDetection
-        )
-        self.model = load_frozen(kind, "detector", name)
+        self.model = load_frozen(network_class(config), "detector", name)
         self.size, self.mean, self.std = read_preparation(name)
         names = self.model.config.id2label
         self.names = [str(names[i]) for i in range(len(names))]
