@@ -4,7 +4,7 @@ The package's own sampling, decoding and loss run on tensors without data (`coun
 model of their cost to maintain. docs/planning.md explains what is counted and what is assumed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from nextscale.models.scales import ScaleSchedule
 from nextscale.models.vqvae import VQVAE, VQVAEConfig
 from nextscale.plan.counting import Count
 from nextscale.plan.gpus import GPU, find_gpu
-from nextscale.plan.networks import ClipNetwork, find_network, text_networks
+from nextscale.plan.networks import ClipNetwork, Network, find_network, text_networks
 from nextscale.plan.phases import Phases, tuned_transformer
 from nextscale.policy import SamplingConfig
 from nextscale.reference import cast, reference_dtype
@@ -144,15 +144,13 @@ def make_plan(
     if run.mixed_precision == "auto":
         run = run.replace(mixed_precision="bf16" if (device.bfloat16 or 0) > device.float32 else "no")
     grpo.check_processes(num_gpus)
-    num_images = grpo.num_images
-    tuning = tuning or TuningConfig()
+    num_images, tuning = grpo.num_images, tuning or TuningConfig()
     tuned = tuned_transformer(transformer, tuning)
     weights, trained = _size(tuned), _size(tuned, is_trained=True)
     sizes = {"transformer": weights}
     if trained.parameters < weights.parameters:
         sizes["trained"] = trained
-    has_copy = grpo.needs_reference and not tuning.use_peft  # an adapter is switched off instead
-    if has_copy:
+    if grpo.needs_reference and not tuning.use_peft:  # an adapter is switched off instead
         dtype = reference_dtype(grpo, run.mixed_precision)
         sizes["reference"] = _size(cast(tuned_transformer(transformer, tuning), dtype))
     sizes["tokenizer"] = _size(_on_meta(lambda: VQVAE(tokenizer)))
@@ -163,30 +161,23 @@ def make_plan(
     of_texts = {f"text of {name}": build for name, build in encoders.items() if build}
     sizes |= {name: _size(_on_meta(build)) for name, build in of_texts.items()}
 
+    # What the phases cost: of this process the memory, of all together the operations.
     share = len(share_of(num_images, 0, num_gpus))  # the largest, which all wait for
     of = Phases(transformer, tokenizer, grpo, sampling, run, share, tuning, device.name != "cpu")
     is_alone = num_gpus == 1 and of.num_passes == 1  # the backward pass, before which there is no gradient
     scored_by = [networks[name] for name in backbones.values() if name in networks]
-    counts = {
-        "rollout": of.rollout(),
-        "decode": of.decode(),
-        "reward": of.reward(scored_by),
-        "reference": of.reference() if grpo.needs_reference else Count(),
-        "update": of.update(has_gradients=not is_alone),
-    }
-    if grpo.credit in WITH_SLOPES:
-        counts["credit"] = of.credit([each.config for each in scored_by if isinstance(each, ClipNetwork)])
-    flops = {name: each.flops * num_images / share for name, each in counts.items()}
+    counts = _counts(of, scored_by, is_alone=is_alone)
+    flops = {name: each.flops * num_images / share for name, each in counts.items() if name != "divergence"}
     flops["update"] -= flops["reference"]  # which runs inside the loss, once a rollout
     flops["update"] *= grpo.num_iterations
-    if grpo.kl_in_reward:
-        counts["divergence"] = of.divergence()
+    if "divergence" in counts:
         flops["update"] += counts["divergence"].flops * num_images / share
 
+    # What is there all the time.
     is_sharded = bool(run.fsdp) and num_gpus > 1
     shards = num_gpus if is_sharded else 1
     one_each = FLOAT32 * trained.parameters / shards
-    reference = sizes["reference"].num_bytes if has_copy else 0
+    reference = sizes["reference"].num_bytes if "reference" in sizes else 0
     is_offloaded = grpo.offload_reference and of.as_on_gpu
     waiting = reference - _size(tuned.head).num_bytes if is_offloaded else 0  # in main memory
     bytes_of_texts = sum(sizes[name].num_bytes for name in of_texts)
@@ -202,6 +193,8 @@ def make_plan(
         "text encoder": 0 if of.as_on_gpu else bytes_of_texts,
         "scored images": of.scored_bytes(),
     }
+
+    # What each phase needs besides.
     phases = {name: counts[name].peak for name in (*OF_AN_IMAGE, "credit") if name in counts}
     if of_texts:
         at_work = of.texts(list(of_texts.values()))
@@ -212,12 +205,8 @@ def make_plan(
     if is_sharded:
         for name in OF_AN_IMAGE:
             phases[name] += FLOAT32 * weights.parameters  # gathered once for all scales and batches
-        # A pass over the model holds what is in no block, and two blocks, one at work and one on its way;
-        # each with its gradient.
-        block, trained_block = (_size(tuned.blocks[0], is_trained=each).parameters for each in (False, True))
-        others = weights.parameters - transformer.depth * block
-        trained_others = trained.parameters - transformer.depth * trained_block
-        phases["update"] += FLOAT32 * (others + 2 * block + trained_others + 2 * trained_block)
+        phases["update"] += FLOAT32 * _gathered(tuned)
+
     in_bfloat16 = run.mixed_precision == "bf16" and device.bfloat16 is not None
     peak_rate = device.bfloat16 if in_bfloat16 and device.bfloat16 else device.float32
     return Plan(
@@ -241,6 +230,38 @@ def make_plan(
         rate=peak_rate * UTILISATION * num_images / share,
         keeps_gradients=num_gpus > 1 and not is_sharded,
     )
+
+
+def _counts(of: Phases, scored_by: Sequence[Network], *, is_alone: bool) -> dict[str, Count]:
+    """The cost of each phase that there is.
+
+    Args:
+        scored_by: the networks of the rewards that are trained on.
+        is_alone: whether the update is one backward pass, before which there is no gradient.
+    """
+    counts = {
+        "rollout": of.rollout(),
+        "decode": of.decode(),
+        "reward": of.reward(scored_by),
+        "reference": of.reference() if of.grpo.needs_reference else Count(),
+        "update": of.update(has_gradients=not is_alone),
+    }
+    if of.grpo.credit in WITH_SLOPES:
+        counts["credit"] = of.credit([each.config for each in scored_by if isinstance(each, ClipNetwork)])
+    if of.grpo.kl_in_reward:
+        counts["divergence"] = of.divergence()
+    return counts
+
+
+def _gathered(tuned: Any) -> int:
+    """Parameters and gradients that a pass over a sharded model holds at most: what is in no block, and two
+    blocks, one at work and one on its way."""
+
+    def at_once(*, is_trained: bool) -> int:
+        block = _size(tuned.blocks[0], is_trained=is_trained).parameters
+        return _size(tuned, is_trained=is_trained).parameters + (2 - len(tuned.blocks)) * block
+
+    return at_once(is_trained=False) + at_once(is_trained=True)
 
 
 def describe(plan: Plan) -> str:
