@@ -1,6 +1,7 @@
 """The studio's page, by Gradio: draw, score, tune, runs."""
 
 import html
+import io
 from collections.abc import Iterator
 from functools import wraps
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
-import pandas as pd
 from gradio.themes import Default
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError, NextscaleError
 from nextscale.base.images import read_image
 from nextscale.report.page import render_report, summarize
-from nextscale.runs.reader import read_run
+from nextscale.runs.reader import Run, read_run
 from nextscale.studio.models import (
     Frame,
     Models,
@@ -46,9 +48,12 @@ SCORED: dict[bool, dict[str, Any]] = {
 }
 """The same to the prompt of a reward."""
 CLIP = "of the list, a repository of the hub, or a folder that the studio was started with"
-CURVES = {"reward": "training", "eval_reward": "evaluation", "eval_diversity": "diversity"}
+CURVES = {
+    "reward": "reward in training",
+    "eval_reward": "reward in evaluations",
+    "eval_diversity": "diversity",
+}
 """Metrics that are drawn while a model trains, and what they are called."""
-COLOURS = {"training": "#60a5fa", "evaluation": "#2563eb", "diversity": "#d97706"}
 # Gradio's own orange and greys have too little contrast for small print (WCAG asks for 4.5 to 1). No theme
 # can give the chosen tab another colour in dark mode, hence the CSS.
 THEME = Default(primary_hue="blue").set(
@@ -302,9 +307,7 @@ def tune_tab(models: Models) -> None:
                 end = gr.Button("Stop")
         with gr.Column(scale=3):
             status = gr.Markdown("Nothing runs yet.")
-            # All colours are given: else only what the first drawing has would be drawn later.
-            drawn = {"x": "step", "y": "value", "color": "metric", "color_map": COLOURS}
-            curve = gr.LinePlot(**drawn, label="Reward and diversity", height=400)
+            curve = picture_of("Curves", "Reward and diversity over the steps so far")
             picture = picture_of(
                 "Samples", "Samples of the newest evaluation, a row for each class or prompt"
             )
@@ -347,8 +350,7 @@ def tune_tab(models: Models) -> None:
     def look(running: Training | None) -> tuple[Any, Any, Any]:
         if running is None:
             return gr.skip(), gr.skip(), gr.skip()
-        table, grid = look_at(running.paths.path)
-        return running.status(), table, grid
+        return running.status(), *look_at(running.paths.path)
 
     kind = gr.State(False)  # whether the page asks for prompts
     model.change(told(turn), [model, kind], [kind, trained, prompt, clip], api_visibility="private")
@@ -358,23 +360,37 @@ def tune_tab(models: Models) -> None:
     gr.Timer(2).tick(look, state, [status, curve, picture], show_progress="hidden", api_visibility="private")
 
 
-def look_at(folder: Path) -> tuple[pd.DataFrame | None, Image.Image | None]:
+def look_at(folder: Path) -> tuple[Image.Image | None, Image.Image | None]:
     """The curves of a run so far, and its newest grid of samples."""
     try:
         run = read_run(folder)
     except NextscaleError:  # which has not logged anything yet
         return None, None
-    parts = []
-    for key, name in CURVES.items():
-        steps, values = run.series(key)
-        parts.append(pd.DataFrame({"step": steps, "value": values, "metric": name}))
     grids = run.paths.grids()
-    whole = [part for part in parts if len(part)]
     newest: Image.Image | None = None
     if grids:
         with Image.open(grids[max(grids)]) as picture:
             newest = picture.convert("RGB")
-    return pd.concat(whole, ignore_index=True) if whole else None, newest
+    return curves_of(run), newest
+
+
+def curves_of(run: Run) -> Image.Image | None:
+    """Reward and diversity over the steps so far; None before there is any."""
+    found = {name: run.series(key) for key, name in CURVES.items()}
+    if not any(len(steps) for steps, _ in found.values()):
+        return None
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    axes: Any = figure.subplots()
+    for i, (name, (steps, values)) in enumerate(found.items()):
+        if len(steps):
+            axes.plot(steps, values, marker="o", markersize=3, color=f"C{i}", label=name)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=len(found), frameon=False)
+    figure.savefig(buffer := io.BytesIO(), dpi=130)
+    return Image.open(buffer).convert("RGB")
 
 
 # ---- runs
