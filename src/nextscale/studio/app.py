@@ -177,7 +177,7 @@ def draw_tab(page: gr.Blocks, tab: gr.Tab, models: Models) -> None:
         return gr.update(choices=models.names()), gr.update(choices=["", *models.names()])
 
     for looked_at in (page.load, tab.select):  # a run may have ended since
-        looked_at(names, None, [base, tuned], api_visibility="private")
+        looked_at(names, None, [base, tuned], show_progress="hidden", api_visibility="private")
     kind = gr.State(False)  # whether the page asks for prompts
 
     def turn(name: str, was_prompted: bool) -> tuple[Any, ...]:
@@ -423,7 +423,9 @@ def runs_tab(page: gr.Blocks, tab: gr.Tab, models: Models) -> None:
         return gr.update(choices=found, value=name if name in found else found[0] if found else None)
 
     chosen.change(show, chosen, [summary, report], api_visibility="private")
-    for looked_at in (again.click, page.load, tab.select):
-        looked_at(names_now, chosen, chosen, api_visibility="private").then(
-            show, chosen, [summary, report], api_visibility="private"
+    # Whoever opens the tab sees what was there until what is new is there.
+    events: list[tuple[Any, Any]] = [(again.click, "full"), (page.load, "full"), (tab.select, "hidden")]
+    for looked_at, progress in events:
+        looked_at(names_now, chosen, chosen, show_progress=progress, api_visibility="private").then(
+            show, chosen, [summary, report], show_progress=progress, api_visibility="private"
         )
