@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -252,14 +253,18 @@ def test_a_repository_of_something_else(asked):
         VARPipeline.from_pretrained("someone/else")
 
 
-def test_a_revision_is_one_of_the_models_own_repository(asked):
-    with contextlib.suppress(CheckpointError):  # the files in this hub are those of d16 only
-        zoo.fetch_official("switti-512", revision="v1")
-    repositories = {repository: keywords.get("revision") for repository, keywords in asked}
-    assert repositories == {"yresearch/Switti": "v1"} or repositories == {
-        "yresearch/Switti": "v1",
-        "yresearch/VQVAE-Switti": None,
-    }
+def test_a_revision_is_one_of_the_models_own_repository(monkeypatch):
+    asked = {}
+
+    def find_cached(repository, files, **access):
+        asked[repository] = access
+        return Path(repository)
+
+    monkeypatch.setattr(zoo.hub, "find_cached", find_cached)
+    paths = zoo.fetch_official("switti-512", revision="v1", token="secret")
+    assert [each.parts[:2] for each in paths] == [("yresearch", "Switti"), ("yresearch", "VQVAE-Switti")]
+    assert asked["yresearch/Switti"] == {"revision": "v1", "token": "secret"}
+    assert asked["yresearch/VQVAE-Switti"] == {"token": "secret"}
 
 
 @pytest.mark.parametrize("name", ["var-d16", "someone/painter"])
