@@ -39,17 +39,11 @@ def run(args: Namespace) -> int:
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     page = build(Models(args.runs.resolve(), args.models, device, args.clip))
+    print(f"The studio will be at http://{args.host}:{args.port}; Ctrl-C ends it.", flush=True)
     try:
-        _, address, _ = page.queue(default_concurrency_limit=4).launch(
-            server_name=args.host,
-            server_port=args.port,
-            inbrowser=args.open,
-            quiet=True,
-            prevent_thread_lock=True,
-            **LOOK,
+        page.queue(default_concurrency_limit=4).launch(
+            server_name=args.host, server_port=args.port, inbrowser=args.open, quiet=True, **LOOK
         )
     except OSError as error:
         raise ConfigError(f"the studio cannot listen at {args.host}:{args.port}: {error}") from None
-    print(f"The studio is at {address}; Ctrl-C ends it.", flush=True)
-    page.block_thread()
     return 0
