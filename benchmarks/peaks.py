@@ -99,7 +99,7 @@ def main() -> None:
     cpu = this_cpu()
     for case in CASES:
         depth, precision, checkpointing, lora = case
-        run, tuning = run_of(precision, checkpointing, ""), TuningConfig(use_peft=lora)
+        run, tuning = run_of(precision, checkpointing, "unwritten"), TuningConfig(use_peft=lora)
         plan = make_plan(
             config_of(depth),
             VQVAEConfig(),

@@ -29,6 +29,8 @@ OFFICIAL_IMAGES = 50_000
 SPLIT = 5_000
 """Images of one part of an Inception Score, which is the mean over parts."""
 WEIGHTS_SHA256 = "6726825d"  # how it begins; torch-fidelity has it in the file's name
+UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, BadZipFile, zlib.error, TokenError)
+"""What numpy and zipfile raise about a damaged file."""
 
 
 class Network(Protocol):
@@ -143,15 +145,7 @@ def read_statistics(path: Path, width: int = 2048) -> Gaussian:
         content: Any = np.load(path, allow_pickle=False)
         names = list(getattr(content, "files", []))
         found = [content[name] for name in ("mu", "sigma") if name in names]
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        RuntimeError,
-        BadZipFile,
-        zlib.error,
-        TokenError,
-    ):  # numpy's and zip's
+    except UNREADABLE:
         raise ConfigError(f"'{path}' is no readable .npz file: {expected}") from None
     if len(found) < 2:
         raise ConfigError(

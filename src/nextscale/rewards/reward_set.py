@@ -203,4 +203,4 @@ class RewardSet:
 
 def _is_text(value: object) -> bool:
     parts = value if isinstance(value, list | tuple) else [value]
-    return all(isinstance(each, str) and each for each in parts) and len(parts) > 0
+    return bool(parts) and all(isinstance(each, str) and each for each in parts)
