@@ -826,6 +826,36 @@ def test_what_is_no_list_of_conditions_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+class NoHearts:
+    """Cannot score hearts, and takes no part in training where it is held out."""
+
+    def __call__(self, images: Tensor, conditions: list) -> Tensor:
+        return torch.ones(len(images))
+
+    def check_conditions(self, conditions: list[Condition]) -> None:
+        if any(each.label == 1 for each in conditions):
+            raise ConfigError("cannot score a heart")
+
+
+def test_a_reward_that_cannot_score_a_condition_says_so_before_the_run(
+    tiny_pipeline: VARPipeline, tmp_path: Path
+) -> None:
+    run = RunConfig(output_dir=str(tmp_path / "run"), eval_num_images=4)
+    trained = RewardSet({"red": redness, "picky": NoHearts()})
+    held_out = RewardSet({"red": redness, "picky": NoHearts()}, held_out=["picky"])
+    hearts, others = tiny_pipeline.conditions([0, 1]), tiny_pipeline.conditions([0, 2])
+    for rewards, given in (
+        (trained, {"conditions": hearts, "eval_conditions": others}),
+        (trained, {"conditions": others, "eval_conditions": hearts}),
+        (held_out, {"conditions": others, "eval_conditions": hearts}),
+        (trained, {}),  # of all classes
+    ):
+        with pytest.raises(RewardError, match=r"^reward 'picky': cannot score a heart$"):
+            GRPOTrainer(tiny_pipeline, rewards, run=run, **given)
+    assert not (tmp_path / "run").exists()
+    GRPOTrainer(tiny_pipeline, held_out, run=run, conditions=hearts, eval_conditions=others)
+
+
 def test_conditions_may_come_one_by_one(tiny_pipeline: VARPipeline, tmp_path: Path) -> None:
     conditions = iter(tiny_pipeline.conditions([0, 2]))
     run = RunConfig(output_dir=str(tmp_path / "run"), eval_num_images=4)

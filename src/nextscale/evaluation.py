@@ -165,6 +165,8 @@ def evaluate(
     asked = pipe.all_conditions() if conditions is None else conditions
     different = list({each.key: each for each in asked}.values())  # a class given twice has the same images
     chosen = _spread(different, max(num_images // fewest, 1), seed)
+    if rewards is not None:
+        rewards.check_conditions(chosen)
     per_condition = max(-(-num_images // len(chosen)), fewest)
     seeds = [("evaluate", seed, condition.key) for condition in chosen]
     columns, total = min(num_columns, per_condition), len(chosen) * per_condition

@@ -123,12 +123,13 @@ class GRPOTrainer:
         if conditions is not None and self.grpo.class_labels:
             raise ConfigError("grpo.class_labels has no effect beside `conditions`: give one of them")
         if conditions is None:
-            labels = self.grpo.class_labels
-            conditions = pipe.conditions(labels) if labels else pipe.all_conditions()
+            conditions = pipe.conditions(self.grpo.class_labels or range(pipe.num_classes))
         self.conditions = check_list("conditions", conditions, Condition, LISTED)
         if eval_conditions is None:
             eval_conditions = self.conditions
         eval_conditions = check_list("eval_conditions", eval_conditions, Condition, LISTED)
+        self.rewards.without_held_out().check_conditions(self.conditions)
+        self.rewards.check_conditions(eval_conditions)
         self.accelerator = make_accelerator(self.run)
         self.grpo.check_processes(self.accelerator.num_processes)
         check_evaluated(self.run, self.rewards.held_out)

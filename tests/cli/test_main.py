@@ -557,6 +557,21 @@ def test_a_dry_run_finds_what_would_fail(folder, fails, tmp_path, words, says):
     assert says in fails("train", folder / "recipe.yaml", *place, *words, "--dry-run")
 
 
+def test_a_dry_run_asks_rewards_what_they_can_score(folder, fails, tmp_path):
+    (tmp_path / "rewards.py").write_text(
+        "class Bright:\n"
+        "    def __call__(self, images, conditions):\n"
+        "        return images.mean((1, 2, 3))\n"
+        "    def check_conditions(self, conditions):\n"
+        "        if any(each.text == 'boat' for each in conditions):\n"
+        "            raise ValueError('no boats')\n"
+        "bright = Bright()\n"
+    )
+    words = ["--rewards.bright.python", tmp_path / "rewards.py:bright", "--run.output_dir", tmp_path / "run"]
+    told = fails("train", folder / "recipe.yaml", *words, "--dry-run")
+    assert told == f"reward 'bright' raised ValueError: no boats ({tmp_path / 'rewards.py'}, line 6)"
+
+
 def test_a_dry_run_knows_the_options_of_another_folders_checkpoint(folder, fails, tmp_path, capsys):
     """Also where the folder that it lies in has no config.yaml any more to compare with."""
     words = ["train", folder / "recipe.yaml", "--run.output_dir", tmp_path / "run"]

@@ -114,6 +114,9 @@ def test_objects_that_detectors_call_otherwise() -> None:
     for unknown in ("computer keyboard", "bench"):  # of the first it knows neither name
         with pytest.raises(RewardError, match=f"the detector knows no '{unknown}'"):
             reward(image, [asks("single_object", {"class": unknown, "count": 1})])
+        with pytest.raises(RewardError, match=f"the detector knows no '{unknown}'"):
+            reward.check_conditions([asks("single_object", {"class": unknown, "count": 1})])
+    reward.check_conditions([asks("two_object", mouse, CUP)])
 
 
 def test_counting_needs_surer_objects_and_others_do_not() -> None:
@@ -156,6 +159,8 @@ def test_relations(box: tuple, expected: set) -> None:
 def test_prompts_that_do_not_say_what_to_look_for(data: dict) -> None:
     with pytest.raises(RewardError, match="needs the columns tag, include and exclude"):
         REWARD(drawn()[None], [Condition(None, "a cup", data)])
+    with pytest.raises(RewardError, match="the prompt 'a cup' does not say what geneval has to look for"):
+        REWARD.check_conditions([Condition(None, "a cup", data)])
 
 
 def test_a_csv_files_columns_are_json() -> None:

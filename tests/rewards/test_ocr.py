@@ -34,6 +34,10 @@ def test_a_prompt_that_does_not_tell() -> None:
         text_asked_for(Condition(None, "the dog's bowl"))
     with pytest.raises(RewardError, match="put it in quotes"):  # no letter of it could be read
         text_asked_for(Condition(None, 'a card that says "\u2665"', {"says": "!"}))
+    reward = TextInImage(lambda images: [""] * len(images))
+    reward.check_conditions([Condition(None, "a sign", {"says": "OPEN"})])
+    with pytest.raises(RewardError, match="the prompt 'a sign' does not tell what the image should say"):
+        reward.check_conditions([Condition(None, "a sign")])
 
 
 def test_the_measures_by_hand() -> None:

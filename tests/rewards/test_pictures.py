@@ -91,6 +91,9 @@ def test_each_condition_has_its_own_folder_or_all_have_one(clip_folder: Path, tm
     assert [len(reward.pictures_of(each)) for each in (STAR, HEART)] == [2, 3]
     with pytest.raises(ConfigError, match="none with pictures for 'moon': add one, or keep all"):
         reward(random_images(2, 0), [Condition(2, "moon")] * 2)
+    reward.check_conditions([STAR, HEART])
+    with pytest.raises(ConfigError, match="none with pictures for 'moon': add one, or keep all"):
+        reward.check_conditions([STAR, HEART, Condition(2, "moon")])
     assert len(Pictures(write(tmp_path / "all", random_images(2, 1)), clip_folder).pictures_of(HEART)) == 2
     write(tmp_path / "own", random_images(1, 3))
     with pytest.raises(ConfigError, match="both in sub-folders and beside them"):

@@ -26,6 +26,28 @@ def answering(answer: Any):
     return lambda images, conditions: answer
 
 
+class Picky:
+    """Scores what is on its list."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def __call__(self, images: Tensor, conditions: list[Condition]) -> Tensor:
+        return torch.ones(len(images))
+
+    def check_conditions(self, conditions: list[Condition]) -> None:
+        for each in conditions:
+            if each.text not in self.names:
+                raise ConfigError(f"knows no {each.text}")
+
+
+def test_rewards_are_asked_before_images_are_drawn_what_they_can_score():
+    rewards = RewardSet({"any": answering([1.0] * 3), "some": Picky("star", "moon")})
+    rewards.check_conditions(CONDITIONS[::2])
+    with pytest.raises(RewardError, match=r"^reward 'some': knows no heart$"):
+        rewards.check_conditions(CONDITIONS)
+
+
 def test_the_sum_is_weighted():
     rewards = {"a": answering([1.0, 2.0, 3.0]), "b": answering([10.0, 0.0, -10.0])}
     assert RewardSet(rewards)(IMAGES, CONDITIONS).tolist() == [11.0, 2.0, -7.0]

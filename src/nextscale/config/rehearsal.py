@@ -40,7 +40,13 @@ def rehearse(recipe: Recipe, num_processes: int) -> list[str]:
     names = [recipe.model, *networks, recipe.run.diversity_clip]
     missing = [name for name in dict.fromkeys(names) if name and _needs_download(name)]
     if not missing:
-        rewards = build_parts(recipe).rewards
+        parts = build_parts(recipe)
+        rewards = parts.rewards
+        drawn = parts.conditions or parts.pipe.conditions(
+            recipe.grpo.class_labels or range(parts.pipe.num_classes)
+        )
+        rewards.without_held_out().check_conditions(drawn)
+        rewards.check_conditions(parts.eval_conditions or drawn)
         check_compared(recipe.grpo, rewards)
         find_credit(recipe.grpo.credit, rewards)
         options = Options(recipe.grpo, recipe.sampling, recipe.tuning, recipe.optimizer, recipe.run)

@@ -50,6 +50,10 @@ class ClassProbability:
         logits = self.model(pixel_values=self.prepare(images)).logits
         return logits.float().softmax(-1).gather(1, indices[:, None]).squeeze(1)
 
+    def check_conditions(self, conditions: Sequence[Condition]) -> None:
+        for each in conditions:
+            self.index(each)
+
     def index(self, condition: Condition) -> int:
         """The classifier's class for a condition.
 

@@ -51,7 +51,7 @@ class ClipClass:
         self._places = {name: place for place, name in enumerate(self.names)}
         if len(self.names) < 2 or len(self._places) < len(self.names):
             raise ConfigError(f"clip_class needs two classes or more, each once, got {', '.join(self.names)}")
-        self.prompts = check_prompts(prompt)
+        self.prompts = check_prompts(prompt, columns=False)
         self.clip = load_clip(clip)
 
     def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
@@ -63,6 +63,10 @@ class ClipClass:
             cosines_BK = image_BE @ text_PKE.mean(0).T
             logits_BK = self.clip.model.logit_scale.float().exp() * cosines_BK
         return logits_BK.log_softmax(-1).gather(1, own_B[:, None])[:, 0]
+
+    def check_conditions(self, conditions: Sequence[Condition]) -> None:
+        for each in conditions:
+            self.place(each)
 
     def place(self, condition: Condition) -> int:
         """The condition's class, counted from 0.

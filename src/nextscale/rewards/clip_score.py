@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nextscale.base.conditions import Condition
 from nextscale.rewards.networks.clip import load_clip
-from nextscale.rewards.networks.prompts import DEFAULT_PROMPT, check_prompts
+from nextscale.rewards.networks.prompts import DEFAULT_PROMPT, check_prompts, fill
 from nextscale.rewards.protocol import RewardConfig
 
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
@@ -18,13 +18,13 @@ class ClipScore:
     """Mean cosine of an image with its prompts, in [-1, 1], minus that with the negative ones, if any.
 
     Args:
-        prompt: one template or several, such as "a painting of a {label}"; the condition's text replaces
-            "{label}".
+        prompt: one template or several, such as "a painting of a {label}": the condition's text replaces
+            "{label}", and its column "colour" replaces "{data[colour]}".
         clip: "toy", a folder, or a hub repository.
         negative: templates of what the image should not show.
 
     Raises:
-        ConfigError: there is no prompt, or one is empty, malformed, or has a field other than {label}.
+        ConfigError: there is no prompt, or one is empty, malformed, or has a field other than these.
         CheckpointError: the CLIP cannot be loaded.
     """
 
@@ -42,6 +42,10 @@ class ClipScore:
         cosines = self.clip.cosines(images, conditions, [*self.positive, *self.negative])
         scores = cosines[:, : len(self.positive)].mean(1)
         return scores - cosines[:, len(self.positive) :].mean(1) if self.negative else scores
+
+    def check_conditions(self, conditions: Sequence[Condition]) -> None:
+        for prompt in (*self.positive, *self.negative):
+            fill(prompt, conditions)
 
 
 class ClipScoreConfig(RewardConfig):

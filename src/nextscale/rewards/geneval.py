@@ -85,6 +85,10 @@ class GenEval:
             scores.append(sum(met) / len(met) if self.partial else float(all(met)))
         return torch.tensor(scores)
 
+    def check_conditions(self, conditions: Sequence[Condition]) -> None:
+        for each in conditions:
+            self._renamed(read_requirements(each))
+
     def _renamed(self, requirements: "Requirements") -> dict[str, str]:
         """The detector's names of what a prompt calls otherwise, to the prompt's.
 

@@ -12,7 +12,7 @@ from nextscale.models.pretrained import hub_file, load_tokenizer
 from nextscale.rewards.networks.clip import Clip
 from nextscale.rewards.networks.open_clip import load_open_clip
 from nextscale.rewards.networks.preprocessing import Preprocessing
-from nextscale.rewards.networks.prompts import DEFAULT_PROMPT, check_prompts
+from nextscale.rewards.networks.prompts import DEFAULT_PROMPT, check_prompts, fill
 from nextscale.rewards.preference import CLIP_H_TOKENIZER, PreferenceConfig
 
 REPOSITORY, FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
@@ -25,7 +25,7 @@ class HPSv2:
     difference: attention is causal, and the features are those of the end of the text, before any padding.
 
     Args:
-        prompt: a template; the condition's text replaces "{label}".
+        prompt: a template, as in `ClipScore`.
         checkpoint: the file `HPS_v2.1_compressed.pt`; downloaded from the hub by default.
         tokenizer: a folder or a hub repository.
 
@@ -57,6 +57,9 @@ class HPSv2:
 
     def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         return self.clip.cosines(images, conditions, self.prompts)[:, 0]
+
+    def check_conditions(self, conditions: Sequence[Condition]) -> None:
+        fill(self.prompts[0], conditions)
 
 
 class HPSv2Config(PreferenceConfig):

@@ -74,6 +74,9 @@ class ImageReward:
         outputs = self.network(self.prepare(images), tokens["input_ids"], tokens["attention_mask"])
         return (outputs - MEAN) / STD
 
+    def check_conditions(self, conditions: Sequence[Condition]) -> None:
+        fill(self.prompt, conditions)
+
 
 class Network(nn.Module):
     """A text encoder that attends to an image, and a linear head on its first token.

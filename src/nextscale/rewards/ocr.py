@@ -58,6 +58,10 @@ class TextInImage:
         pairs = zip(self.read(images), wanted, strict=True)
         return torch.tensor([self.score(found, text) for found, text in pairs])
 
+    def check_conditions(self, conditions: Sequence[Condition]) -> None:
+        for each in conditions:
+            text_asked_for(each)
+
 
 def text_asked_for(condition: Condition) -> str:
     """What an image should say.

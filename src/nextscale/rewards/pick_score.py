@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nextscale.base.conditions import Condition
 from nextscale.rewards.networks.clip import load_clip
-from nextscale.rewards.networks.prompts import DEFAULT_PROMPT, check_prompts
+from nextscale.rewards.networks.prompts import DEFAULT_PROMPT, check_prompts, fill
 from nextscale.rewards.preference import CLIP_H_TOKENIZER, PreferenceConfig
 
 REPOSITORY = "yuvalkirstain/PickScore_v1"
@@ -41,6 +41,9 @@ class PickScore:
     def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         cosines = self.clip.cosines(images, conditions, self.prompts)[:, 0]
         return self.clip.model.logit_scale.exp() * cosines
+
+    def check_conditions(self, conditions: Sequence[Condition]) -> None:
+        fill(self.prompts[0], conditions)
 
 
 class PickScoreConfig(PreferenceConfig):

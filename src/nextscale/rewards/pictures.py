@@ -76,11 +76,15 @@ class Pictures(GroupReward):
         embeddings_NGE, near_NG = features_NGE[..., :-1], features_NGE[..., -1]
         return near_NG - mean_to_others(self._kernel(embeddings_NGE, embeddings_NGE))
 
-    def pictures_of(self, condition: Condition) -> Tensor:
-        """(P, E) embeddings of the pictures for a condition.
+    def check_conditions(self, conditions: Sequence[Condition]) -> None:
+        for each in conditions:
+            self.name_of(each)
+
+    def name_of(self, condition: Condition) -> str:
+        """Of the sub-folder with the pictures for a condition; empty if all are for every one.
 
         Raises:
-            ConfigError: there are none, or one cannot be read.
+            ConfigError: there is none.
         """
         name = "" if "" in self.files else condition.text.casefold()
         if name not in self.files:
@@ -88,6 +92,15 @@ class Pictures(GroupReward):
                 f"'{self.folder}' has sub-folders, but none with pictures for '{condition.text}': add one, "
                 "or keep all pictures in the folder itself"
             )
+        return name
+
+    def pictures_of(self, condition: Condition) -> Tensor:
+        """(P, E) embeddings of the pictures for a condition.
+
+        Raises:
+            ConfigError: there are none, or one cannot be read.
+        """
+        name = self.name_of(condition)
         if name not in self._embeddings:
             self._embeddings[name] = self.clip.embed_files(self.files[name], self.clip.model.device)
         return self._embeddings[name]

@@ -1,7 +1,7 @@
 """What a reward is: a callable, and the record that describes one in a recipe."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Protocol, Self
+from typing import Annotated, Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -35,6 +35,20 @@ class Reward(Protocol):
 
         Returns:
             (B,) floats; NaN or None where an image is not scored.
+        """
+        ...
+
+
+@runtime_checkable
+class ChecksConditions(Protocol):
+    """A reward that cannot score images of every condition. It is asked before anything is drawn, since the
+    one that it cannot score may come after hours."""
+
+    def check_conditions(self, conditions: Sequence[Condition]) -> None:
+        """Check that it can score images of these conditions.
+
+        Raises:
+            NextscaleError: or any other; its text names one that it cannot.
         """
         ...
 

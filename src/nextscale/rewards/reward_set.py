@@ -10,10 +10,10 @@ from torch import Tensor
 from nextscale.base.checks import check_kind, check_number, found
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError
-from nextscale.rewards.asking.answers import ask, check_answer
+from nextscale.rewards.asking.answers import ask, ask_conditions, check_answer
 from nextscale.rewards.asking.waiting import begin, is_async, settings_kept
 from nextscale.rewards.groups import GroupReward, ask_groups, check_features
-from nextscale.rewards.protocol import Reward
+from nextscale.rewards.protocol import ChecksConditions, Reward
 from nextscale.rewards.roles import AtLeast, AtMost, Constraint
 
 TOTAL = "reward"
@@ -128,6 +128,16 @@ class RewardSet:
         needed = {name: reward for name, reward in self.rewards.items() if name not in self.held_out}
         timeouts = {name: seconds for name, seconds in self.timeouts.items() if name in needed}
         return RewardSet(needed, self.weights, self.constraints, timeouts=timeouts)
+
+    def check_conditions(self, conditions: Sequence[Condition]) -> None:
+        """Check that every reward can score images of these conditions, as far as it can tell.
+
+        Raises:
+            RewardError: names a reward, and what it says.
+        """
+        for name, reward in self.rewards.items():
+            if isinstance(reward, ChecksConditions):
+                ask_conditions(name, reward.check_conditions, conditions)
 
     @settings_kept()
     @torch.no_grad()

@@ -148,7 +148,7 @@ def start(runs: Path, name: str, *, prompt: str, prompts: Sequence[str] = (), **
     if folder.exists():
         raise ConfigError(f"there is a run '{name}' already: choose another name")
     text = recipe_of(folder=folder, prompt=prompt, prompts=prompts, **options)
-    check_prompts(prompt.strip())
+    check_prompts(prompt.strip(), columns=False)
     folder.mkdir(parents=True)
     if prompts:
         (folder / PROMPTS).write_text("\n".join(prompts) + "\n", encoding="utf-8")

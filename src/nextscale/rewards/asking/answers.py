@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nextscale.base.conditions import Condition
-from nextscale.base.errors import RewardError, in_words
+from nextscale.base.errors import NextscaleError, RewardError, in_words
 from nextscale.rewards.asking.waiting import begin, call, is_async, wait_for
 
 # Where code lies that the user did not write: this package, Python's library, installed packages.
@@ -44,10 +44,21 @@ def ask(
         if begun is None and (timeout is not None or is_async(reward)):
             begun = begin(reward, images, conditions)
         return call(reward, images, conditions) if begun is None else wait_for(begun, timeout)
-    except RewardError as error:
+    except NextscaleError as error:
         raise RewardError(f"reward '{name}': {error}") from error
     except (Exception, SystemExit) as error:  # a run that ends by a reward's exit(0) would look finished
         raise RewardError(f"reward '{name}' raised {in_words(error)}{user_line(error)}") from error
+
+
+def ask_conditions(
+    name: str, check: Callable[[Sequence[Condition]], None], conditions: Sequence[Condition]
+) -> None:
+    """Have a reward check that it can score images of these conditions.
+
+    Raises:
+        RewardError: it raised.
+    """
+    ask(name, lambda _, conditions: check(conditions), torch.empty(0), conditions, None)
 
 
 def check_answer(name: str, scores: Any, images: Tensor) -> Tensor:
