@@ -569,7 +569,7 @@ def test_a_dry_run_asks_rewards_what_they_can_score(folder, fails, tmp_path):
     )
     words = ["--rewards.bright.python", tmp_path / "rewards.py:bright", "--run.output_dir", tmp_path / "run"]
     told = fails("train", folder / "recipe.yaml", *words, "--dry-run")
-    assert told == f"reward 'bright' raised ValueError: no boats ({tmp_path / 'rewards.py'}, line 6)"
+    assert told == f"reward 'bright' raised ValueError: no boats ({tmp_path / 'rewards.py'}:6)"
 
 
 def test_a_dry_run_knows_the_options_of_another_folders_checkpoint(folder, fails, tmp_path, capsys):
