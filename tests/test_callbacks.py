@@ -14,7 +14,7 @@ import nextscale as ns
 from nextscale.base.errors import ConfigError
 from nextscale.callbacks import BestModel, ProgressBar, log_image, named
 from nextscale.pipeline import VARPipeline
-from test_trainer import make_trainer, metrics_of
+from test_trainer import make_trainer, metrics_of, redness
 
 MakePipeline = Callable[..., VARPipeline]
 
@@ -234,3 +234,71 @@ def test_a_checkpoint_calls_callbacks_by_their_class() -> None:
     assert second.state_dict() == BestModel("b").state_dict()
     second.load_state_dict({"by": ["a", 1], "best": 9.0, "step": 3, "num_worse": 2})
     assert second.best is None  # it was the best by another metric
+
+
+def test_a_best_model_that_could_not_be_written_is_written_on_resuming(
+    make_pipeline: MakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {
+        "eval_steps": 1,
+        "eval_num_images": 8,
+        "max_steps": 2,
+        "save_best": "eval_reward",
+        "greater_is_better": False,
+        "learning_rate": 1e-2,
+    }
+    trainer, export = make_trainer(make_pipeline(), tmp_path / "run", **options), ns.GRPOTrainer.export
+
+    def no_room(self: Any, folder: Path) -> None:
+        if self.step_done == 1:
+            raise OSError("no space left")
+        export(self, folder)
+
+    monkeypatch.setattr(ns.GRPOTrainer, "export", no_room)
+    rewards = iter([0.0, -1.0])
+    measure = trainer.evaluator.measure
+
+    def measured(*args: Any) -> Any:
+        result = measure(*args)
+        result.metrics["reward"] = next(rewards)
+        return result
+
+    trainer.evaluator.measure = measured  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="no space left"):
+        trainer.train()
+    assert trainer.best is not None and trainer.best.step == 0
+
+    monkeypatch.undo()
+    resumed = make_trainer(make_pipeline(), tmp_path / "run", resume="auto", **options)
+    assert resumed.train().best_step != 0
+    lines = metrics_of(tmp_path / "run")
+    assert [each["step"] for each in lines if "eval_reward" in each] == [0, 1, 2]
+    best = next(each for each in lines if each["step"] == lines[-1]["best/step"] and "eval_reward" in each)
+    assert best["eval_reward"] == lines[-1]["best/value"]
+
+
+def test_the_best_may_be_by_what_another_callback_adds(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    class Adds(ns.Callback):
+        def on_evaluate(self, trainer: Any, metrics: dict[str, float]) -> None:
+            metrics["eval_mine"] = -float(trainer.step_done)
+
+    run = ns.RunConfig(
+        output_dir=str(tmp_path / "run"),
+        max_steps=1,
+        eval_steps=1,
+        eval_num_images=8,
+        save_best="eval_mine",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    grpo = ns.GRPOConfig(num_groups=2, num_generations=2)
+    trainer = ns.GRPOTrainer(make_pipeline(), redness, grpo, run=run, callbacks=[Adds()])
+    assert trainer.train().best_step == 0
+
+
+def test_the_best_of_another_folder_is_not_claimed(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"eval_steps": 1, "eval_num_images": 8, "save_best": "eval_reward"}
+    make_trainer(make_pipeline(), tmp_path / "one", save_steps=1, max_steps=1, **options).train()
+    resume = str(tmp_path / "one/checkpoints/step-000001")
+    result = make_trainer(make_pipeline(), tmp_path / "two", resume=resume, max_steps=2, **options).train()
+    assert result.best_step == 2 and (tmp_path / "two" / "best").is_dir()

@@ -53,6 +53,7 @@ def credited(
         rewards=rewards,
         coefficients={},
         aggregation=aggregation,
+        scale_rewards="group",
         batch_size=size,
     )
     return find_credit(name, rewards)(found)

@@ -565,3 +565,92 @@ def test_a_run_goes_on_with_the_options_of_its_checkpoint(
         with pytest.raises(ConfigError, match=says):
             make_trainer(make_pipeline(), tmp_path / folder, resume=resume, **options)
     assert metrics_of(tmp_path / "run")[-1]["step"] == 2 and not (tmp_path / "other").exists()
+
+
+def fails_in(step: int) -> Any:
+    """A reward that fails in a step of 16 images, evaluations not counted."""
+    asked = 0
+
+    def reward(images: Tensor, conditions: list) -> Tensor:
+        nonlocal asked
+        asked += len(images) == 16
+        if asked == step:
+            raise ValueError("no more")
+        return redness(images, conditions)
+
+    return reward
+
+
+def test_an_evaluation_before_training_outlives_a_failure_in_the_first_step(
+    make_pipeline: MakePipeline, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"eval_steps": 2, "eval_num_images": 8, "max_steps": 2}
+    with pytest.raises(RewardError, match="no more"):
+        make_trainer(make_pipeline(), tmp_path / "run", {"red": fails_in(1)}, **options).train()
+    (before,) = metrics_of(tmp_path / "run")
+    make_trainer(make_pipeline(), tmp_path / "run", {"red": redness}, resume="auto", **options).train()
+    first, *others = metrics_of(tmp_path / "run")
+    assert first == before and "eval_reward" in first and [each["step"] for each in others] == [1, 2]
+
+
+def test_what_goes_on_in_another_folder_has_a_checkpoint_there(
+    make_pipeline: MakePipeline, tmp_path: Path
+) -> None:
+    make_trainer(make_pipeline(), tmp_path / "one", {"red": redness}, save_steps=2).train()
+    resume = str(tmp_path / "one/checkpoints/step-000002")
+    with pytest.raises(RewardError, match="no more"):
+        make_trainer(
+            make_pipeline(), tmp_path / "two", {"red": fails_in(1)}, resume=resume, max_steps=4
+        ).train()
+    make_trainer(make_pipeline(), tmp_path / "two", {"red": redness}, resume="auto", max_steps=4).train()
+    assert [each["step"] for each in metrics_of(tmp_path / "two")] == [3, 4]
+
+    # Nor does a run end another one that lies there.
+    before = (tmp_path / "two" / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match=r"'.*two' holds a run, and checkpoint '.*' is another's"):
+        make_trainer(make_pipeline(), tmp_path / "two", {"red": redness}, resume=resume, max_steps=4)
+    assert (tmp_path / "two" / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("rewards", "says"),
+    [
+        (RewardSet({"green": redness}), r"rewards\.green is \{'weight': 1\.0\}, but checkpoint '.*' .* None"),
+        (RewardSet({"red": redness}, {"red": 2.0}), r"rewards\.red is \{'weight': 2\.0\}"),
+        (
+            RewardSet({"red": redness, "bright": brightness}, constraints={"bright": AtLeast(0.1)}),
+            r"rewards\.bright is \{'at_least': 0\.1\}",
+        ),
+        (
+            RewardSet({"red": redness, "bright": brightness}, held_out=["bright"]),
+            r"rewards\.bright is \{'held_out': True\}",
+        ),
+    ],
+)
+def test_a_run_goes_on_with_its_rewards(
+    make_pipeline: MakePipeline, tmp_path: Path, rewards: RewardSet, says: str
+) -> None:
+    options: dict[str, Any] = {"eval_steps": 1, "eval_num_images": 8}
+    make_trainer(make_pipeline(), tmp_path / "run", {"red": redness}, max_steps=1, **options).train()
+    with pytest.raises(ConfigError, match=says):
+        make_trainer(make_pipeline(), tmp_path / "run", rewards, resume="auto", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"loss_type": "grop"}, "grop"),
+        ({"greater_is_better": False}, r"run\.greater_is_better has no effect without run\.save_best"),
+        ({"branch_scale": 4}, "leaves nothing to go on with"),
+        ({"train_scales": 9}, r"grpo\.train_scales 9 is out of range"),
+    ],
+)
+def test_a_trainer_that_cannot_be_made_leaves_the_model_alone(
+    make_pipeline: MakePipeline, tmp_path: Path, options: dict[str, Any], says: str
+) -> None:
+    pipe = make_pipeline()
+    before = list(pipe.transformer.state_dict())
+    with pytest.raises(ConfigError, match=says):
+        make_trainer(pipe, tmp_path / "run", use_peft=True, gradient_checkpointing=True, **options)
+    assert list(pipe.transformer.state_dict()) == before and not pipe.transformer.gradient_checkpointing
+    assert all(each.requires_grad for each in pipe.transformer.parameters())

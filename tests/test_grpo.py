@@ -137,7 +137,19 @@ def test_a_diversity_of_groups_of_two_is_refused(
     with pytest.raises(ConfigError, match=r"^reward 'apart' has no effect with grpo\.num_generations 2"):
         GRPOTrainer(tiny_pipeline, rewards, GRPOConfig(num_generations=2), run=run)
     check_compared(GRPOConfig(num_generations=3), rewards)
-    check_compared(GRPOConfig(num_generations=2, credit="contribution"), rewards)
+    by_slope = GRPOConfig(num_generations=2, credit="contribution")
+    if role == "weights":  # a slope in units of what the sum of both varies by
+        check_compared(by_slope, rewards)
+        alone = RewardSet({"apart": Diversity("pixels")})
+        apart = GRPOConfig(
+            num_generations=2, credit="contribution", multi_objective_aggregation="normalize_then_sum"
+        )
+        for grpo, given_rewards in ((by_slope, alone), (apart, rewards)):
+            with pytest.raises(ConfigError, match=r"^reward 'apart' has no effect with"):
+                check_compared(grpo, given_rewards)
+    else:
+        with pytest.raises(ConfigError, match=r"^reward 'apart' has no effect with"):
+            check_compared(by_slope, rewards)
 
 
 def test_options_with_what_they_need_are_accepted() -> None:

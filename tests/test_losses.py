@@ -203,7 +203,7 @@ def test_ratios_of_scales_and_images_are_geometric_means() -> None:
         assert by_level["token"][image].tolist() == pytest.approx([first, second, third])
         assert by_level["scale"][image].tolist() == pytest.approx([first, middle, middle])
         whole = first**0.5 * second**0.25 * third**0.25  # with the weights of the loss
-        assert by_level["image"][image].tolist() == pytest.approx([whole])
+        assert by_level["image"][image].tolist() == pytest.approx([whole] * 3)
     assert torch.equal(by_level["image"], by_level["sequence"])
 
 
@@ -216,6 +216,36 @@ def test_on_policy_all_losses_have_one_gradient(loss_type: str, level: str) -> N
     config = GRPOConfig.model_validate({"loss_type": loss_type, "importance_sampling_level": level})
     (found,) = torch.autograd.grad(find_loss(loss_type)(q, config).loss, q.log_probs_BL)
     torch.testing.assert_close(found, -(q.advantages_BL * q.weights_L) / 2)
+
+
+@pytest.mark.parametrize("level", ["token", "scale", "image"])
+@pytest.mark.parametrize("loss_type", ["grpo", "cispo"])
+def test_at_every_level_a_token_has_the_gradient_of_its_own_advantage(loss_type: str, level: str) -> None:
+    """As credit, branches and contributions give them."""
+    q = drawn_quantities()
+    advantages_BL = torch.tensor([[-0.6, 2.0, 0.0], [0.5, 0.0, -1.0]])
+    q = replace(q, advantages_BL=advantages_BL, old_log_probs_BL=q.log_probs_BL.detach())
+    config = GRPOConfig.model_validate({"loss_type": loss_type, "importance_sampling_level": level})
+    (found,) = torch.autograd.grad(find_loss(loss_type)(q, config).loss, q.log_probs_BL)
+    torch.testing.assert_close(found, -(advantages_BL * q.weights_L) / 2)
+
+
+@pytest.mark.parametrize("level", ["scale", "image"])
+def test_the_gradient_of_a_mean_is_shared_by_its_tokens(level: str) -> None:
+    """Off policy, with one advantage an image: that of the geometric mean itself."""
+    q = drawn_quantities()
+    wide = {"importance_sampling_level": level, "epsilon": 0.99, "epsilon_high": 99.0}  # nothing is clipped
+    loss = find_loss("grpo")(q, GRPOConfig.model_validate(wide)).loss
+    (found,) = torch.autograd.grad(loss, q.log_probs_BL, retain_graph=True)
+    difference_BL = q.log_probs_BL - q.old_log_probs_BL
+    if level == "scale":
+        means = [difference_BL[:, :1], difference_BL[:, 1:].mean(1, keepdim=True).expand(-1, 2)]
+        ratio = torch.cat(means, 1).exp()
+    else:
+        ratio = (difference_BL * q.weights_L).sum(1, keepdim=True).exp()
+    objective = (ratio * q.advantages_BL * q.weights_L).sum(1).mean()
+    (expected,) = torch.autograd.grad(-objective, q.log_probs_BL)
+    torch.testing.assert_close(found, expected)
 
 
 def test_delta_bounds_the_ratio_where_the_advantage_is_negative() -> None:

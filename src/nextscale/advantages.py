@@ -122,22 +122,28 @@ def weights_in_advantage(
     weights: Mapping[str, float],
     coefficients: Mapping[str, float],
     aggregation: Aggregation,
+    scale_rewards: ScaleRewards = "group",
 ) -> dict[str, float]:
     """What a unit of each reward adds to an image's advantage in `step_advantages`, if all groups vary alike;
     0 for a reward that does not vary.
 
     Args:
         scores, weights, coefficients: as there.
+        scale_rewards: what the advantages of the rewards that are trained on are divided by.
     """
 
-    def inverse(rewards_NG: Tensor) -> float:
+    def inverse(rewards_NG: Tensor, divided_by: ScaleRewards) -> float:
         spread = float(spread_within_groups(rewards_NG))
-        return 1 / spread if spread > 0 else 0.0
+        if spread > 0 and divided_by == "batch":
+            spread = float(beyond_rounding(rewards_NG.flatten()))
+        return 0.0 if spread == 0 else 1.0 if divided_by == "none" else 1 / spread
 
-    units = {name: inverse(scores[name]) for name in {**weights, **coefficients}}
+    units = {name: inverse(scores[name], "group") for name in coefficients}
     if aggregation == "sum_then_normalize":
         total_NG = torch.stack([weight * scores[name] for name, weight in weights.items()]).sum(0)
-        units |= dict.fromkeys(weights, inverse(total_NG))
+        units |= dict.fromkeys(weights, inverse(total_NG, scale_rewards))
+    else:
+        units |= {name: inverse(scores[name], scale_rewards) for name in weights}
     return {name: each * units[name] for name, each in {**weights, **coefficients}.items()}
 
 

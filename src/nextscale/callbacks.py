@@ -229,13 +229,17 @@ class BestModel(Callback):
             )
         value = metrics[self.metric]
         if math.isfinite(value) and (self.best is None or self.sign * value > self.sign * self.best):
+            trainer.export(trainer.folder.best)  # first: if it fails, the folder holds the one before
             self.best, self.step, self.num_worse = value, trainer.step_done, 0
-            trainer.export(trainer.folder.best)
         else:
             self.num_worse += 1
         if self.best is not None:
             metrics |= {"best/value": self.best, "best/step": float(self.step)}
         self._stop_if_done(trainer)
+
+    def forget(self) -> None:
+        """Begin anew, where the best model so far is not at hand."""
+        self.best, self.step, self.num_worse = None, 0, 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"by": self._by, "best": self.best, "step": self.step, "num_worse": self.num_worse}

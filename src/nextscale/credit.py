@@ -6,7 +6,7 @@ Shapes: B images · N groups · G images of one group · S scales · L tokens of
 w the full latent grid
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from nextscale.base.records import did_you_mean
 from nextscale.base.statistics import centred
 from nextscale.contributions import Groups, code_slopes, of_equal_size
 from nextscale.drawing import Drawn
-from nextscale.grpo import Aggregation, GRPOConfig
+from nextscale.grpo import Aggregation, GRPOConfig, ScaleRewards
 from nextscale.models.protocol import Tokenizer
 from nextscale.models.scales import ScaleSchedule
 from nextscale.objective import per_token
@@ -59,6 +59,7 @@ class Scored:
     rewards: RewardSet
     coefficients: Mapping[str, float]
     aggregation: Aggregation
+    scale_rewards: ScaleRewards
     batch_size: int
 
     def parts(self) -> Iterator[slice]:
@@ -81,7 +82,9 @@ def by_gradient(scored: Scored) -> Tensor:
     """(B, L) advantages times a mask of where the rewards that are trained on would change most, each as much
     as it counts in an advantage."""
     trained = {name: scored.rewards.rewards[name] for name in scored.rewards.weights}
-    weights = weights_in_advantage(scored.scores, scored.rewards.weights, {}, scored.aggregation)
+    weights = weights_in_advantage(
+        scored.scores, scored.rewards.weights, {}, scored.aggregation, scored.scale_rewards
+    )
 
     def saliency(drawn: Drawn, part: slice) -> Tensor:
         codes_BLD = scored.tokenizer.codebook[drawn.tokens[part]]
@@ -100,13 +103,17 @@ def by_contribution(scored: Scored) -> Tensor:
         RewardError: no reward has a gradient.
     """
     rollout, tokenizer, scores = scored.rollout, scored.tokenizer, scored.scores
-    roles = scores, scored.rewards.weights, scored.coefficients
-    weights = {k: each for k, each in weights_in_advantage(*roles, scored.aggregation).items() if each != 0}
+    in_advantage = weights_in_advantage(
+        scores, scored.rewards.weights, scored.coefficients, scored.aggregation, scored.scale_rewards
+    )
+    # Some say nothing in a step: constraints that are kept, rewards that are the same for all images.
+    weights = {name: each for name, each in in_advantage.items() if each != 0}
+    may_count = {name for name in in_advantage if may_have_gradient(scored.rewards.rewards[name])}
     num_groups, group_size = next(iter(scores.values())).shape
     share = my_share(num_groups * group_size)
     groups = Groups.of(rollout, scored.rewards, group_size, share)
 
-    asked = {name: each for name in weights if may_have_gradient(each := scored.rewards.rewards[name])}
+    asked = {name: scored.rewards.rewards[name] for name in weights if name in may_count}
     has_slope, parts = set[str](), []
     with fail_together():
         for part in scored.parts():
@@ -118,12 +125,13 @@ def by_contribution(scored: Scored) -> Tensor:
             parts.append((slopes_BLD * surprise_BLD).sum(-1))
     # One that has a slope in some image has one in all, if 0: all processes count it alike.
     found = set(gather_object(sorted(has_slope)))
-    if asked and not found:
+    if asked and not found and may_count == asked.keys():
         raise RewardError(_none_with_gradient(asked))
 
     # As large as the advantages of the same rewards would be, next to those of the others.
-    def sum_of(names: Iterable[str]) -> Tensor:
-        return sum((weights[name] * scores[name] for name in names), torch.zeros(num_groups, group_size))
+    def sum_of(names: Collection[str]) -> Tensor:  # always in the same order, for sums round
+        each = (weights[name] * scores[name] for name in weights if name in names)
+        return sum(each, torch.zeros(num_groups, group_size))
 
     mine = slice(share.start, share.stop)
     is_scored_B1 = ~sum_of(weights).flatten()[mine, None].isnan()
@@ -180,10 +188,13 @@ def check_compared(grpo: GRPOConfig, rewards: RewardSet) -> None:
     Raises:
         ConfigError: it cannot, in groups of two.
     """
-    if grpo.num_generations > 2 or grpo.credit == "contribution":  # which asks each image's slope
+    if grpo.num_generations > 2:
         return
+    is_summed = grpo.multi_objective_aggregation == "sum_then_normalize" and len(rewards.weights) > 1
     for name in (*rewards.weights, *rewards.constraints):
-        if isinstance(rewards.rewards[name], Diversity):
+        # Contributions ask each image's slope, in units of what the sum varies by.
+        has_slope = grpo.credit == "contribution" and is_summed and name in rewards.weights
+        if isinstance(rewards.rewards[name], Diversity) and not has_slope:
             raise ConfigError(
                 f"reward '{name}' has no effect with grpo.num_generations 2, as both images of a group are "
                 "equally far from each other: set 3 or more, or remove the reward"

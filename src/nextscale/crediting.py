@@ -73,6 +73,7 @@ class Crediting:
             rewards=self.rewards,
             coefficients=self.constraints.coefficients,
             aggregation=self.grpo.multi_objective_aggregation,
+            scale_rewards=self.grpo.scale_rewards,
             batch_size=self.run.per_device_train_batch_size,  # a decoder's backward pass takes as much memory
         )
         with clock("credit"), self.learner.autocast():

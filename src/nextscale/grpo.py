@@ -70,7 +70,8 @@ class GRPOConfig(Record):
     """With beta 0, keep the reference all the same and log the KL; costs a forward pass per step."""
     reference_dtype: ReferenceDtype | None = None
     """Of those of the reference's linear layers that autocast rounds; by default bfloat16 where
-    run.mixed_precision is bf16, which gives the same numbers in two thirds of the memory, else float32."""
+    run.mixed_precision is bf16, which gives the same numbers in two thirds of the memory, else float32, as
+    with sync_ref_model."""
     reference_guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """Guidance of the reference; by default the policy's. An unguided policy that is held to its guided self
     learns to need no guidance, which halves the cost of sampling."""
@@ -217,6 +218,10 @@ def check_grpo(
         grpo.credit == "contribution",
         "with grpo.credit contribution, where no image is compared with its group: remove that",
     )
+    unnormalized = (
+        grpo.scale_rewards == "none" and grpo.branch_scale is None,
+        "with grpo.scale_rewards none, which normalizes nothing: set that to group or batch",
+    )
     lone = list(weights.values()) == [1.0], "on a single reward of weight 1: give a second reward"
     no_reference = "without a reference: set grpo.beta or grpo.measure_kl"
     no_copy = not grpo.needs_reference, no_reference
@@ -247,7 +252,7 @@ def check_grpo(
         "advantage_baseline": by_token,
         "advantage_epsilon": by_token if by_token[0] else unscaled,
         "branch_scale": by_token,
-        "multi_objective_aggregation": lone,
+        "multi_objective_aggregation": lone if lone[0] else unnormalized,
         "reference_dtype": no_copy,
         "reference_guidance_scale": (not grpo.needs_reference, no_reference),
         "branches": no_branch,

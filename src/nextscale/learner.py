@@ -270,6 +270,10 @@ def check_reference(grpo: GRPOConfig, run: RunConfig) -> None:
     Raises:
         ConfigError: it cannot.
     """
+    if grpo.sync_ref_model and grpo.reference_dtype == "bfloat16":
+        raise ConfigError(
+            "grpo.reference_dtype bfloat16 rounds the moves of grpo.sync_ref_model away: remove one of them"
+        )
     if grpo.sync_ref_model and asks_for_fsdp(run):
         raise ConfigError(
             "grpo.sync_ref_model cannot move a reference that FSDP spreads over the processes: remove one of "

@@ -247,24 +247,28 @@ def importance_ratio(
     """Probability under the present policy by that before its first update, of tokens, scales or images.
 
     That of a scale or an image is a geometric mean over its tokens, so that it does not grow with their
-    number; over an image each token counts as much as in the loss. On policy, all levels have one gradient.
+    number; over an image each token counts as much as in the loss. Its gradient is that of each token itself,
+    so that tokens can have advantages of their own; where all have one, it is that of the mean. On policy,
+    all levels have one gradient.
 
     Args:
         lengths: tokens of each scale.
         weights_L: weight of each token in an image; they sum to 1.
 
     Returns:
-        (B, L), or (B, 1) of images.
+        (B, L).
 
-    Source: GSPO (arXiv 2507.18071), equation 7.
+    Source: GSPO (arXiv 2507.18071), equation 7, and 13 for the gradient (GSPO-token).
     """
     difference_BL = log_probs_BL - old_log_probs_BL
+    if level == "token":
+        return difference_BL.exp()
     if level == "scale":
         means = [each.mean(1, keepdim=True).expand_as(each) for each in difference_BL.split(list(lengths), 1)]
-        difference_BL = torch.cat(means, 1)
-    elif level in ("image", "sequence"):
-        difference_BL = (difference_BL * weights_L).sum(1, keepdim=True)
-    return difference_BL.exp()
+        mean_BL = torch.cat(means, 1)
+    else:
+        mean_BL = (difference_BL * weights_L).sum(1, keepdim=True).expand_as(difference_BL)
+    return (mean_BL.detach() + log_probs_BL - log_probs_BL.detach()).exp()
 
 
 def clipped_surrogate(

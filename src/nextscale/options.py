@@ -1,16 +1,22 @@
 """What a user chooses of a run, and whether it can be gone on with."""
 
 import json
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nextscale.base.checks import check_kind
 from nextscale.base.errors import ConfigError
 from nextscale.base.records import fixed_values
-from nextscale.grpo import GRPOConfig
+from nextscale.evaluation import check_evaluated
+from nextscale.grpo import GRPOConfig, check_grpo
+from nextscale.losses import find_loss, loss_weights
+from nextscale.objective import check_guidance
 from nextscale.optimizer import OptimizerConfig
 from nextscale.pipeline import VARPipeline
-from nextscale.policy import SamplingConfig
+from nextscale.policy import Ramp, SamplingConfig
+from nextscale.rollout import branches_of
 from nextscale.runs.checkpoint import check_options, check_resume, list_checkpoints
 from nextscale.runs.config import RunConfig
 from nextscale.runs.writer import RunFolder
@@ -63,14 +69,43 @@ class Options:
             run or RunConfig(),
         )
 
-    def fixed(self) -> dict[str, Any]:
-        """The options that a resumed run must keep, by dotted key: those that shape its course."""
+    def fixed(self, roles: Mapping[str, Mapping[str, object]]) -> dict[str, Any]:
+        """The options that a resumed run must keep, by dotted key: those that shape its course.
+
+        Args:
+            roles: of its rewards.
+        """
         sections = {"grpo": self.grpo, "sampling": self.sampling, "tuning": self.tuning}
         of_run = {"seed": self.run.seed, "mixed_precision": self.run.mixed_precision}
         fixed = fixed_values({**sections, "optimizer": self.optimizer, "run": of_run})
         if self.optimizer.depends_on_the_end:
             fixed["run.max_steps"] = self.run.max_steps
-        return fixed
+        return fixed | {f"rewards.{name}": dict(role) for name, role in roles.items()}
+
+    def check_fit(
+        self,
+        pipe: VARPipeline,
+        weights: Mapping[str, float],
+        constraints: Collection[str],
+        held_out: Sequence[str],
+    ) -> None:
+        """Check that options fit the model and its rewards, and that each has an effect. Changes nothing.
+
+        Args:
+            weights: of the rewards that are trained on, by name.
+            constraints, held_out: names of the others.
+
+        Raises:
+            ConfigError: an option has no effect, or needs another model: more scales, or guidance.
+        """
+        grpo, schedule = self.grpo, pipe.transformer.schedule
+        check_grpo(grpo, weights, constraints, has_adapter=self.tuning.use_peft)
+        check_evaluated(self.run, held_out)
+        find_loss(grpo.loss_type)
+        loss_weights(schedule.lengths, grpo)
+        branches_of(grpo, schedule)
+        check_guidance(grpo, self.explored)
+        Ramp.of(self.sampling, schedule)
 
     def as_yaml(self, model: str | None, rewards: Any) -> str:
         """A run's `config.yaml`, where no recipe was its source.
@@ -91,16 +126,29 @@ class Options:
         # JSON is YAML, but for what JSON writes in two halves: it is written as it is.
         return json.dumps(sections, indent=2, ensure_ascii=False) + "\n"
 
-    def check_continuable(self, folder: RunFolder) -> None:
+    def check_continuable(self, folder: RunFolder, roles: Mapping[str, Mapping[str, object]]) -> None:
         """Check that a run that is to be resumed can be.
+
+        Args:
+            roles: of its rewards.
 
         Raises:
             CheckpointError: there is no such checkpoint.
-            ConfigError: the checkpoint is of a run with other options, or the run is over and has none left.
+            ConfigError: the checkpoint is of a run with other options; or of another folder, while this one
+                holds a run; or the run is over and has none left.
         """
         if self.run.resume:
             check_resume(self.run.resume)
-            check_options(self.run.resume, folder.checkpoints, self.fixed())
+            check_options(self.run.resume, folder.checkpoints, self.fixed(roles))
+            if (
+                self.run.resume != "auto"
+                and not folder.owns(Path(self.run.resume))
+                and folder.metrics.exists()
+            ):
+                raise ConfigError(
+                    f"'{folder.path}' holds a run, and checkpoint '{self.run.resume}' is another's: go on "
+                    "with the folder's own by --run.resume auto, or choose another --run.output_dir"
+                )
         is_lost = self.run.resume == "auto" and not list_checkpoints(folder.checkpoints)
         if is_lost and folder.final.exists():
             raise ConfigError(

@@ -22,8 +22,10 @@ from nextscale.rescoring import guided_tokens, teacher_forced
 
 
 def reference_dtype(grpo: GRPOConfig, mixed_precision: str) -> ReferenceDtype:
-    """The dtype of the reference's linear layers: as chosen, or what autocast would round them to anyway."""
-    return grpo.reference_dtype or ("bfloat16" if mixed_precision == "bf16" else "float32")
+    """The dtype of the reference's linear layers: as chosen, or what autocast would round them to anyway. One
+    that moves needs all bits: most of its moves are too small for 16."""
+    is_rounded = mixed_precision == "bf16" and not grpo.sync_ref_model
+    return grpo.reference_dtype or ("bfloat16" if is_rounded else "float32")
 
 
 class Reference:

@@ -74,6 +74,7 @@ class Saver:
     """Writes the checkpoints of a run, and goes on from one.
 
     Args:
+        roles: of the rewards, which a resumed run keeps as well.
         controllers: what adapts from step to step, by name.
         callbacks: what looks on; those that keep a state have it in the checkpoints, too.
 
@@ -86,10 +87,11 @@ class Saver:
         learner: Learner,
         folder: RunFolder,
         options: Options,
+        roles: Mapping[str, Mapping[str, object]],
         controllers: Mapping[str, Controller],
         callbacks: Sequence[Callback],
     ) -> None:
-        self.learner, self.folder, self.options = learner, folder, options
+        self.learner, self.folder, self.options, self.roles = learner, folder, options, roles
         self.controllers, self.callbacks = controllers, callbacks
         self.progress = Progress()
         self.saved: tuple[int, int | None] | None = None  # steps done and evaluated in the last checkpoint
@@ -123,14 +125,14 @@ class Saver:
 
     @property
     def is_saved(self) -> bool:
-        """Whether the last checkpoint that was written, or gone on from, is of the present state."""
+        """Whether the folder's last checkpoint, written or gone on from, is of the present state."""
         return self.saved == (self.progress.step, self.progress.step_evaluated)
 
     def save(self) -> Path:
         """Write a checkpoint of the state after the last whole step; returns its path."""
         state = self.progress.state_dict() | {
             "num_skipped": self.learner.num_skipped,
-            "options": self.options.fixed(),
+            "options": self.options.fixed(self.roles),
             "scheduler": self.learner.scheduler.state_dict(),
             "controllers": self._states(),
             "callbacks": {name: each.state_dict() for name, each in named(self.callbacks).items()},
@@ -162,7 +164,8 @@ class Saver:
                 "go on from another one"
             ) from error
         self.progress, self.learner.num_skipped = progress, num_skipped
-        self.saved = progress.step, progress.step_evaluated
+        if self.folder.owns(path):
+            self.saved = progress.step, progress.step_evaluated
 
     def _states(self) -> dict[str, dict[str, Any]]:
         return {name: each.state_dict() for name, each in self.controllers.items()}

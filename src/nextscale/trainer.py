@@ -28,9 +28,9 @@ from nextscale.collector import Collector
 from nextscale.controllers import AdaptiveKL, Constraints, Controller, EntropyFloor
 from nextscale.credit import check_compared, credit_source, find_credit
 from nextscale.crediting import Crediting
-from nextscale.evaluation import Embedder, Judges, SetMeasure, check_evaluated, step_metrics
+from nextscale.evaluation import Embedder, Judges, SetMeasure, step_metrics
 from nextscale.evaluator import Evaluator
-from nextscale.grpo import GRPOConfig, check_grpo
+from nextscale.grpo import GRPOConfig
 from nextscale.learner import Learner, check_reference
 from nextscale.models.folder import write_folder
 from nextscale.models.lora import adapted_layers, merged
@@ -132,10 +132,9 @@ class GRPOTrainer:
         self.rewards.check_conditions(eval_conditions)
         self.accelerator = make_accelerator(self.run)
         self.grpo.check_processes(self.accelerator.num_processes)
-        check_evaluated(self.run, self.rewards.held_out)
         check_reference(self.grpo, self.run)
-        roles = self.rewards.weights, self.rewards.constraints
-        check_grpo(self.grpo, *roles, has_adapter=self.options.tuning.use_peft)
+        self.options.check_fit(pipe, self.rewards.weights, self.rewards.constraints, self.rewards.held_out)
+        self.best = best_model(self.run)
         check_compared(self.grpo, self.rewards)
         credit = find_credit(self.grpo.credit, self.rewards)
 
@@ -144,7 +143,7 @@ class GRPOTrainer:
         self.sources = {**(sources or {}), **credit_source(self.grpo.credit)}
         needed = [*self.sources.values(), *([Path(pipe.source)] if pipe.source else [])]
         self.folder.check(resume=bool(self.run.resume), overwrite=self.run.overwrite, needed=needed)
-        self.options.check_continuable(self.folder)
+        self.options.check_continuable(self.folder, self.rewards.roles())
         self.config_yaml = config_yaml or self.options.as_yaml(pipe.source, self.rewards.describe())
         self.command = command
 
@@ -183,10 +182,12 @@ class GRPOTrainer:
         self.after_update = [each for each in (self.entropy_floor, self.adaptive_kl) if each is not None]
 
         # What looks on, and what is kept to go on from.
-        self.bar, self.best = ProgressBar(), best_model(self.run)
-        own: list[Callback] = [self.bar, Warnings(), Trackers(), *([self.best] if self.best else [])]
-        self.callbacks = [*own, *callbacks]
-        self.saver = Saver(self.learner, self.folder, options, self.controllers, self.callbacks)
+        self.bar = ProgressBar()
+        own: list[Callback] = [self.bar, Warnings(), Trackers()]
+        # The best model last: it may be that by a metric which another one adds.
+        self.callbacks = [*own, *callbacks, *([self.best] if self.best else [])]
+        roles = self.rewards.roles()
+        self.saver = Saver(self.learner, self.folder, options, roles, self.controllers, self.callbacks)
         self.should_stop, self.has_trained = False, False
 
     @property
@@ -258,7 +259,7 @@ class GRPOTrainer:
             if self.step_done >= run.max_steps:
                 self.say(f"all {self.step_done} steps are done; raise run.max_steps to go on")
         with fail_together():
-            self.folder.keep_steps(self.step_done)
+            self.folder.keep_steps(None if path is None else self.step_done)
             if process.is_main_process and path is not None:
                 tidy_checkpoints(self.folder.checkpoints, self.step_done, run.save_total_limit)
         self.tell("on_train_begin")
@@ -460,11 +461,11 @@ class GRPOTrainer:
         warning_metrics = self.watch.update(metrics)
         for warning in self.watch.warnings.values():
             self.warn(warning)
-        self.progress.step_evaluated = self.step_done
         metrics |= warning_metrics | {"eval_time": time.perf_counter() - begin}
         if self.step_done == 0:
             self.progress.first_evaluation = dict(metrics)
         self.tell("on_evaluate", metrics)
+        self.progress.step_evaluated = self.step_done  # last: what failed before is done again on resuming
         return metrics
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -500,6 +501,8 @@ class GRPOTrainer:
             CheckpointError: a file of it is missing or broken, or was written by an earlier version.
         """
         self.saver.load(path)
+        if self.best and not self.folder.owns(path):
+            self.best.forget()  # it is in the other folder
 
     def export(self, folder: Path) -> None:
         """Write the model as evaluations measure it, to a folder that it can be loaded from. All processes

@@ -249,7 +249,9 @@ def test_a_resumed_run_keeps_the_metrics_up_to_its_checkpoint(tmp_path: Path) ->
     folder.keep_steps(2)
     records = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     assert records == [{"step": step, "reward": step / 3} for step in range(3)]
-    folder.keep_steps(0)  # it starts afresh, its first evaluation included
+    folder.keep_steps(0)  # the first evaluation stays
+    assert [json.loads(line) for line in folder.metrics.read_text().splitlines()] == records[:1]
+    folder.keep_steps(None)  # it starts afresh, its first evaluation included
     assert folder.metrics.read_text() == ""
 
 

@@ -11,21 +11,17 @@ from nextscale.base.errors import ConfigError, NextscaleError
 from nextscale.base.records import Record
 from nextscale.config.recipe import Recipe, to_yaml
 from nextscale.config.resume import check_folder
-from nextscale.evaluation import Embedder, Judges, SetMeasure, check_evaluated
-from nextscale.grpo import check_grpo
-from nextscale.losses import find_loss, loss_weights
+from nextscale.evaluation import Embedder, Judges, SetMeasure
 from nextscale.models import zoo
 from nextscale.models.embedded import CLIPS
 from nextscale.models.vqvae import VQVAEConfig
-from nextscale.objective import check_guidance
+from nextscale.options import Options
 from nextscale.pipeline import VARPipeline
-from nextscale.policy import Ramp
 from nextscale.prompts import check_apart, read_prompts
 from nextscale.rewards import Reward, RewardSet
 from nextscale.rewards.networks.clip import load_clip
 from nextscale.rewards.protocol import RewardConfig
 from nextscale.rewards.python import PythonConfig
-from nextscale.rollout import branches_of
 from nextscale.toy.judges import judge_images, judge_prompted
 from nextscale.toy.realism import Realism
 from nextscale.toy.world import CLASSES, IMAGE_SIZE
@@ -44,6 +40,11 @@ class Parts:
     judges: Judges | None
     measures: tuple[SetMeasure, ...]
     embed: Embedder | None
+
+
+def options_of(recipe: Recipe) -> Options:
+    """What the recipe says of how to train."""
+    return Options(recipe.grpo, recipe.sampling, recipe.tuning, recipe.optimizer, recipe.run)
 
 
 def load_pipeline(
@@ -175,18 +176,13 @@ def check_fit(recipe: Recipe, pipe: VARPipeline) -> None:
     weights for, and that the algorithm's options have an effect on its rewards."""
     weights = {name: each.weight for name, each in recipe.rewards.items() if each.weight is not None}
     constraints = [name for name, each in recipe.rewards.items() if each.constraint]
-    check_grpo(recipe.grpo, weights, constraints, has_adapter=recipe.tuning.use_peft)
-    check_evaluated(recipe.run, [name for name, each in recipe.rewards.items() if each.held_out])
-    find_loss(recipe.grpo.loss_type)
+    held_out = [name for name, each in recipe.rewards.items() if each.held_out]
+    options_of(recipe).check_fit(pipe, weights, constraints, held_out)
     if recipe.grpo.class_labels and recipe.prompts:
         raise ConfigError("grpo.class_labels has no effect beside prompts: remove it")
     if recipe.grpo.class_labels:
         pipe.conditions(recipe.grpo.class_labels)
     check_tuning(recipe.tuning, pipe.transformer)
-    loss_weights(pipe.transformer.schedule.lengths, recipe.grpo)
-    branches_of(recipe.grpo, pipe.transformer.schedule)
-    check_guidance(recipe.grpo, recipe.grpo.explored(recipe.sampling))
-    Ramp.of(recipe.sampling, pipe.transformer.schedule)
 
 
 def build_trainer(recipe: Recipe, command: Sequence[str] = ()) -> GRPOTrainer:

@@ -6,14 +6,13 @@ import torch
 
 from nextscale.base.errors import ConfigError
 from nextscale.callbacks import best_model
-from nextscale.config.build import build_parts, check_fit, make_reward, read_conditions, resolve
+from nextscale.config.build import build_parts, check_fit, make_reward, options_of, read_conditions, resolve
 from nextscale.config.recipe import Recipe
 from nextscale.config.resume import check_folder
 from nextscale.credit import check_compared, find_credit
 from nextscale.models import hub, zoo
 from nextscale.models.folder import build_transformer
 from nextscale.models.vqvae import VQVAE
-from nextscale.options import Options
 from nextscale.pipeline import VARPipeline
 from nextscale.plan.gpus import find_gpu, gpu_at_hand, with_memory
 from nextscale.plan.planning import Plan, make_plan
@@ -49,8 +48,8 @@ def rehearse(recipe: Recipe, num_processes: int) -> list[str]:
         rewards.check_conditions(parts.eval_conditions or drawn)
         check_compared(recipe.grpo, rewards)
         find_credit(recipe.grpo.credit, rewards)
-        options = Options(recipe.grpo, recipe.sampling, recipe.tuning, recipe.optimizer, recipe.run)
-        options.check_continuable(RunFolder(Path(recipe.run.output_dir)))
+        folder = RunFolder(Path(recipe.run.output_dir))
+        options_of(recipe).check_continuable(folder, rewards.roles())
         return []
     check_folder(recipe)
     model = zoo.describe(recipe.model, recipe.vae)

@@ -114,8 +114,13 @@ class RunFolder(RunPaths):
             with replacing(self.rewards / f"{name.replace('%', '%25').replace('/', '%2F')}.py") as aside:
                 shutil.copyfile(source, aside)
 
-    def keep_steps(self, last: int) -> None:
-        """Drop the metrics after step `last`, which a resumed run writes again, and a last line cut short.
+    def owns(self, checkpoint: Path) -> bool:
+        """Whether this is one of the folder's checkpoints."""
+        return checkpoint.resolve().parent == self.checkpoints.resolve()
+
+    def keep_steps(self, last: int | None) -> None:
+        """Drop the metrics after step `last`, which a resumed run writes again, and a last line cut short; or
+        all, where a run starts afresh.
 
         Raises:
             ConfigError: another line is damaged; the file stays as it was.
@@ -137,9 +142,9 @@ class RunFolder(RunPaths):
                 raise ConfigError(
                     f"{self.metrics}, line {number}, is damaged: restore or delete it, and resume again"
                 )
-            if step <= last:
+            if last is not None and step <= last:
                 kept.append(line.decode() + "\n")
-        write_text_aside(self.metrics, "".join(kept) if last else "")
+        write_text_aside(self.metrics, "".join(kept))
 
     def append_metrics(self, metrics: Mapping[str, float]) -> None:
         """Append a line to `metrics.jsonl`; a number that is not finite, which JSON has not, becomes null."""
