@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nextscale import credit as credit_module
 from nextscale.advantages import weights_in_advantage
 from nextscale.base.errors import ConfigError, RewardError
 from nextscale.credit import Scored, find_credit
@@ -45,6 +46,7 @@ def credit(
         "rewards": rewards,
         "coefficients": {},
         "aggregation": "sum_then_normalize",
+        "scale_rewards": "group",
         "batch_size": 3,
     }
     return find_credit(name, rewards)(Scored(**(fields | options)))
@@ -173,6 +175,46 @@ def test_a_slope_in_some_images_is_one_in_all(tiny_pipeline: VARPipeline) -> Non
     assert found[:6].all() and not found[6:].any()
 
 
+def test_sums_of_rewards_do_not_depend_on_the_order_of_a_set(
+    tiny_pipeline: VARPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which differs from process to process: by the hashes of the names."""
+
+    def tinted(share: float) -> Any:
+        return lambda images, conditions: share * images[:, 0].mean((1, 2)) + images[:, 2].mean((1, 2)) ** 2
+
+    def untinted(share: float) -> Any:
+        return lambda images, conditions: tinted(share)(images.detach(), conditions)
+
+    of = {f"a{i}": tinted(1 / (3 + i)) for i in range(5)} | {f"b{i}": untinted(1 / (3 + i)) for i in range(5)}
+    rewards = RewardSet(of, dict(zip(of, [0.1, 0.7, 1.3, 2.9, 0.3] * 2, strict=True)))
+    rollout = rolled(tiny_pipeline, rewards)
+    expected = credit(tiny_pipeline, rewards, rollout)
+
+    class Backwards(set):
+        def __iter__(self) -> Any:
+            return iter(sorted(super().__iter__(), reverse=True))
+
+    monkeypatch.setattr(credit_module, "set", Backwards, raising=False)
+    assert torch.equal(credit(tiny_pipeline, rewards, rollout), expected)
+
+
+def test_rewards_without_a_slope_count_while_those_with_one_say_nothing(tiny_pipeline: VARPipeline) -> None:
+    """Such as a constraint that is kept: its multiplier is 0."""
+    pipe = tiny_pipeline
+
+    def coarse(images: Tensor, conditions: Any) -> list[float]:
+        return redness(images, conditions).tolist()
+
+    rewards = RewardSet({"coarse": coarse, "bright": brightness}, constraints={"bright": AtLeast(0.1)})
+    rollout = rolled(pipe, rewards)
+    found = credit(pipe, rewards, rollout, coefficients={"bright": 0.0})
+    scores = rewards.of_groups(rollout.scores, 4)["coarse"]
+    expected = weights_in_advantage({"coarse": scores}, {"coarse": 1.0}, {}, "sum_then_normalize")["coarse"]
+    by_hand = (scores - scores.mean(1, keepdim=True)).flatten() * expected
+    torch.testing.assert_close(found, by_hand[:, None].expand_as(found), rtol=1e-4, atol=1e-5)
+
+
 def test_a_constraint_counts_by_its_multiplier(tiny_pipeline: VARPipeline) -> None:
     pipe = tiny_pipeline
     rewards = RewardSet({"red": redness, "bright": brightness}, constraints={"bright": AtLeast(0.9)})
@@ -249,6 +291,11 @@ def test_weights_are_those_of_the_advantages() -> None:
     bounded = weights_in_advantage(scores, {"b": 1.0}, {"a": -0.5}, "sum_then_normalize")
     assert bounded == pytest.approx({"b": 2 * half, "a": -0.5 * half})
     assert weights_in_advantage({"a": torch.ones(2, 2)}, {"a": 1.0}, {}, "sum_then_normalize") == {"a": 0.0}
+    as_they_are = weights_in_advantage(scores, {"b": 3.0}, {"a": -0.5}, "normalize_then_sum", "none")
+    assert as_they_are == pytest.approx({"b": 3.0, "a": -0.5 * half})
+    scores = {"a": torch.tensor([[0.0, 2.0], [4.0, 6.0]])}
+    of_batch = weights_in_advantage(scores, {"a": 1.0}, {}, "sum_then_normalize", "batch")
+    assert of_batch == pytest.approx({"a": 1 / (20 / 3) ** 0.5})
 
 
 def test_training_by_contributions_raises_a_reward_faster(

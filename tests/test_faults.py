@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -458,6 +459,25 @@ def test_metrics_are_json_that_any_reader_takes(tiny_pipeline: VARPipeline, tmp_
 # ---- what a checkpoint after a failure holds
 
 
+def test_metrics_of_ones_own_are_numbers_of_any_kind(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    class Adds(Callback):
+        def __init__(self, added: Any) -> None:
+            self.added = added
+
+        def on_step_end(self, trainer: GRPOTrainer, metrics: dict[str, Any]) -> None:
+            metrics["mine"] = self.added
+
+    for i, added in enumerate((np.float32(0.5), torch.tensor(0.5), np.array([0.5])[0])):
+        trainer = make_trainer(make_pipeline(), tmp_path / f"run-{i}", max_steps=1)
+        trainer.callbacks.append(Adds(added))
+        assert trainer.train().metrics["mine"] == 0.5
+    trainer = make_trainer(make_pipeline(), tmp_path / "run", max_steps=1)
+    trainer.callbacks.append(Adds([0.5, 1.0]))
+    told = "the metric 'mine' is an object of type list, expected a number"
+    with pytest.raises(ConfigError, match=f"^{told}$"):
+        trainer.train()
+
+
 def test_an_update_that_fails_in_the_middle_of_a_step_leaves_the_last_checkpoint(
     tiny_pipeline: VARPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -640,6 +660,7 @@ def test_a_run_goes_on_with_its_rewards(
     ("options", "says"),
     [
         ({"loss_type": "grop"}, "grop"),
+        ({"reward": RewardSet({"red": redness}, {"red": 0.0})}, "has the weight 0: give one another weight"),
         ({"greater_is_better": False}, r"run\.greater_is_better has no effect without run\.save_best"),
         ({"branch_scale": 4}, "leaves nothing to go on with"),
         ({"train_scales": 9}, r"grpo\.train_scales 9 is out of range"),

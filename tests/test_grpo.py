@@ -44,6 +44,10 @@ def brightness(images, conditions):
             r"multi_objective_aggregation normalize_then_sum has .* single reward",
         ),
         (
+            {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "none"},
+            r"multi_objective_aggregation normalize_then_sum has .* (single reward|normalizes nothing)",
+        ),
+        (
             {"reference_dtype": "bfloat16", **WITHOUT_KL},
             r"reference_dtype bfloat16 has .* set grpo\.beta or",
         ),
@@ -166,6 +170,9 @@ def test_options_with_what_they_need_are_accepted() -> None:
     corrected = {"importance_sampling_mode": "token_mask", "importance_sampling_clip_max": 2.0}
     check_grpo(GRPOConfig(importance_sampling_correction=True, **corrected), one, ())
     separately = GRPOConfig(multi_objective_aggregation="normalize_then_sum")
+    with pytest.raises(ConfigError, match=r"with grpo\.scale_rewards none, which normalizes nothing"):
+        check_grpo(separately.replace(scale_rewards="none"), {"a": 1.0, "b": 2.0}, ())
+    check_grpo(separately.replace(scale_rewards="none", branch_scale=2), {"a": 1.0, "b": 2.0}, ())
     check_grpo(separately, {"a": 1.0, "b": 1.0}, ())
     check_grpo(separately, {"a": 0.5}, ("b",))  # a weight that normalising the sum would undo
 

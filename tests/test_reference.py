@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from nextscale.base.errors import ConfigError
+from nextscale.grpo import GRPOConfig
+from nextscale.learner import check_reference
 from nextscale.models.protocol import Conditioning
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import Ramp, SamplingConfig
-from nextscale.reference import Reference
+from nextscale.reference import Reference, reference_dtype
 from nextscale.rescoring import teacher_forced_logits
+from nextscale.runs.config import RunConfig
 
 MakePipeline = Callable[..., VARPipeline]
 GUIDED = SamplingConfig(guidance_scale=1.5, temperature=0.8)
@@ -106,6 +110,20 @@ def test_a_reference_may_follow_the_model(make_pipeline: MakePipeline) -> None:
         # In bfloat16 two roundings of at most 2^-9 of what is mixed, and one of the mixture.
         atol = 2**-8 * float(old.abs().max() + theirs.abs().max()) if ours.dtype == torch.bfloat16 else 1e-6
         torch.testing.assert_close(ours.float(), 0.75 * old + 0.25 * theirs, rtol=0, atol=atol)
+    # So one that moves by little is kept whole, where others are not.
+    moving = GRPOConfig(sync_ref_model=True)
+    assert (
+        reference_dtype(moving, "bf16") == "float32" and reference_dtype(GRPOConfig(), "bf16") == "bfloat16"
+    )
+    with pytest.raises(
+        ConfigError, match=r"reference_dtype bfloat16 rounds the moves of grpo\.sync_ref_model"
+    ):
+        check_reference(moving.replace(reference_dtype="bfloat16"), RunConfig())
+    slow = Reference.copy_of(base, reference_dtype(moving, "bf16"))
+    for _ in range(50):
+        slow.move_towards(model, 0.01)
+    for ours, theirs, old in zip(slow.model.parameters(), model.parameters(), base.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs + 0.99**50 * (old - theirs))
     before = [each.clone() for each in model.parameters()]
     Reference.copy_of(base).move_towards(model, 1.0)
     assert all(map(torch.equal, model.parameters(), before))

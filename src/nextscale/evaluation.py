@@ -5,12 +5,14 @@ Shapes: B images · N conditions · G images of one condition · E width of an e
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from nextscale.advantages import beyond_rounding
+from nextscale.base.checks import as_number
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError, RewardError
 from nextscale.base.parts import Parts
@@ -202,7 +204,8 @@ def evaluate(
         if embed is not None:
             found["embedding"] = embed(batch.images).float()
         if judges is not None:
-            found |= _named("judge", judges(batch.images, batch.conditions))
+            judged = judges(batch.images, batch.conditions)
+            found |= _named("judge", {name: _values(name, each, images) for name, each in judged.items()})
         for i, each in enumerate(measures):
             features = each.features(batch.images, batch.conditions)
             found |= _named(f"measure {i}", {name: value.float() for name, value in features.items()})
@@ -261,7 +264,8 @@ def evaluate(
         metrics["kl_per_image"] = whole["kl"].mean().item()
     metrics |= {name: each.float().mean().item() for name, each in _of("judge", whole).items()}
     for i, each in enumerate(measures):
-        metrics |= each.measure(_of(f"measure {i}", whole), chosen)
+        measured = each.measure(_of(f"measure {i}", whole), chosen)
+        metrics |= {name: as_number(f"the measure '{name}'", value) for name, value in measured.items()}
     extremes: Extremes | None = None
     if num_extremes and reward is not None:
         order = [i for i in reward.argsort(descending=True).tolist() if not reward[i].isnan()]
@@ -327,11 +331,10 @@ def step_metrics(rewards: RewardSet, scores: Mapping[str, Tensor]) -> dict[str, 
         `reward`, `reward_std` (the mean over groups), `frac_reward_zero_std`, and what `score_metrics` gives.
     """
     total_NG = rewards.total(scores)
-    deviation_N = deviation(total_NG)
     return {
         "reward": total_NG.nanmean().item(),
-        "reward_std": deviation_N.mean().item(),
-        "frac_reward_zero_std": (deviation_N == 0).float().mean().item(),
+        "reward_std": deviation(total_NG).mean().item(),
+        "frac_reward_zero_std": (beyond_rounding(total_NG) == 0).float().mean().item(),
         **score_metrics(scores),
     }
 
@@ -380,6 +383,21 @@ def _reward_metrics(
             for name, each in scores.items()
         },
     }
+
+
+def _values(name: str, given: Any, images: range) -> Tensor:
+    """What a judge says of images, (B,).
+
+    Raises:
+        ConfigError: it is not one number for each.
+    """
+    values = torch.as_tensor(given)
+    if values.shape != (len(images),):
+        raise ConfigError(
+            f"a judge's '{name}' has shape {tuple(values.shape)}, expected ({len(images)},), one number for "
+            "each image"
+        )
+    return values
 
 
 def _named(kind: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

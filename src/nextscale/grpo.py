@@ -65,7 +65,7 @@ class GRPOConfig(Record):
     KL(reference || policy); or the estimators k1, k2 and k3 from the drawn token alone, for comparison."""
     kl_in_reward: bool = False
     """Take the KL from the reward, not from the loss: a token then answers for what its image's later scales
-    cost, too. Costs a forward pass per step."""
+    cost, too. Costs a forward pass of the policy per step, and one of the reference."""
     measure_kl: bool = True
     """With beta 0, keep the reference all the same and log the KL; costs a forward pass per step."""
     reference_dtype: ReferenceDtype | None = None

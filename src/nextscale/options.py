@@ -99,6 +99,8 @@ class Options:
             ConfigError: an option has no effect, or needs another model: more scales, or guidance.
         """
         grpo, schedule = self.grpo, pipe.transformer.schedule
+        if not any(weights.values()):
+            raise ConfigError("every reward that is trained on has the weight 0: give one another weight")
         check_grpo(grpo, weights, constraints, has_adapter=self.tuning.use_peft)
         check_evaluated(self.run, held_out)
         find_loss(grpo.loss_type)

@@ -15,7 +15,7 @@ from typing import Any
 from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
 
-from nextscale.base.checks import check_kind, check_list, found
+from nextscale.base.checks import as_number, check_kind, check_list, found
 from nextscale.base.clock import Clock
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError, NextscaleError, RewardError, TrainingError, in_words
@@ -469,8 +469,14 @@ class GRPOTrainer:
         return metrics
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """A line of metrics.jsonl, which the trackers get, too."""
+        """A line of metrics.jsonl, which the trackers get, too.
+
+        Raises:
+            ConfigError: a callback added something that is no number.
+        """
         with fail_together():
+            for name, value in metrics.items():
+                metrics[name] = as_number(f"the metric '{name}'", value)  # one of NumPy's, or a tensor of one
             self.folder.append_metrics({"step": step} | metrics)
         self.progress.last_metrics = metrics
         self.tell("on_log", step, metrics)

@@ -102,3 +102,15 @@ def check_number(name: str, given: Any, expected: str = "a finite number", above
     if not (math.isfinite(value) and value > above):
         raise ConfigError(f"{name}: got {shown(given)}, expected {expected}")
     return value
+
+
+def as_number(name: str, given: Any) -> float:
+    """A number of any kind as Python's own; NaN and infinity are numbers, too.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        return float(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"{name} is {found(given)}, expected a number") from None

@@ -307,7 +307,7 @@ def rewards_of_words(words: list[str], clip: str | None) -> "dict[str, RewardCon
         if kind not in REWARD_KINDS or not equals:
             hint = did_you_mean(kind, [f"{each}=VALUE" for each in REWARD_KINDS])
             raise ConfigError(f"--reward '{word}' must be of the form KIND=VALUE or NAME:KIND=VALUE{hint}")
-        has_own = "clip" not in REWARD_KINDS[kind].model_fields or value in AESTHETIC_HEADS
+        has_own = "clip" not in REWARD_KINDS[kind].model_fields or value in (*AESTHETIC_HEADS, "pixels")
         options = {"clip": clip} if clip and not has_own else {}
         name = given or (kind if kind not in rewards else f"{kind}_{len(rewards) + 1}")
         if name in rewards:
