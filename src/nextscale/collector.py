@@ -35,7 +35,7 @@ class Collector:
         options: Options,
     ) -> None:
         self.pipe, self.learner, self.conditions = pipe, learner, conditions
-        self.all_rewards, self.rewards = rewards, rewards.without_held_out()
+        self.rewards = rewards.without_held_out()
         self.grpo, self.sampling, self.run = options.grpo, options.explored, options.run
         self.branches = branches_of(self.grpo, pipe.transformer.schedule)
 
@@ -56,7 +56,7 @@ class Collector:
         """
         of_all = gathered(rollout.scores)
         with fail_together():  # each process asks a reward of groups
-            scores = self.all_rewards.of_groups(of_all, self.grpo.num_generations)
+            scores = self.rewards.of_groups(of_all, self.grpo.num_generations)
         require_scores(scores)
         return scores
 

@@ -88,9 +88,11 @@ class Evaluator:
         names = [each.text for each in result.conditions]
         self.folder.save_grid(step, result.samples[:MAX_ROWS], names[:MAX_ROWS])
         if len(names) > MAX_ROWS:
-            self.folder.save_all(step, result.samples, names)
+            index = {"names": names, "num_columns": result.samples.shape[1]}
+            self.folder.save_pictures("all", step, result.samples, index)
         if (shown := result.extremes) is not None:
             texts = [[each.text for each in row] for row in shown.conditions]
-            self.folder.save_extremes(step, shown.images, shown.rewards, texts)
+            index = {"rewards": shown.rewards, "names": texts}
+            self.folder.save_pictures("extremes", step, shown.images, index)
             come_to_be = scale_images(self.pipe, result.first_tokens[:NUM_SHOWN])
-            self.folder.save_scales(step, come_to_be, names[:NUM_SHOWN])
+            self.folder.save_pictures("scales", step, come_to_be, {"names": names[:NUM_SHOWN]})

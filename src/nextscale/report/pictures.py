@@ -95,7 +95,7 @@ def scale_by_scale(run: Run) -> list[Shown]:
     """How images came to be, before and after training."""
     found = []
     for step in _first_and_last(run, "scales-"):
-        path = run.paths.scales(step)
+        path = run.paths.pictures("scales", step)
         picture, rows = _open(path), read_object(path.with_suffix(".json")).get("names")
         if not isinstance(rows, list) or not rows:
             continue
@@ -110,7 +110,7 @@ def by_reward(run: Run) -> list[Shown]:
     """The best, the middle and the worst images by reward, before and after training."""
     found = []
     for step in _first_and_last(run, "extremes-"):
-        path = run.paths.extremes(step)
+        path = run.paths.pictures("extremes", step)
         rewards = read_object(path.with_suffix(".json")).get("rewards")
         if not isinstance(rewards, list) or len(rewards) != 3 or not all(rewards):
             continue

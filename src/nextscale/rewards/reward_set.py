@@ -190,7 +190,7 @@ class RewardSet:
         """
         by_group = {name: each.unflatten(0, (-1, group_size)) for name, each in scores.items()}
         for name, reward in self.rewards.items():
-            if isinstance(reward, GroupReward) and name in by_group:
+            if isinstance(reward, GroupReward):
                 features_NGE, size = by_group[name], min(num_compared or group_size, group_size)
                 num_scored = group_size // size * size
                 parts = rearrange(features_NGE[:, :num_scored], "N (n G) E -> (N n) G E", G=size)

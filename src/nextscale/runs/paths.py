@@ -1,6 +1,10 @@
 """Where everything lies in a run folder. Whoever writes or reads one takes the names from here."""
 
 from pathlib import Path
+from typing import Literal
+
+PictureKind = Literal["all", "extremes", "scales"]
+"""More rows than the grid has; the best, middle and worst images by reward; how some came to be, by scale."""
 
 
 class RunPaths:
@@ -25,17 +29,9 @@ class RunPaths:
         """The grid of samples after `step` steps."""
         return self.samples / f"{step_name(step)}.png"
 
-    def scales(self, step: int) -> Path:
-        """How some images came to be, scale by scale, after `step` steps."""
-        return self.samples / f"scales-{step_name(step)}.png"
-
-    def all_samples(self, step: int) -> Path:
-        """More rows than the grid has, after `step` steps; what the rows are is beside, as JSON."""
-        return self.samples / f"all-{step_name(step)}.png"
-
-    def extremes(self, step: int) -> Path:
-        """The best, middle and worst images by reward after `step` steps; their index is beside, as JSON."""
-        return self.samples / f"extremes-{step_name(step)}.png"
+    def pictures(self, kind: PictureKind, step: int) -> Path:
+        """What else is shown after `step` steps; what it is is beside, as JSON."""
+        return self.samples / f"{kind}-{step_name(step)}.png"
 
     def grids(self) -> dict[int, Path]:
         """The grids of samples that there are, by step, in order."""

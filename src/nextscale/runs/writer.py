@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from einops import rearrange
 from filelock import FileLock, Timeout
@@ -14,7 +15,7 @@ from torch import Tensor
 from nextscale.base.errors import ConfigError
 from nextscale.base.files import replacing, write_text_aside
 from nextscale.base.images import to_pil
-from nextscale.runs.paths import RunPaths, by_step
+from nextscale.runs.paths import PictureKind, RunPaths, by_step
 
 PATIENCE = 1.0  # seconds to wait for the lock: another process's `check` holds it for a moment
 
@@ -167,57 +168,25 @@ class RunFolder(RunPaths):
             index = {"classes": row_names, "num_columns": images.shape[1]}
             write_text_aside(self.samples_index, json.dumps(index) + "\n")
 
-    def save_all(self, step: int, images: Tensor, row_names: list[str]) -> None:
-        """Write more rows than a grid has, and their names; of the evaluations between the first and this one
-        no more than the grid is kept.
+    def save_pictures(self, kind: PictureKind, step: int, images: Tensor, index: Mapping[str, Any]) -> None:
+        """Write what the report shows of the first and the last evaluation besides their grids; of those
+        between, none is kept.
 
         Args:
             images: (rows, columns, 3, H, W) in [0, 1].
+            index: what they are, for JSON beside them.
         """
-        if self.is_main:
-            path = self.all_samples(step)
-            self._save_picture(path, images)
-            index = {"names": row_names, "num_columns": images.shape[1]}
-            write_text_aside(path.with_suffix(".json"), json.dumps(index) + "\n")
-            self._drop_between("all-", step)
-
-    def save_scales(self, step: int, images: Tensor, row_names: list[str]) -> None:
-        """Write how images came to be, and the names of the rows; of evaluations between, none is kept.
-
-        Args:
-            images: (rows, scales, 3, H, W) in [0, 1].
-        """
-        if self.is_main:
-            path = self.scales(step)
-            self._save_picture(path, images)
-            write_text_aside(path.with_suffix(".json"), json.dumps({"names": row_names}) + "\n")
-            self._drop_between("scales-", step)
-
-    def save_extremes(
-        self, step: int, images: Tensor, rewards: list[list[float]], names: list[list[str]]
-    ) -> None:
-        """Write the best, the middle and the worst images, and in JSON beside them what they scored; of
-        evaluations between, none is kept.
-
-        Args:
-            images: (3, columns, 3, H, W) in [0, 1].
-            names: what each was asked to show.
-        """
-        if self.is_main:
-            path = self.extremes(step)
-            self._save_picture(path, images)
-            index = {"rewards": rewards, "names": names}
-            write_text_aside(path.with_suffix(".json"), json.dumps(index) + "\n")
-            self._drop_between("extremes-", step)
-
-    def _drop_between(self, before: str, last: int) -> None:
-        """Remove what was kept of other steps than the first and the last one. After a resume, those past the
-        last one are of the attempt before."""
-        found = by_step(self.samples, ".png", before)
-        for step in list(found)[1:]:
-            if step != last:
-                found[step].unlink()
-                found[step].with_suffix(".json").unlink(missing_ok=True)
+        if not self.is_main:
+            return
+        path = self.pictures(kind, step)
+        self._save_picture(path, images)
+        write_text_aside(path.with_suffix(".json"), json.dumps(index) + "\n")
+        # After a resume, those past the last one are of the attempt before.
+        found = by_step(self.samples, ".png", f"{kind}-")
+        for other in list(found)[1:]:
+            if other != step:
+                found[other].unlink()
+                found[other].with_suffix(".json").unlink(missing_ok=True)
 
     def _save_picture(self, path: Path, images: Tensor) -> None:
         self.samples.mkdir(exist_ok=True)
