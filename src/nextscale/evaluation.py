@@ -4,7 +4,7 @@ Shapes: B images · N conditions · G images of one condition · E width of an e
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -160,89 +160,28 @@ def evaluate(
         RewardError: a reward that cannot be used, or that scored none of the images; in all processes.
         ConfigError: there are more processes than images.
     """
-    given = rewards.rewards if rewards else {}
-    fewest = 1 if embed is None else 2  # images of a condition
-    if any(isinstance(each, GroupReward) for each in given.values()):  # what it says depends on how many
-        fewest = max(min(num_compared or 2, num_images), 2)
     asked = pipe.all_conditions() if conditions is None else conditions
-    different = list({each.key: each for each in asked}.values())  # a class given twice has the same images
-    chosen = _spread(different, max(num_images // fewest, 1), seed)
+    images = _Images.of(pipe, asked, rewards, num_images, num_compared, embed is not None, num_columns, seed)
+    rows = max(MAX_ROWS, max_pixels // (images.columns * pipe.tokenizer.config.image_size**2))
+    images = replace(images, rows=rows)
     if rewards is not None:
-        rewards.check_conditions(chosen)
-    per_condition = max(-(-num_images // len(chosen)), fewest)
-    seeds = [("evaluate", seed, condition.key) for condition in chosen]
-    columns, total = min(num_columns, per_condition), len(chosen) * per_condition
-    max_rows = max(MAX_ROWS, max_pixels // (columns * pipe.tokenizer.config.image_size**2))
-    num_processes = PartialState().num_processes
-    if total < num_processes:
-        raise ConfigError(
-            f"{num_processes} processes cannot share the {total} images of an evaluation: draw at least "
-            "that many"
-        )
-
-    def in_grid(images: range) -> list[int]:
-        """Which of these images are in the grid of samples, counted from the first of them."""
-        places = [divmod(i, per_condition) for i in images]
-        return [i for i, (row, column) in enumerate(places) if row < max_rows and column < columns]
-
-    # As training logs it: of the unfiltered distributions.
-    unfiltered = sampling.replace(top_k=0, top_p=1.0)
-    to_base = (
-        Objective(GRPOConfig(), unfiltered, pipe.transformer.schedule, Reference(base)) if base else None
-    )
-
-    def found_in(batch: Drawn, images: range) -> dict[str, Tensor]:
-        """All that is kept of a batch, what kind it is before its name: no images but those of the grid."""
-        shown = in_grid(images)
-        found = {"grid": batch.images[shown], "tokens": batch.tokens.int()}
-        if rewards is not None:
-            found |= _named("score", rewards.scores(batch.images, batch.conditions))
-        if to_base is not None:
-            parts = batch.conditioning, batch.tokens, batch.inputs, batch.log_probs, batch.log_probs
-            kl_BL = to_base.divergence(pipe.transformer, Microbatch(*parts))[1]
-            found["kl"] = kl_BL.sum(1).float()
-        if embed is not None:
-            found["embedding"] = embed(batch.images).float()
-        if judges is not None:
-            judged = judges(batch.images, batch.conditions)
-            found |= _named("judge", {name: _values(name, each, images) for name, each in judged.items()})
-        for i, each in enumerate(measures):
-            features = each.features(batch.images, batch.conditions)
-            found |= _named(f"measure {i}", {name: value.float() for name, value in features.items()})
-        return {name: value.cpu() for name, value in found.items()}
-
-    mine = my_share(total)
+        rewards.check_conditions(images.conditions)
+    by = _Instruments(rewards, judges, embed, measures, _to_base(pipe, base, sampling))
     with fail_together():
-        parts = [] if kept is None else kept.read(range(mine.start, mine.stop, batch_size))
-        done = min(mine.start + len(parts) * batch_size, mine.stop)
-        if parts and progress is not None:
-            progress(done - mine.start, len(mine))
-        rest = range(done, mine.stop)
-        drawn_in = chosen, seeds, per_condition, sampling, batch_size, rest
-        for batch in draw_batches(pipe.transformer, pipe.tokenizer, *drawn_in):
-            images = range(done, done + len(batch.images))
-            parts.append(found_in(batch, images))
-            if keep_images is not None:
-                keep_images(images, total, batch.images)
-            if kept is not None:  # last: what is kept is not drawn again
-                kept.keep(images.start, parts[-1])
-            done = images.stop
-            if progress is not None:
-                progress(done - mine.start, len(mine))
+        here = _draw(pipe, images, by, sampling, batch_size, progress, kept, keep_images)
 
     # From here on, all processes have the whole.
-    here = cat_by_name(parts)
-    owners = [r for r in range(num_processes) if in_grid(share_of(total, r, num_processes))]
-    grid = torch.cat(from_owners(here.pop("grid"), owners)).unflatten(0, (-1, columns))
+    shares = [share_of(images.total, r, images.num_processes) for r in range(images.num_processes)]
+    owners = [r for r, share in enumerate(shares) if images.in_grid(share)]
+    grid = torch.cat(from_owners(here.pop("grid"), owners)).unflatten(0, (-1, images.columns))
     whole = gathered(here)
     tokens_BL = whole["tokens"].long()
     metrics: dict[str, float] = {}
     scores: dict[str, Tensor] = {}
     groups: dict[str, Tensor] = {}
-    reward: Tensor | None = None
     if rewards is not None:
         with fail_together():  # each process asks a reward of groups
-            by_group = rewards.of_groups(_of("score", whole), per_condition, num_compared)
+            by_group = rewards.of_groups(_of("score", whole), images.per_condition, num_compared)
         flat = {name: each.flatten() for name, each in by_group.items()}
         try:
             require_scores(flat)
@@ -253,38 +192,188 @@ def evaluate(
         reward = rewards.total(flat)
         # The total comes first, also where the one reward is called so.
         scores = {TOTAL: reward} | flat | {TOTAL: reward}
-        groups = _groups(rewards, total, per_condition, num_compared)
+        groups = _groups(rewards, images.total, images.per_condition, num_compared)
         metrics |= _reward_metrics(reward, flat, groups)
-    metrics["num_images"] = float(total)
-    embedded = whole.get("embedding")
-    if embedded is not None:
-        by_condition = embedded.split(per_condition)
-        metrics["diversity"] = sum(map(mean_pairwise_distance, by_condition)) / len(by_condition)
-    if "kl" in whole:
-        metrics["kl_per_image"] = whole["kl"].mean().item()
-    metrics |= {name: each.float().mean().item() for name, each in _of("judge", whole).items()}
-    for i, each in enumerate(measures):
-        measured = each.measure(_of(f"measure {i}", whole), chosen)
-        metrics |= {name: as_number(f"the measure '{name}'", value) for name, value in measured.items()}
-    extremes: Extremes | None = None
-    if num_extremes and reward is not None:
-        order = [i for i in reward.argsort(descending=True).tolist() if not reward[i].isnan()]
-        middle = max((len(order) - num_extremes) // 2, 0)
-        rows = [order[:num_extremes], order[middle : middle + num_extremes], order[-num_extremes:]]
-        extremes = Extremes(
-            torch.stack([decoded(pipe, tokens_BL[row]) for row in rows]),
-            [[reward[i].item() for i in row] for row in rows],
-            [[chosen[i // per_condition] for i in row] for row in rows],
-        )
+    metrics |= by.metrics(whole, images)
     return Evaluation(
         metrics,
         grid,
-        chosen[:max_rows],
-        tokens_BL[::per_condition][:MAX_ROWS],
+        images.conditions[:rows],
+        tokens_BL[:: images.per_condition][:MAX_ROWS],
         scores,
         groups,
-        embedded,
-        extremes,
+        whole.get("embedding"),
+        _extremes(pipe, images, scores[TOTAL], tokens_BL, num_extremes) if scores and num_extremes else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Which images an evaluation draws, and which of them its grid shows.
+
+    Attributes:
+        conditions: those that are drawn, each once.
+        per_condition: images of each, one after the other.
+        seed: of the evaluation.
+        columns, rows: of the grid at most.
+    """
+
+    conditions: list[Condition]
+    per_condition: int
+    seed: int
+    columns: int
+    rows: int = MAX_ROWS
+
+    @staticmethod
+    def of(
+        pipe: VARPipeline,
+        asked: Sequence[Condition],
+        rewards: RewardSet | None,
+        num_images: int,
+        num_compared: int | None,
+        is_embedded: bool,
+        num_columns: int,
+        seed: int,
+    ) -> "_Images":
+        """At least `num_images`, as `evaluate` has its arguments.
+
+        Args:
+            is_embedded: whether the images of a condition are compared with one another.
+
+        Raises:
+            ConfigError: there are more processes than images.
+        """
+        fewest = 2 if is_embedded else 1  # images of a condition
+        if rewards and any(isinstance(each, GroupReward) for each in rewards.rewards.values()):
+            fewest = max(min(num_compared or 2, num_images), 2)  # what it says depends on how many
+        different = list(
+            {each.key: each for each in asked}.values()
+        )  # a class given twice has the same images
+        chosen = _spread(different, max(num_images // fewest, 1), seed)
+        per_condition = max(-(-num_images // len(chosen)), fewest)
+        images = _Images(chosen, per_condition, seed, min(num_columns, per_condition))
+        if images.total < images.num_processes:
+            raise ConfigError(
+                f"{images.num_processes} processes cannot share the {images.total} images of an evaluation: "
+                "draw at least that many"
+            )
+        return images
+
+    @property
+    def total(self) -> int:
+        return len(self.conditions) * self.per_condition
+
+    @property
+    def num_processes(self) -> int:
+        return PartialState().num_processes
+
+    @property
+    def seeds(self) -> list[tuple[int | str, ...]]:
+        """Of the images of each condition."""
+        return [("evaluate", self.seed, condition.key) for condition in self.conditions]
+
+    def in_grid(self, images: range) -> list[int]:
+        """Which of these images are in the grid of samples, counted from the first of them."""
+        places = [divmod(i, self.per_condition) for i in images]
+        return [i for i, (row, column) in enumerate(places) if row < self.rows and column < self.columns]
+
+
+@dataclass(frozen=True)
+class _Instruments:
+    """What images are measured by: `evaluate` has the same, and `to_base` measures the KL."""
+
+    rewards: RewardSet | None
+    judges: Judges | None
+    embed: Embedder | None
+    measures: Sequence[SetMeasure]
+    to_base: Objective | None
+
+    def look(self, pipe: VARPipeline, batch: Drawn, shown: list[int]) -> dict[str, Tensor]:
+        """All that is kept of a batch, its kind before its name: no images but those that are shown."""
+        found = {"grid": batch.images[shown], "tokens": batch.tokens.int()}
+        if self.rewards is not None:
+            found |= _named("score", self.rewards.scores(batch.images, batch.conditions))
+        if self.to_base is not None:
+            parts = batch.conditioning, batch.tokens, batch.inputs, batch.log_probs, batch.log_probs
+            kl_BL = self.to_base.divergence(pipe.transformer, Microbatch(*parts))[1]
+            found["kl"] = kl_BL.sum(1).float()
+        if self.embed is not None:
+            found["embedding"] = self.embed(batch.images).float()
+        if self.judges is not None:
+            judged, num = self.judges(batch.images, batch.conditions), len(batch.images)
+            found |= _named("judge", {name: _values(name, each, num) for name, each in judged.items()})
+        for i, each in enumerate(self.measures):
+            features = each.features(batch.images, batch.conditions)
+            found |= _named(f"measure {i}", {name: value.float() for name, value in features.items()})
+        return {name: value.cpu() for name, value in found.items()}
+
+    def metrics(self, whole: Mapping[str, Tensor], images: _Images) -> dict[str, float]:
+        """What is reported of all images, besides the rewards.
+
+        Args:
+            whole: from `look`, of all images, of all processes.
+        """
+        metrics = {"num_images": float(images.total)}
+        if "embedding" in whole:
+            by_condition = whole["embedding"].split(images.per_condition)
+            metrics["diversity"] = sum(map(mean_pairwise_distance, by_condition)) / len(by_condition)
+        if "kl" in whole:
+            metrics["kl_per_image"] = whole["kl"].mean().item()
+        metrics |= {name: each.float().mean().item() for name, each in _of("judge", whole).items()}
+        for i, each in enumerate(self.measures):
+            measured = each.measure(_of(f"measure {i}", whole), images.conditions)
+            metrics |= {name: as_number(f"the measure '{name}'", value) for name, value in measured.items()}
+        return metrics
+
+
+def _to_base(pipe: VARPipeline, base: NextScaleModel | None, sampling: SamplingConfig) -> Objective | None:
+    """What measures the KL to a base, if there is one: as training logs it, before filtering."""
+    if base is None:
+        return None
+    unfiltered = sampling.replace(top_k=0, top_p=1.0)
+    return Objective(GRPOConfig(), unfiltered, pipe.transformer.schedule, Reference(base))
+
+
+def _draw(
+    pipe: VARPipeline,
+    images: _Images,
+    by: _Instruments,
+    sampling: SamplingConfig,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
+    kept: Parts | None,
+    keep_images: KeepImages | None,
+) -> dict[str, Tensor]:
+    """What there is to keep of this process's images, but for those that were kept before."""
+    mine = my_share(images.total)
+    parts = [] if kept is None else kept.read(range(mine.start, mine.stop, batch_size))
+    done = min(mine.start + len(parts) * batch_size, mine.stop)
+    if parts and progress is not None:
+        progress(done - mine.start, len(mine))
+    rest = range(done, mine.stop)
+    drawn_in = images.conditions, images.seeds, images.per_condition, sampling, batch_size, rest
+    for batch in draw_batches(pipe.transformer, pipe.tokenizer, *drawn_in):
+        these = range(done, done + len(batch.images))
+        parts.append(by.look(pipe, batch, images.in_grid(these)))
+        if keep_images is not None:
+            keep_images(these, images.total, batch.images)
+        if kept is not None:  # last: what is kept is not drawn again
+            kept.keep(these.start, parts[-1])
+        done = these.stop
+        if progress is not None:
+            progress(done - mine.start, len(mine))
+    return cat_by_name(parts)
+
+
+def _extremes(pipe: VARPipeline, images: _Images, reward: Tensor, tokens_BL: Tensor, num: int) -> Extremes:
+    """The best, the middle and the worst `num` images by their reward, of those that were scored."""
+    order = [i for i in reward.argsort(descending=True).tolist() if not reward[i].isnan()]
+    middle = max((len(order) - num) // 2, 0)
+    rows = [order[:num], order[middle : middle + num], order[-num:]]
+    return Extremes(
+        torch.stack([decoded(pipe, tokens_BL[row]) for row in rows]),
+        [[reward[i].item() for i in row] for row in rows],
+        [[images.conditions[i // images.per_condition] for i in row] for row in rows],
     )
 
 
@@ -385,16 +474,16 @@ def _reward_metrics(
     }
 
 
-def _values(name: str, given: Any, images: range) -> Tensor:
+def _values(name: str, given: Any, num_images: int) -> Tensor:
     """What a judge says of images, (B,).
 
     Raises:
         ConfigError: it is not one number for each.
     """
     values = torch.as_tensor(given)
-    if values.shape != (len(images),):
+    if values.shape != (num_images,):
         raise ConfigError(
-            f"a judge's '{name}' has shape {tuple(values.shape)}, expected ({len(images)},), one number for "
+            f"a judge's '{name}' has shape {tuple(values.shape)}, expected ({num_images},), one number for "
             "each image"
         )
     return values
