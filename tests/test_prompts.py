@@ -113,3 +113,5 @@ def test_trained_and_held_out_prompts_never_mix() -> None:
     check_apart([one], [two, three])
     with pytest.raises(ConfigError, match="1 held-out prompts are trained on as well, such as 'b'"):
         check_apart([one, two], [two, three])
+    with pytest.raises(ConfigError, match="such as 'B'"):  # the same to a text encoder
+        check_apart([two], [Condition(None, "B")])

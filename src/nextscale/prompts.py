@@ -69,7 +69,9 @@ def check_apart(trained: Sequence[Condition], held_out: Sequence[Condition]) -> 
     Raises:
         ConfigError: one is.
     """
-    if both := {each.text for each in trained} & {each.text for each in held_out}:
+    # Text encoders tell no capital letters apart.
+    texts = {each.text.casefold() for each in trained}
+    if both := [each.text for each in held_out if each.text.casefold() in texts]:
         raise ConfigError(
             f"{len(both)} held-out prompts are trained on as well, such as '{min(both)}': take them out of "
             "one of the files"

@@ -17,10 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nextscale.base.errors import ConfigError
+from nextscale.cli.evaluate import settings_told
 from nextscale.cli.main import main
 from nextscale.config.build import make_rewards
 from nextscale.config.overrides import take_overrides
 from nextscale.config.recipe import Recipe, load_recipe
+from nextscale.measured import Measured
 from nextscale.models.zoo import TOY_ASSETS
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
@@ -1049,3 +1051,22 @@ def test_a_reader_that_goes_away_ends_no_run_that_is_whole_and_fails_one_that_is
         os.close(write)
         assert done.returncode == status
         assert (tmp_path / stream / "final").exists() == (status == 0)
+
+
+def test_settings_that_differ_are_told_model_by_model():
+    def measured(name, **settings):
+        return Measured(name, {"model": name, "seed": 0} | settings, {}, {}, {})
+
+    one = measured("one", sampling={"guidance_scale": 1.5, "top_k": 0}, mixed_precision="no")
+    two = measured("two", sampling={"guidance_scale": 4.0, "top_k": 50}, mixed_precision="no")
+    assert settings_told([one]) == {
+        "model": "one",
+        "seed": "0",
+        "sampling": "guidance_scale 1.5, top_k 0",
+        "mixed_precision": "no",
+    }
+    assert settings_told([one, two]) == {
+        "seed": "0",
+        "sampling": "one: guidance_scale 1.5, top_k 0; two: guidance_scale 4, top_k 50",
+        "mixed_precision": "no",
+    }

@@ -3,6 +3,7 @@
 import copy
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import CheckpointError, ConfigError
 from nextscale.models import texts
+from nextscale.models.official import load_official, save_official
 from nextscale.models.protocol import Conditioning
 from nextscale.models.switti import Switti, SwittiConfig
 from nextscale.models.texts import Projected, TokensAndPooled
 from nextscale.models.var_clip import VARClip, VARClipConfig
+from nextscale.models.vqvae import VQVAE, VQVAEConfig
 from nextscale.toy.train_clip import text_tokenizer
 
 SCALES = (1, 2, 3)
@@ -161,6 +164,36 @@ def test_models_encode_prompts(folders: tuple[str, str], tmp_path: Path) -> None
     both = clip.encode_conditions(conditions).with_null()
     assert clip(both, torch.zeros(4, 13, 4)).shape == (4, 14, 8)
     torch.testing.assert_close(clip.condition(both)[2], clip.cond_proj(clip.noise.weight)[0])
+
+
+def test_what_var_clips_tensors_do_not_say(tmp_path: Path) -> None:
+    sizes = {"depth": 1, "width": 16, "num_heads": 2, "codebook_size": 8, "codebook_width": 4}
+    vae = VQVAE(
+        VQVAEConfig(
+            codebook_size=8,
+            codebook_width=4,
+            base_channels=32,
+            channel_multipliers=(1, 1),
+            scale_sizes=SCALES,
+        )
+    )
+
+    def write(**options: Any) -> tuple[Path, Path]:
+        model = VARClip(VARClipConfig(**sizes, scale_sizes=SCALES, text_width=6, **options))
+        return save_official(model, vae, tmp_path)
+
+    for options, told in (
+        ({"text_activation": None}, "whose text_activation is None and would be read as gelu"),
+        ({"text_encoder": "mine"}, "whose text_encoder is mine and would be read as openai/clip"),
+    ):
+        with pytest.raises(ConfigError, match=f"VAR-CLIP cannot hold this model, {told}"):
+            write(**options)
+    files = write()
+    assert load_official(*files)[0].config.text_activation == "gelu"
+    model, _ = load_official(*files, config={"text_activation": None, "text_encoder": "toy-text"})
+    assert (model.config.text_activation, model.config.text_encoder) == (None, "toy-text")
+    with pytest.raises(CheckpointError, match="config of a VAR-CLIP is a dict of text_encoder and text_act"):
+        load_official(*files, config={"depth": 3})
 
 
 def test_copies_of_a_model_share_its_encoder(folders: tuple[str, str]) -> None:

@@ -23,6 +23,7 @@ from nextscale.toy.train_clip import text_tokenizer
         ("a sign that says 'don't stop'", {}, "don't stop"),
         ("the dogs' bowls, 'Rex' and 'Tom'", {}, "Rex Tom"),
         ("a sign", {"says": "OPEN"}, "OPEN"),
+        ("a sign", {"says": 42}, "42"),
     ],
 )
 def test_what_an_image_should_say(prompt: str, data: dict, expected: str) -> None:

@@ -27,6 +27,14 @@ def test_a_model_is_found_by_its_run_or_by_its_folder(paths: RunPaths) -> None:
     assert find_run(str(paths.path)) == found and find_run(str(paths.final)) == found
 
 
+def test_the_best_model_is_its_runs_as_well(paths: RunPaths) -> None:
+    assert find_run(str(paths.best)) == (None, str(paths.best))
+    paths.best.mkdir()
+    (paths.best / "config.json").touch()
+    assert find_run(str(paths.best)) == (paths.path, str(paths.best))
+    assert find_run(str(paths.path)) == (paths.path, str(paths.final))
+
+
 def test_what_is_no_run_is_left_as_it_is(paths: RunPaths) -> None:
     for source in ("toy", str(paths.samples), str(paths.path.parent)):
         assert find_run(source) == (None, source)

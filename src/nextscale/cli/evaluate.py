@@ -98,7 +98,7 @@ def run(args: Namespace) -> int:
 
     from nextscale.cli.kept import weights_of
     from nextscale.cli.measuring import Measuring
-    from nextscale.config.build import is_miniature, load_pipeline, make_rewards
+    from nextscale.config.build import is_miniature, is_prompted_miniature, load_pipeline, make_rewards
     from nextscale.config.recipe import load_recipe
     from nextscale.fid import OFFICIAL_IMAGES, Fidelity, Inception, read_statistics
     from nextscale.runs.launch import join_processes
@@ -115,7 +115,8 @@ def run(args: Namespace) -> int:
     pipe = load_one(args, args.models[0])
     recipe, rewards, clip = None, None, args.clip
     if args.reward:
-        clip = args.clip or ("toy" if is_miniature(pipe) else None)
+        own = "toy" if is_miniature(pipe) else "toy-text" if is_prompted_miniature(pipe) else None
+        clip = args.clip or own
         rewards = rewards_of_words(args.reward, clip)
     elif args.recipe or is_miniature(pipe):
         recipe = load_recipe(args.recipe or "toy-combined")
@@ -193,17 +194,31 @@ def _tell(measuring: "Measuring", alphas: list[float], found: "list[Found]") -> 
         print(text)
         return
     if form == "table":
-        settings = measured[0].settings
-        drawn = ", ".join(f"{name} {value:g}" for name, value in settings["sampling"].items())
-        for name, value in (settings | {"sampling": drawn}).items():
-            if name != "model" or len(measured) == 1:
-                print(f"{name:16}  {value}")
+        for name, value in settings_told(measured).items():
+            print(f"{name:16}  {value}")
         print()
     if rows := table_rows(measured):
         print(as_table(["", *(each.name for each in measured)], rows, form))
     if form == "table":
         lines = [*notes(measured), *([marked] if marked else [])]
         print(("\n" if rows else "") + "\n".join(lines))
+
+
+def settings_told(measured: "list[Measured]") -> dict[str, str]:
+    """How the models were drawn from: what is the same for all once, anything else model by model."""
+    told: dict[str, str] = {}
+    for name in measured[0].settings:
+        values = {each.name: each.settings[name] for each in measured}
+        if name == "sampling":
+            values = {
+                model: ", ".join(f"{key} {number:g}" for key, number in each.items())
+                for model, each in values.items()
+            }
+        if len(set(map(str, values.values()))) == 1:
+            told[name] = str(values[measured[0].name])
+        elif name != "model":  # whose names are above the columns
+            told[name] = "; ".join(f"{model}: {value}" for model, value in values.items())
+    return told
 
 
 def alphas_of(args: Namespace) -> list[float]:

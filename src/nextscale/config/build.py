@@ -106,7 +106,7 @@ def read_conditions(
     """
     if not recipe.prompts:
         if not pipe.num_classes:
-            raise ConfigError(f"'{recipe.model}' draws by prompts: set prompts to a file of them")
+            raise ConfigError("the model draws by prompts: set prompts to a file of them")
         if recipe.eval_prompts:
             raise ConfigError("eval_prompts has no effect without prompts: set prompts too")
         return None, None

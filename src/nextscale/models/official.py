@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from nextscale.base.checks import shown
 from nextscale.base.errors import CheckpointError, ConfigError, NextscaleError
 from nextscale.base.files import write_text_aside
 from nextscale.base.records import changed_value
@@ -135,6 +136,10 @@ def read_vqvae_config(state: StateDict, path: str | Path, scale_sizes: tuple[int
     ))  # fmt: skip
 
 
+TEXT_SIDE = ("text_encoder", "text_activation")
+"""What the tensors of a VAR-CLIP do not say, by the names that its configuration has."""
+
+
 def load_official(
     model: str | Path,
     vae: str | Path,
@@ -147,7 +152,8 @@ def load_official(
         model: file of the transformer, or a folder with `model.safetensors`.
         vae: the same of the tokenizer.
         dtype: of the transformer; the tokenizer is float32.
-        config: of a Switti: its config.json, or the content; by default the file beside the transformer's.
+        config: of a Switti: its config.json, or the content; by default the file beside the transformer's. Of
+            a VAR-CLIP: what its tensors do not say, of `TEXT_SIDE`.
 
     Raises:
         CheckpointError: a file cannot be used, or the two do not belong together.
@@ -177,11 +183,24 @@ def _family(
         for key in Switti.NOT_NEEDED & state.keys():
             del state[key]
         return sizes, Switti
+    if "cond_proj.weight" in state:
+        sizes = read_var_clip_config(state, path)
+        return sizes.replace(**_text_side(config)), VARClip
     if config is not None:
         raise CheckpointError(f"config has no effect on '{path}', whose tensors tell all: leave it out")
-    if "cond_proj.weight" in state:
-        return read_var_clip_config(state, path), VARClip
     return read_var_config(state, path), VAR
+
+
+def _text_side(config: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the tensors of a VAR-CLIP do not say."""
+    if config is None:
+        return {}
+    if not isinstance(config, Mapping) or config.keys() - TEXT_SIDE:
+        raise CheckpointError(
+            f"config of a VAR-CLIP is a dict of {' and '.join(TEXT_SIDE)}, got {shown(config)}; its tensors "
+            "tell the rest"
+        )
+    return dict(config)
 
 
 def _settings(path: Path, config: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -244,6 +263,14 @@ def save_official(
     """
     of_transformer, of_tokenizer = (Path(folder) / name for name in official_files(transformer))
     more: StateDict = {}
+    for name in TEXT_SIDE if isinstance(transformer, VARClip) else ():
+        published, ours = VARClipConfig.model_fields[name].default, getattr(transformer.config, name)
+        if ours != published:
+            raise ConfigError(
+                f"the published format of VAR-CLIP cannot hold this model, whose {name} is {ours} and would "
+                f"be read as {published}: write it with save_pretrained (on the command line --format "
+                "nextscale)"
+            )
     if isinstance(transformer, Switti):
         settings = switti_settings(transformer.config)
         again = read_switti_config(transformer.state_dict(), of_transformer, settings)

@@ -217,14 +217,23 @@ def _tokens(text: str, network: Any, tokenizer: Any, *, is_padded: bool) -> Any:
     most = network.config.max_position_embeddings
     padding = "max_length" if is_padded else False
     tokens = tokenizer(text, truncation=True, max_length=most, padding=padding, return_tensors="pt")
+    warn_if_cut(text, tokenizer, most)
+    return tokens.to(network.device)
+
+
+def warn_if_cut(text: str, tokenizer: Any, most: int) -> None:
+    """Say it where a text has more tokens than an encoder takes, and what is not seen."""
     whole = tokenizer(text, verbose=False)["input_ids"]
     if len(whole) > most:
         left_out = tokenizer.decode(whole[most - 1 : -1])
         logger.warning(
             "the prompt '%s' is cut: it has %d tokens, and the text encoder takes %d; '%s' is not seen",
-            text, len(whole), most, left_out,
+            _excerpt(text), len(whole), most, _excerpt(left_out),
         )  # fmt: skip
-    return tokens.to(network.device)
+
+
+def _excerpt(text: str, most: int = 120) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def _num_bytes(embeddings: Embeddings) -> int:

@@ -70,8 +70,8 @@ def text_asked_for(condition: Condition) -> str:
         RewardError: the prompt does not tell.
     """
     says = condition.data.get("says")
-    if isinstance(says, str) and _words(says):
-        return says
+    if isinstance(says, str | int | float) and _words(str(says)):
+        return str(says)
     quoted = " ".join(a or b for a, b in QUOTED.findall(condition.text))
     if not _words(quoted):
         raise RewardError(

@@ -114,16 +114,18 @@ class Run:
 
 
 def find_run(source: str) -> tuple[Path | None, str]:
-    """The run that trained a model, and the model, where `source` names a run's folder or its final model.
+    """The run that trained a model, and the model, where `source` names a run's folder, whose model is the
+    final one, or that or the best one itself.
 
     Returns:
         (None, source) where it names neither.
     """
     path = Path(source)
     for run in map(RunPaths, (path, path.parent)):
-        is_named = path in (run.path, run.final)
-        if is_named and run.metrics.is_file() and (run.final / "config.json").is_file():
-            return run.path, str(run.final)
+        model = run.final if path == run.path else path
+        is_named = model in (run.final, run.best)
+        if is_named and run.metrics.is_file() and (model / "config.json").is_file():
+            return run.path, str(model)
     return None, source
 
 

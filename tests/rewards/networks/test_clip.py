@@ -1,5 +1,6 @@
 """CLIP and its score: equal to what transformers itself computes; what cannot be used is told."""
 
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -180,3 +181,15 @@ def test_a_clip_with_broken_or_missing_weights_is_told(clip_folder: Path, tmp_pa
     save_file(state, weights, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         Clip.from_pretrained(folder)
+
+
+def test_a_text_that_is_cut_is_told_of(clip_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    clip = Clip.from_pretrained(clip_folder)
+    short = "a red star"
+    clip.embed_texts([short])
+    assert not caplog.records
+    long = " ".join([short] * clip.max_text_length)
+    with caplog.at_level(logging.WARNING):
+        clip.embed_texts([long, long])
+    (record,) = caplog.records
+    assert "is cut: it has" in record.getMessage() and len(record.getMessage()) < 400

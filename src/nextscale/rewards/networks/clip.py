@@ -17,6 +17,7 @@ from nextscale.base.conditions import Condition
 from nextscale.base.images import read_image
 from nextscale.models.embedded import CLIPS
 from nextscale.models.pretrained import follow, load_frozen, load_tokenizer
+from nextscale.models.texts import warn_if_cut
 from nextscale.rewards.networks.preprocessing import Preprocessing, clip_preprocessing
 from nextscale.rewards.networks.prompts import fill
 
@@ -88,6 +89,7 @@ class Clip:
         return torch.stack([self._texts[text] for text in texts])
 
     def _embed_text(self, text: str) -> Tensor:
+        warn_if_cut(text, self.tokenizer, self.max_text_length)
         tokens = self.tokenizer(text, truncation=True, max_length=self.max_text_length, return_tensors="pt")
         device = self.model.device
         with torch.autocast(device.type, enabled=False):  # what is kept is the same, whoever asked first
