@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from nextscale.base.conditions import Condition
 from nextscale.base.errors import CheckpointError, ConfigError, RewardError, TrainingError
 from nextscale.base.interrupt import Interrupted, StopOnSignal
 from nextscale.callbacks import Callback
@@ -654,6 +656,23 @@ def test_a_run_goes_on_with_its_rewards(
     make_trainer(make_pipeline(), tmp_path / "run", {"red": redness}, max_steps=1, **options).train()
     with pytest.raises(ConfigError, match=says):
         make_trainer(make_pipeline(), tmp_path / "run", rewards, resume="auto", **options)
+
+
+def test_a_run_goes_on_with_its_prompts(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    """Their file may have been edited in the meantime."""
+    trainer = make_trainer(make_pipeline(), tmp_path / "run")
+    one, two = Condition(None, "a star"), Condition(None, "a heart", {"colour": "red"})
+    same, other = (trainer.options.fixed({}, each) for each in ([one, two], [one, replace(two, data={})]))
+    assert same == trainer.options.fixed({}, [one, replace(two)]) and same["prompts"].startswith("2 prompts")
+    assert same["prompts"] != other["prompts"] != trainer.options.fixed({}, [one])["prompts"]
+    assert "prompts" not in trainer.options.fixed({}, trainer.conditions)  # of classes
+    trainer.conditions, trainer.saver.options = [one, two], same
+    trainer.saver.folder.path.mkdir()
+    trainer.saver.save()
+    folder, resumed = trainer.folder, replace(trainer.options, run=trainer.run.replace(resume="auto"))
+    resumed.check_continuable(folder, {}, [one, two])
+    with pytest.raises(ConfigError, match=r"^prompts is '1 prompts .*' was written with '2 prompts"):
+        resumed.check_continuable(folder, {}, [one])
 
 
 @pytest.mark.parametrize(

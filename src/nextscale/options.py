@@ -1,5 +1,6 @@
 """What a user chooses of a run, and whether it can be gone on with."""
 
+import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nextscale.base.checks import check_kind
+from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError
 from nextscale.base.records import fixed_values
 from nextscale.evaluation import check_evaluated
@@ -69,17 +71,24 @@ class Options:
             run or RunConfig(),
         )
 
-    def fixed(self, roles: Mapping[str, Mapping[str, object]]) -> dict[str, Any]:
+    def fixed(
+        self, roles: Mapping[str, Mapping[str, object]], conditions: Sequence[Condition]
+    ) -> dict[str, Any]:
         """The options that a resumed run must keep, by dotted key: those that shape its course.
 
         Args:
             roles: of its rewards.
+            conditions: what it is trained on.
         """
         sections = {"grpo": self.grpo, "sampling": self.sampling, "tuning": self.tuning}
         of_run = {"seed": self.run.seed, "mixed_precision": self.run.mixed_precision}
         fixed = fixed_values({**sections, "optimizer": self.optimizer, "run": of_run})
         if self.optimizer.depends_on_the_end:
             fixed["run.max_steps"] = self.run.max_steps
+        prompts = [[each.text, repr(each.data)] for each in conditions if each.label is None]
+        if prompts:  # of classes, the options say it
+            digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:12]
+            fixed["prompts"] = f"{len(prompts)} prompts with the checksum {digest}"
         return fixed | {f"rewards.{name}": dict(role) for name, role in roles.items()}
 
     def check_fit(
@@ -128,11 +137,16 @@ class Options:
         # JSON is YAML, but for what JSON writes in two halves: it is written as it is.
         return json.dumps(sections, indent=2, ensure_ascii=False) + "\n"
 
-    def check_continuable(self, folder: RunFolder, roles: Mapping[str, Mapping[str, object]]) -> None:
+    def check_continuable(
+        self,
+        folder: RunFolder,
+        roles: Mapping[str, Mapping[str, object]],
+        conditions: Sequence[Condition],
+    ) -> None:
         """Check that a run that is to be resumed can be.
 
         Args:
-            roles: of its rewards.
+            roles, conditions: as `fixed` takes them.
 
         Raises:
             CheckpointError: there is no such checkpoint.
@@ -141,7 +155,7 @@ class Options:
         """
         if self.run.resume:
             check_resume(self.run.resume)
-            check_options(self.run.resume, folder.checkpoints, self.fixed(roles))
+            check_options(self.run.resume, folder.checkpoints, self.fixed(roles, conditions))
             if (
                 self.run.resume != "auto"
                 and not folder.owns(Path(self.run.resume))

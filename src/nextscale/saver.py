@@ -12,7 +12,6 @@ from nextscale.base.metrics import finite
 from nextscale.callbacks import Callback, named
 from nextscale.controllers import Controller
 from nextscale.learner import Learner
-from nextscale.options import Options
 from nextscale.runs.writer import RunFolder
 
 
@@ -74,7 +73,7 @@ class Saver:
     """Writes the checkpoints of a run, and goes on from one.
 
     Args:
-        roles: of the rewards, which a resumed run keeps as well.
+        options: those that a resumed run must keep, from `Options.fixed`.
         controllers: what adapts from step to step, by name.
         callbacks: what looks on; those that keep a state have it in the checkpoints, too.
 
@@ -86,12 +85,11 @@ class Saver:
         self,
         learner: Learner,
         folder: RunFolder,
-        options: Options,
-        roles: Mapping[str, Mapping[str, object]],
+        options: Mapping[str, Any],
         controllers: Mapping[str, Controller],
         callbacks: Sequence[Callback],
     ) -> None:
-        self.learner, self.folder, self.options, self.roles = learner, folder, options, roles
+        self.learner, self.folder, self.options = learner, folder, options
         self.controllers, self.callbacks = controllers, callbacks
         self.progress = Progress()
         self.saved: tuple[int, int | None] | None = None  # steps done and evaluated in the last checkpoint
@@ -132,13 +130,13 @@ class Saver:
         """Write a checkpoint of the state after the last whole step; returns its path."""
         state = self.progress.state_dict() | {
             "num_skipped": self.learner.num_skipped,
-            "options": self.options.fixed(self.roles),
+            "options": dict(self.options),
             "scheduler": self.learner.scheduler.state_dict(),
             "controllers": self._states(),
             "callbacks": {name: each.state_dict() for name, each in named(self.callbacks).items()},
         }
         self.saved = self.progress.step, self.progress.step_evaluated
-        limit = self.options.run.save_total_limit
+        limit = self.learner.run.save_total_limit
         return self.learner.save(self.folder.checkpoints, self.progress.step, state, limit=limit)
 
     def load(self, path: Path) -> None:
@@ -149,7 +147,7 @@ class Saver:
         """
         state = self.learner.load(path)
         try:
-            schedule, num_images = self.learner.pipe.transformer.schedule, self.options.grpo.num_images
+            schedule, num_images = self.learner.pipe.transformer.schedule, self.learner.grpo.num_images
             progress = Progress.of(state, num_images * schedule.num_tokens)
             num_skipped = _count(state["num_skipped"])
             for name, controller in self.controllers.items():

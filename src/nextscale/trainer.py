@@ -143,7 +143,8 @@ class GRPOTrainer:
         self.sources = {**(sources or {}), **credit_source(self.grpo.credit)}
         needed = [*self.sources.values(), *([Path(pipe.source)] if pipe.source else [])]
         self.folder.check(resume=bool(self.run.resume), overwrite=self.run.overwrite, needed=needed)
-        self.options.check_continuable(self.folder, self.rewards.roles())
+        fixed = self.rewards.roles(), self.conditions
+        self.options.check_continuable(self.folder, *fixed)
         self.config_yaml = config_yaml or self.options.as_yaml(pipe.source, self.rewards.describe())
         self.command = command
 
@@ -186,8 +187,8 @@ class GRPOTrainer:
         own: list[Callback] = [self.bar, Warnings(), Trackers()]
         # The best model last: it may be that by a metric which another one adds.
         self.callbacks = [*own, *callbacks, *([self.best] if self.best else [])]
-        roles = self.rewards.roles()
-        self.saver = Saver(self.learner, self.folder, options, roles, self.controllers, self.callbacks)
+        of_run = options.fixed(*fixed)
+        self.saver = Saver(self.learner, self.folder, of_run, self.controllers, self.callbacks)
         self.should_stop, self.has_trained = False, False
 
     @property

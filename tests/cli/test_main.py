@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from nextscale.base.errors import ConfigError
+from nextscale.cli.arguments import save_image
 from nextscale.cli.evaluate import settings_told
 from nextscale.cli.main import main
 from nextscale.config.build import make_rewards
@@ -1070,3 +1071,20 @@ def test_settings_that_differ_are_told_model_by_model():
         "sampling": "one: guidance_scale 1.5, top_k 0; two: guidance_scale 4, top_k 50",
         "mixed_precision": "no",
     }
+
+
+def test_what_cannot_be_written_at_the_end_is_told_at_the_start(folder, fails, tmp_path):
+    model = str(folder / "model")
+    told = fails("evaluate", model, "--base", model, "--alpha", "0,1", "--plot", tmp_path / "a.xyz")
+    assert "a.xyz' is no file for a plot: use one of" in told and ".svg" in told
+    assert "is a folder: give --output the name of a file" in fails("evaluate", model, "--output", tmp_path)
+    assert "has no image file extension" in fails("toy", "show", "--output", tmp_path / "a.abc")
+
+
+def test_an_image_too_large_for_its_kind_of_file_is_not_lost(tmp_path):
+    wide = Image.new("RGB", (16400, 2), "red")
+    with pytest.raises(ConfigError, match=r"wide\.webp' cannot hold 16400 x 2 pixels .*: .*wide\.png'$"):
+        save_image(wide, tmp_path / "wide.webp")
+    with Image.open(tmp_path / "wide.png") as kept:
+        assert kept.size == wide.size
+    assert [path.name for path in tmp_path.iterdir()] == ["wide.png"]

@@ -82,6 +82,19 @@ def test_the_request_is_that_of_chat_completions(fake_server: FakeServer, monkey
     assert {"type": "number", "minimum": -1, "maximum": 5.5}.items() <= schema["properties"]["score"].items()
 
 
+def test_columns_are_asked_about_and_texts_stay_as_they_are(fake_server: FakeServer):
+    fake_server.answer = brightness
+    question = 'Does the {label} say "{data[says]}"? Not {"a": 1}.'
+    reward = judge(fake_server, question=question, concurrency=1)
+    signs = [Condition(None, "a {text} sign", {"says": "OPEN"})]
+    reward.check_conditions(signs)
+    reward(IMAGES[:1], signs)
+    (request,) = fake_server.requests
+    assert asked(request).splitlines()[0] == 'Does the a {text} sign say "OPEN"? Not {"a": 1}.'
+    with pytest.raises(ConfigError, match="column 'says', and the prompt 'star' has no such column"):
+        reward.check_conditions(CONDITIONS)
+
+
 def test_requests_are_under_way_at_once(fake_server: FakeServer):
     """As many as asked for: none is answered before three are there, and never are there more."""
     barrier = threading.Barrier(3, timeout=60)

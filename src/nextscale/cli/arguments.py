@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nextscale.base.errors import ConfigError
+from nextscale.base.errors import ConfigError, first_sentence
 from nextscale.cli.parser import Parser, complete_with
 from nextscale.config.files import packaged_recipes, read_mapping
 from nextscale.config.overrides import apply_overrides
@@ -139,5 +139,20 @@ def check_image_file(path: Path) -> None:
 
 
 def save_image(image: Any, path: Path) -> None:
+    """Write an image; one that is too large for its kind of file as PNG beside it.
+
+    Raises:
+        ConfigError: it was too large.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path)
+    try:
+        image.save(path)
+    except (ValueError, OSError) as error:
+        kept, size = path.with_suffix(".png"), f"{image.width} x {image.height}"
+        if kept == path:
+            raise
+        path.unlink(missing_ok=True)  # what was begun
+        image.save(kept)
+        raise ConfigError(
+            f"'{path}' cannot hold {size} pixels ({first_sentence(error)}): they were written to '{kept}'"
+        ) from None

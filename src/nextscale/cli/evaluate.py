@@ -97,12 +97,17 @@ def run(args: Namespace) -> int:
         find_recipe(args.recipe)  # a wrong name is answered before the seconds that importing torch takes
 
     from nextscale.cli.kept import weights_of
-    from nextscale.cli.measuring import Measuring
+    from nextscale.cli.measuring import Measuring, check_plot_file
     from nextscale.config.build import is_miniature, is_prompted_miniature, load_pipeline, make_rewards
     from nextscale.config.recipe import load_recipe
     from nextscale.fid import OFFICIAL_IMAGES, Fidelity, Inception, read_statistics
     from nextscale.runs.launch import join_processes
 
+    # What is written at the end can be: hours may lie between.
+    if args.plot:
+        check_plot_file(args.plot)
+    if args.output and args.output.is_dir():
+        raise ConfigError(f"'{args.output}' is a folder: give --output the name of a file")
     processes = join_processes(args.device)
     if processes.num_processes > 1:  # they share the images
         args.device = str(processes.device)

@@ -157,6 +157,19 @@ def knee_of(measured: Sequence[Measured], kept: Sequence[str]) -> int:
     return knee(rewards, [each.metrics[kept[0]] if kept else 0.0 for each in measured])
 
 
+def check_plot_file(path: Path) -> None:
+    """Check that a plot can be written to a file of this name.
+
+    Raises:
+        ConfigError: its extension is none of plots'.
+    """
+    kinds = Figure().canvas.get_supported_filetypes()
+    if path.suffix.lower().removeprefix(".") not in kinds:
+        raise ConfigError(
+            f"'{path}' is no file for a plot: use one of {', '.join(f'.{each}' for each in kinds)}"
+        )
+
+
 def plot_strengths(
     path: Path, alphas: Sequence[float], measured: Sequence[Measured], kept_names: Sequence[str]
 ) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nextscale.base.errors import ConfigError
-from nextscale.cli.arguments import save_image
+from nextscale.cli.arguments import check_image_file, save_image
 from nextscale.cli.parser import add_command
 
 
@@ -38,6 +38,7 @@ def show(args: Namespace) -> int:
     from nextscale.base.seeding import generator_for
     from nextscale.toy.world import CLASSES, STYLES, render, sample_scenes
 
+    check_image_file(args.output)
     labels = torch.arange(len(CLASSES)).repeat_interleave(len(STYLES))
     styles = torch.arange(len(STYLES)).repeat(len(CLASSES))
     scenes = sample_scenes(len(labels), generator_for("show", args.seed), labels, styles)

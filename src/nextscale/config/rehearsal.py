@@ -49,7 +49,7 @@ def rehearse(recipe: Recipe, num_processes: int) -> list[str]:
         check_compared(recipe.grpo, rewards)
         find_credit(recipe.grpo.credit, rewards)
         folder = RunFolder(Path(recipe.run.output_dir))
-        options_of(recipe).check_continuable(folder, rewards.roles())
+        options_of(recipe).check_continuable(folder, rewards.roles(), drawn)
         return []
     check_folder(recipe)
     model = zoo.describe(recipe.model, recipe.vae)

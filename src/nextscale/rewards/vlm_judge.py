@@ -18,11 +18,13 @@ from nextscale.base.images import to_pil
 from nextscale.base.records import FREE_ON_RESUME
 from nextscale.rewards.asking.client import RequestConfig, ScoringClient, png_base64
 from nextscale.rewards.asking.waiting import start_thread
-from nextscale.rewards.networks.prompts import FIELDS
+from nextscale.rewards.networks.prompts import COLUMN, FIELDS, fill
 
 QUESTION = "How good is this picture of a {label}?"
 SCORE_RANGE = (0.0, 10.0)
 CONCURRENCY = 8
+
+FIELD = re.compile(r"\{(\w*|data\[[^\[\]]*\])\}")
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ class VlmJudge:
     Args:
         url: base URL of the API, such as http://localhost:8000/v1; "/chat/completions" is appended.
         vlm_model: name under which the server knows the model.
-        question: what the model is asked; the condition's text replaces "{label}" or "{text}".
+        question: what the model is asked; fields as in `ClipScore`.
         score_range: lowest and highest score; the model is told, and its answers are checked.
         concurrency: number of simultaneous requests.
         request: further options of `ScoringClient`; its `retries` are those of malformed answers, too.
@@ -73,10 +75,11 @@ class VlmJudge:
             raise ConfigError("a judge needs vlm_model, the name that its server knows the model by")
         if not low < high:
             raise ConfigError(f"score_range is {low:g} to {high:g}, expected the lower number first")
-        for field in re.findall(r"\{(\w*)\}", question):
-            if field not in FIELDS:
+        for field in FIELD.findall(question):
+            if field not in FIELDS and not COLUMN.fullmatch(field):
                 raise ConfigError(
-                    f"question '{question}' has the field {{{field}}}, expected {{label}} or {{text}} alone"
+                    f"question '{question}' has the field {{{field}}}, expected {{label}} or {{text}} alone, "
+                    "or {data[NAME]} for a column of the prompts' file"
                 )
         self.client = ScoringClient(f"{url.rstrip('/')}/chat/completions", **request)
         self.vlm_model, self.question, self.concurrency = vlm_model, question, concurrency
@@ -89,7 +92,7 @@ class VlmJudge:
 
     def __call__(self, images: Tensor, conditions: Sequence[Condition]) -> Tensor:
         bodies = [
-            self._body(png_base64(image), condition.text)
+            self._body(png_base64(image), self._asked(condition))
             for image, condition in zip(to_pil(images), conditions, strict=True)
         ]
         scores, malformed = [math.nan] * len(bodies), []
@@ -114,8 +117,16 @@ class VlmJudge:
             )
         return torch.tensor(scores)
 
-    def _body(self, png: str, label: str) -> dict[str, Any]:
-        text = f"{self.question.replace('{label}', label).replace('{text}', label)}\n{self.instruction}"
+    def check_conditions(self, conditions: Sequence[Condition]) -> None:
+        for each in conditions:
+            self._asked(each)
+
+    def _asked(self, condition: Condition) -> str:
+        """The question about an image. It may hold other braces, such as those of JSON."""
+        return FIELD.sub(lambda match: fill(match[0], [condition])[0], self.question)
+
+    def _body(self, png: str, question: str) -> dict[str, Any]:
+        text = f"{question}\n{self.instruction}"
         content = [
             {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{png}"}},
             {"type": "text", "text": text},
