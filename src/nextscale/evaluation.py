@@ -4,7 +4,7 @@ Shapes: B images · N conditions · G images of one condition · E width of an e
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -161,9 +161,9 @@ def evaluate(
         ConfigError: there are more processes than images.
     """
     asked = pipe.all_conditions() if conditions is None else conditions
-    images = _Images.of(pipe, asked, rewards, num_images, num_compared, embed is not None, num_columns, seed)
-    rows = max(MAX_ROWS, max_pixels // (images.columns * pipe.tokenizer.config.image_size**2))
-    images = replace(images, rows=rows)
+    images = _Images.of(
+        pipe, asked, rewards, num_images, num_compared, embed is not None, num_columns, max_pixels, seed
+    )
     if rewards is not None:
         rewards.check_conditions(images.conditions)
     by = _Instruments(rewards, judges, embed, measures, _to_base(pipe, base, sampling))
@@ -198,7 +198,7 @@ def evaluate(
     return Evaluation(
         metrics,
         grid,
-        images.conditions[:rows],
+        images.conditions[: images.rows],
         tokens_BL[:: images.per_condition][:MAX_ROWS],
         scores,
         groups,
@@ -222,7 +222,7 @@ class _Images:
     per_condition: int
     seed: int
     columns: int
-    rows: int = MAX_ROWS
+    rows: int
 
     @staticmethod
     def of(
@@ -233,6 +233,7 @@ class _Images:
         num_compared: int | None,
         is_embedded: bool,
         num_columns: int,
+        max_pixels: int,
         seed: int,
     ) -> "_Images":
         """At least `num_images`, as `evaluate` has its arguments.
@@ -246,12 +247,12 @@ class _Images:
         fewest = 2 if is_embedded else 1  # images of a condition
         if rewards and any(isinstance(each, GroupReward) for each in rewards.rewards.values()):
             fewest = max(min(num_compared or 2, num_images), 2)  # what it says depends on how many
-        different = list(
-            {each.key: each for each in asked}.values()
-        )  # a class given twice has the same images
+        different = list({each.key: each for each in asked}.values())  # one given twice has the same images
         chosen = _spread(different, max(num_images // fewest, 1), seed)
         per_condition = max(-(-num_images // len(chosen)), fewest)
-        images = _Images(chosen, per_condition, seed, min(num_columns, per_condition))
+        columns = min(num_columns, per_condition)
+        rows = max(MAX_ROWS, max_pixels // (columns * pipe.tokenizer.config.image_size**2))
+        images = _Images(chosen, per_condition, seed, columns, rows)
         if images.total < images.num_processes:
             raise ConfigError(
                 f"{images.num_processes} processes cannot share the {images.total} images of an evaluation: "

@@ -1,5 +1,6 @@
 """The command line. What starts a process or trains is shared; mistakes are made in process."""
 
+import errno
 import json
 import math
 import os
@@ -1088,3 +1089,14 @@ def test_an_image_too_large_for_its_kind_of_file_is_not_lost(tmp_path):
     with Image.open(tmp_path / "wide.png") as kept:
         assert kept.size == wide.size
     assert [path.name for path in tmp_path.iterdir()] == ["wide.png"]
+
+
+def test_an_image_that_the_system_cannot_write_replaces_nothing(tmp_path, monkeypatch):
+    def full(self, path, **_):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    (tmp_path / "mine.jpg").write_text("earlier")
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="no space left"):
+        save_image(Image.new("RGB", (2, 2)), tmp_path / "mine.jpg")
+    assert (tmp_path / "mine.jpg").read_text() == "earlier"

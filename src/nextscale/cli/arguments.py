@@ -149,7 +149,7 @@ def save_image(image: Any, path: Path) -> None:
         image.save(path)
     except (ValueError, OSError) as error:
         kept, size = path.with_suffix(".png"), f"{image.width} x {image.height}"
-        if kept == path:
+        if kept == path or getattr(error, "errno", None) is not None:  # the system's, such as a full disk
             raise
         path.unlink(missing_ok=True)  # what was begun
         image.save(kept)
