@@ -17,6 +17,13 @@ def test_the_interval_of_a_mean_by_hand():
     assert found.value == 3 and found.half == pytest.approx(1.96 * math.sqrt(7) / math.sqrt(3))
 
 
+def test_one_image_or_one_group_has_no_interval():
+    """An interval of 0 would say that it is exact."""
+    assert str(mean_of(torch.tensor([2.0, NAN]))) == "2.00"
+    assert str(mean_of(torch.tensor([1.0, 2.0]), torch.tensor([0, 0]))) == "1.50"
+    assert str(mean_of(torch.tensor([1.0, 2.0]), torch.tensor([0, 1]))) == "1.50 ± 0.98"
+
+
 def test_a_paired_difference_counts_images_that_both_have_scored():
     first, second = torch.tensor([1.0, 5.0, NAN, 2.0]), torch.tensor([2.0, 7.0, 1.0, NAN])
     found = paired_difference(first, second)

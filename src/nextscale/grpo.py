@@ -29,7 +29,7 @@ class GRPOConfig(Record):
     """Groups per step, over all processes."""
     class_labels: tuple[int | str, ...] | None = Field(default=None, min_length=1)
     """Classes to train on, by number or name; by default all classes of the model."""
-    temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    temperature: float | None = Field(default=None, gt=0)
     """Of the policy that draws in training and is trained; by default sampling.temperature, which the tuned
     model is measured and kept with. Above that, training tries more, and results are sharper than what it
     saw."""
@@ -41,7 +41,7 @@ class GRPOConfig(Record):
     scales are credited with what came of them, the others with what each made of the same start."""
     branches: int = Field(default=2, ge=2)
     """Images that go on from each start; num_generations is a multiple of it."""
-    branch_temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    branch_temperature: float = Field(default=1.0, gt=0)
     """Of the value of a start, T log mean exp(r / T) over its images, in standard deviations of the reward:
     near 0 it is the best image's reward, for large numbers the mean."""
     branch_schedule: BranchSchedule = "together"
@@ -72,7 +72,7 @@ class GRPOConfig(Record):
     """Of those of the reference's linear layers that autocast rounds; by default bfloat16 where
     run.mixed_precision is bf16, which gives the same numbers in two thirds of the memory, else float32, as
     with sync_ref_model."""
-    reference_guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    reference_guidance_scale: float | None = Field(default=None, ge=0)
     """Guidance of the reference; by default the policy's. An unguided policy that is held to its guided self
     learns to need no guidance, which halves the cost of sampling."""
     sync_ref_model: bool = False
@@ -86,10 +86,10 @@ class GRPOConfig(Record):
     alone."""
     epsilon: float = Field(default=0.2, gt=0, lt=1)
     """Lower clipping bound: ratios are clipped at 1 - epsilon."""
-    epsilon_high: float | None = Field(default=None, gt=0)
+    epsilon_high: float | None = Field(default=None, gt=0, allow_inf_nan=True)
     """Upper clipping bound: ratios are clipped at 1 + epsilon_high; by default the same as epsilon. For cispo
     it is the largest weight itself, by default 5."""
-    delta: float | None = Field(default=None, gt=1)
+    delta: float | None = Field(default=None, gt=1, allow_inf_nan=True)
     """Largest ratio where the advantage is negative; by default unbounded."""
     importance_sampling_level: RatioLevel = "token"
     """What a ratio is of: a token, a scale or an image ("sequence" is the same), as geometric means."""
@@ -99,7 +99,7 @@ class GRPOConfig(Record):
     importance_sampling_mode: ImportanceMode = "token_truncate"
     """Weights of each token, or of all tokens of an image at once; above the bound they are cut down to it,
     or set to 0."""
-    importance_sampling_clip_max: float = Field(default=3.0, gt=0)
+    importance_sampling_clip_max: float = Field(default=3.0, gt=0, allow_inf_nan=True)
     """The bound."""
     trained_branches: TrainedBranches = "both"
     """Of a guided policy's two branches, those that the gradient flows through: "conditional" spares the null

@@ -3,6 +3,7 @@
 Shapes: N images
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,13 +46,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean with half of its 95 % interval, over the images of an evaluation."""
+    """A mean with half of its 95 % interval, over the images of an evaluation; NaN where one image, or one
+    group, says nothing of others."""
 
     value: float
     half: float
 
     def __str__(self) -> str:
-        return f"{number(self.value)} ± {self.half:.2g}"
+        return number(self.value) if math.isnan(self.half) else f"{number(self.value)} ± {self.half:.2g}"
 
 
 def mean_of(scores_N: Tensor, group_N: Tensor | None = None) -> Mean:
@@ -60,7 +62,10 @@ def mean_of(scores_N: Tensor, group_N: Tensor | None = None) -> Mean:
     Args:
         group_N: the group of each image, where its score depends on the others of that.
     """
-    return Mean(scores_N.nanmean().item(), Z95 * standard_error(scores_N, group_N).item())
+    is_scored_N = ~scores_N.isnan()
+    apart = is_scored_N.sum() if group_N is None else len(group_N[is_scored_N].unique())
+    half = Z95 * standard_error(scores_N, group_N).item() if apart > 1 else math.nan
+    return Mean(scores_N.nanmean().item(), half)
 
 
 def paired_difference(first_N: Tensor, second_N: Tensor, group_N: Tensor | None = None) -> Mean:

@@ -14,16 +14,16 @@ from nextscale.base.records import Record
 class OptimizerConfig(Record):
     """Options of AdamW and its learning rate schedule."""
 
-    learning_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay rate of the first moment."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
     """Decay rate of the second moment."""
-    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Maximum gradient norm; larger gradients are clipped."""
+    max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=True)
+    """Maximum gradient norm; larger gradients are clipped. Infinity clips none."""
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps of linear warm-up."""
     lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"

@@ -38,9 +38,9 @@ CODES_PER_BLOCK = 64  # the square root of the official codebook's size
 class SamplingConfig(Record):
     """How tokens are drawn: guidance, temperature and filtering."""
 
-    guidance_scale: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    guidance_scale: float = Field(default=0.0, ge=0)
     """Classifier-free guidance at the last scale; grows linearly from 0 at the first. 0 turns it off."""
-    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    temperature: float = Field(default=1.0, gt=0)
     """Divides the guided logits."""
     top_k: int = Field(default=0, ge=0)
     """Sample from the k likeliest tokens and those tied with the k-th; 0 means all."""
@@ -50,7 +50,7 @@ class SamplingConfig(Record):
     """First scale, counted from 0, that is guided. The growth of the guidance still counts from 0."""
     guidance_stop: int | None = Field(default=None, ge=1)
     """Scale, counted from 0, from which on nothing is guided, at half the cost; by default none is."""
-    unguided_temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    unguided_temperature: float = Field(default=1.0, gt=0)
     """Divides the logits from `guidance_stop` on, besides `temperature`."""
 
     @model_validator(mode="after")

@@ -103,6 +103,20 @@ def test_options_reach_their_reward(monkeypatch):
         read_reward({"vlm_judge": "http://h/v1"})
 
 
+def test_infinity_is_no_value_where_it_means_nothing(write):
+    for key in ("grpo: {beta", "grpo: {target_kl", "grpo: {entropy_coef", "optimizer: {learning_rate"):
+        with pytest.raises(ConfigError, match="= inf cannot be used: input should be a finite number"):
+            load_recipe(write(f"rewards: {{r: {{python: 'a.py:f', weight: 1}}}}\n{key}: .inf}}"))
+
+
+def test_infinity_is_no_bound(write):
+    recipe = load_recipe(write(
+        "rewards: {r: {python: 'a.py:f', weight: 1}}\n"
+        "grpo: {num_iterations: 2, epsilon_high: .inf}\noptimizer: {max_grad_norm: .inf}"
+    ))  # fmt: skip
+    assert recipe.grpo.epsilon_high == recipe.optimizer.max_grad_norm == float("inf")
+
+
 @pytest.mark.parametrize("weight", [".nan", ".inf"])
 def test_a_weight_is_a_number(write, weight):
     with pytest.raises(ConfigError, match=r"rewards\.r\.weight = (nan|inf) cannot be used"):

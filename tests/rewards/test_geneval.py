@@ -163,6 +163,15 @@ def test_prompts_that_do_not_say_what_to_look_for(data: dict) -> None:
         REWARD.check_conditions([Condition(None, "a cup", data)])
 
 
+def test_more_objects_than_are_counted() -> None:
+    """Sixteen are looked at, so that seventeen would never be found."""
+    asked = {"tag": "counting", "include": [{"class": "cup", "count": 16}]}
+    REWARD.check_conditions([Condition(None, "cups", asked)])
+    asked["include"][0]["count"] = 17
+    with pytest.raises(RewardError, match="'cups' asks for 17 of an object, and geneval counts up to 16"):
+        REWARD.check_conditions([Condition(None, "cups", asked)])
+
+
 def test_a_csv_files_columns_are_json() -> None:
     data = {"tag": "single_object", "include": json.dumps([CUP]), "exclude": ""}
     assert REWARD(drawn(("cup", "red", 4, 4))[None], [Condition(None, "a cup", data)]).tolist() == [1.0]

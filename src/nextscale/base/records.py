@@ -20,8 +20,13 @@ class Record(pydantic.BaseModel):
         ConfigError: a key is unknown, or a value has the wrong type or is out of range.
     """
 
+    # Where infinity means no bound, the field allows it.
     model_config = pydantic.ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
     )
 
     def __init__(self, **values: Any) -> None:

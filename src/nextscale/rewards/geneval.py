@@ -177,7 +177,7 @@ def read_requirements(condition: Condition) -> Requirements:
     """What the columns of a prompt ask for; in a CSV file, `include` and `exclude` are JSON.
 
     Raises:
-        RewardError: there are none, or they are not GenEval's.
+        RewardError: there are none, they are not GenEval's, or they ask for more objects than are counted.
     """
     data: dict[str, Any] = {key: condition.data.get(key) for key in ("tag", "include", "exclude")}
     try:
@@ -198,6 +198,11 @@ def read_requirements(condition: Condition) -> Requirements:
             f"the prompt '{condition.text}' does not say what geneval has to look for: its file needs the "
             "columns tag, include and exclude as in GenEval's evaluation_metadata.jsonl"
         ) from None
+    if (most := max(each["count"] for each in data["include"])) > MOST_OBJECTS:
+        raise RewardError(
+            f"the prompt '{condition.text}' asks for {most} of an object, "
+            f"and geneval counts up to {MOST_OBJECTS}"
+        )
     return Requirements(**data)
 
 

@@ -123,7 +123,7 @@ class PicturesConfig(RewardConfig):
     looked for beside the recipe, then from the working directory."""
     clip: str = DEFAULT_CLIP
     """CLIP: "toy", a folder or a hub repository; an aesthetic head comes with its own by default."""
-    bandwidth: float = Field(default=BANDWIDTH, ge=0.01, allow_inf_nan=False)
+    bandwidth: float = Field(default=BANDWIDTH, ge=0.01)
     """Of the Gaussian by which embeddings, of length 1, are compared."""
 
     @property

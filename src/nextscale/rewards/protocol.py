@@ -75,7 +75,7 @@ class RewardConfig(Record):
     reward: ClassVar[Callable[..., Reward]]
     """What is made with these options, unless `make` does otherwise."""
 
-    weight: float | None = Field(default=None, allow_inf_nan=False)
+    weight: float | None = None
     """Weight in the sum of rewards that is trained on; 1 for a reward without another role."""
     at_least: Bound = None
     """Constraint: keep the mean at or above this number; "base" is the mean before training."""
@@ -83,7 +83,7 @@ class RewardConfig(Record):
     """Constraint: keep the mean at or below this number; "base" is the mean before training."""
     held_out: bool = Field(default=False, strict=True)
     """Only measured in evaluations, never trained on; warns if it falls while the trained reward rises."""
-    timeout: float | None = Field(default=None, gt=0, allow_inf_nan=False, json_schema_extra=FREE_ON_RESUME)
+    timeout: float | None = Field(default=None, gt=0, json_schema_extra=FREE_ON_RESUME)
     """Seconds after which the run stops if the reward has not answered; no limit by default."""
 
     def make(self) -> Reward:

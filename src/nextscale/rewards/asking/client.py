@@ -180,9 +180,7 @@ def _retry_after(response: httpx2.Response) -> float:
 class RequestConfig(RewardConfig):
     """Options of every reward that is served over HTTP."""
 
-    request_timeout: float = Field(
-        default=REQUEST_TIMEOUT, gt=0, allow_inf_nan=False, json_schema_extra=FREE_ON_RESUME
-    )
+    request_timeout: float = Field(default=REQUEST_TIMEOUT, gt=0, json_schema_extra=FREE_ON_RESUME)
     """Seconds that a request waits for the server to respond, and at most takes as a whole."""
     retries: int = Field(default=RETRIES, ge=0, json_schema_extra=FREE_ON_RESUME)
     """Retries after a lost connection, a timeout, or a status of 429 or 5xx."""
