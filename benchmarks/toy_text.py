@@ -1,6 +1,7 @@
-"""What there is to win in toy-text-attributes: true pictures, and the best of what the base draws.
+"""What there is to win in the recipes of toy-text: true pictures, and the best of what the base draws.
 
     python benchmarks/toy_text.py
+    python benchmarks/toy_text.py --style mosaic
 
 Of held-out prompts. Diversity is measured as evaluations measure it: the mean distance between two pictures
 of one prompt. "Best of 16" is the image of 16 with the highest CLIP score of the recipe: a model that drew so
@@ -8,6 +9,8 @@ would be at most log 16 - 15 / 16 = 1.8 nats of KL away.
 
 Shapes: P prompts · n images of one prompt · E width of the embedding
 """
+
+import argparse
 
 import torch
 from einops import rearrange
@@ -51,13 +54,16 @@ def row(name: str, images: Tensor, texts: list[str], chosen_P: Tensor | None = N
 
 @torch.no_grad()
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--style", default="photo")
+    style = parser.parse_args().style
     torch.set_num_threads(1)
     pipe, reward = VARPipeline.from_pretrained("toy-text"), ClipScore("{text}", clip="toy-text")
     print(f"| | {' | '.join(NAMES)} | diversity | of the right ones |")
     print("| --- |" + " --- |" * (len(NAMES) + 2))
-    scenes = pictured(4000, torch.Generator().manual_seed(7), held_out=True)
-    found = [prompt_of(each) for each in combinations_of(scenes)]
-    texts = [each for each in prompts(held_out=True) if found.count(each) >= NUM]
+    scenes = pictured(4000, torch.Generator().manual_seed(7), held_out=True, style=style)
+    found = [prompt_of(each, style) for each in combinations_of(scenes)]
+    texts = [each for each in prompts(held_out=True, style=style) if found.count(each) >= NUM]
     chosen = [[i for i, each in enumerate(found) if each == text][:NUM] for text in texts]
     true = render(scenes[torch.tensor(chosen).flatten()])
     decoded = pipe.tokenizer.decode(pipe.tokenizer.encode(true))

@@ -32,7 +32,7 @@ STEPS = {
     "judge": 800,
     "text": 2200,
     "prompt_clip": 800,
-    "attribute_judge": 500,
+    "attribute_judge": 800,
 }
 JUDGE_SEED = 7919  # a judge shares neither initialization nor images with the models that it judges
 

@@ -1,4 +1,4 @@
-"""Train the judges of what prompts name, on true photos and paintings of all combinations and their
+"""Train the judges of what prompts name, on true photos, paintings and mosaics of all combinations and their
 reconstructions, with their own seeds, independently of all other models.
 
 Shapes: B images · N pictures · K values of an attribute
@@ -17,13 +17,11 @@ from nextscale.toy.judges import Judge
 from nextscale.toy.optimizer import Optimizer
 from nextscale.toy.prompts import ATTRIBUTES, Combination, combinations_of, pictured
 from nextscale.toy.train_judges import disturb
-from nextscale.toy.world import render
-
-STYLES_JUDGED = ("photo", "painting")
+from nextscale.toy.world import GROUND_STYLES, render
 
 
 def captioned_pictures(
-    tokenizer: VQVAE, num_images: int, generator: torch.Generator, styles: tuple[str, ...] = STYLES_JUDGED
+    tokenizer: VQVAE, num_images: int, generator: torch.Generator, styles: tuple[str, ...] = GROUND_STYLES
 ) -> tuple[list[Combination], Tensor]:
     """What pictures show, and the pictures, (N, 3, H, W) uint8, every second one as reconstructed."""
     shown: list[Combination] = []

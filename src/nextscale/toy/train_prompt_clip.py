@@ -22,10 +22,10 @@ from nextscale.models.vqvae import VQVAE
 from nextscale.rewards.networks.preprocessing import clip_preprocessing
 from nextscale.toy.optimizer import Optimizer, autocast
 from nextscale.toy.prompts import ATTRIBUTES, WORDS, Combination, combinations_of, pictured, prompt_of
-from nextscale.toy.train_attributes import STYLES_JUDGED
 from nextscale.toy.train_clip import clip_config, text_tokenizer, write_preprocessor
 from nextscale.toy.world import IMAGE_SIZE, STYLES, render
 
+MOST_SHOWN = ("photo", "painting")  # half of the pictures are of these styles
 PLACE_SHARE = 0.5  # of the wrong captions that are wrong in the place, of which its start knows no sides
 
 
@@ -52,7 +52,7 @@ def train_prompt_clip(
     shown: list[tuple[str, Combination]] = []
     parts = []
     for style in STYLES:
-        size = pool_size // 2 // (len(STYLES_JUDGED) if style in STYLES_JUDGED else len(STYLES) - 2)
+        size = pool_size // 2 // (len(MOST_SHOWN) if style in MOST_SHOWN else len(STYLES) - 2)
         scenes = pictured(size, generator, style=style)
         shown += [(style, each) for each in combinations_of(scenes)]
         for i in range(0, size, 250):
