@@ -22,6 +22,7 @@ from nextscale.study.results import (
     read_row,
     table,
 )
+from nextscale.study.runner import is_measured, is_trained
 
 TINY = """
 seeds: [3]
@@ -87,6 +88,13 @@ def test_a_study_has_the_scalars_of_recipes(tmp_path: Path) -> None:
             "co arse: {}\n      co-arse: {}",
             "painting/co arse/3 and painting/co-arse/3 would both",
         ),
+        (
+            "run.max_steps: 1",
+            "run.seed: 7",
+            "variant 'plain': 'run.seed' is the study's to say; give its seeds",
+        ),
+        ("plain: {}", "plain: {run.output_dir: a}", "'run.output_dir' is the study's to say"),
+        ("seeds: [3]", "seeds: [-1]", r"seeds\.0 = -1 cannot be used"),
         ("seeds: [3]", "seeds: [3, 4, 3]", "painting/plain/3 and painting/plain/3 would both be in"),
         ("grpo.train_scales: 2", "grpo.trian_scales: 2", "variant 'coarse': unknown key 'grpo.trian_scales'"),
         ("recipe: toy-painting", "recipe: 2024-99-99", "no recipe '2024-99-99'"),
@@ -184,6 +192,24 @@ def test_variants_are_compared_at_equal_kl_and_by_the_images_they_took() -> None
     assert new == "| new | 0.3 ± 1.3 | 0.2 (1 of 2) | 0.86 (1 of 2) | 16 ± 0 |"
 
 
+def test_numbers_that_were_not_finite_are_left_out(tmp_path: Path) -> None:
+    """They are null in a log: one run that has them withholds nothing of the others."""
+    trial = Trial("a", "plain", 1, "toy-painting", {}, tmp_path)
+    trial.evaluation.write_text('{"diversity": null, "reward": 0.5}')
+    (tmp_path / "config.yaml").write_text("model: toy\n")
+    lines = [
+        {"step": 1, "step_time": 1.0, "reward": 0.5, "num_tokens": 8, "kl_per_image": 30.0},
+        {"step": 2, "step_time": 1.0, "reward": None, "num_tokens": 8, "kl_per_image": None},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    row = read_row(trial)
+    assert row.measures["reward"] == 0.5 and not {"diversity", "kl"} & row.measures.keys()
+    whole = Row("a", "plain", 2, {}, [(8.0, 1.0, 0.1, 10.0), (16.0, 2.0, 0.3, 30.0)])
+    experiment = Experiment(recipe="toy-painting", variants={"plain": {}})
+    head, _, plain = comparison([row, whole], experiment).splitlines()
+    assert head.endswith("| images until 0.3 |") and plain.startswith("| plain | 0.375 ± 1.6 |")
+
+
 def test_a_study_runs_and_is_not_repeated(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path, runs = tmp_path / "study.yaml", tmp_path / "runs"
     path.write_text(TINY.replace("plain: {}", """plain: {description: "two words, it's"}"""))
@@ -213,6 +239,17 @@ def test_a_study_runs_and_is_not_repeated(tmp_path: Path, capfd: pytest.CaptureF
     assert json.loads((runs / "painting/plain/3/evaluation.json").read_text())["num_images"] == 24
     assert (runs / "painting/plain/3/metrics.jsonl").stat().st_mtime_ns == trained
     assert "train_scales: 3" in (runs / "painting/coarse/3/config.yaml").read_text()
+    # Fewer images: Fréchet distances of unequally many do not compare.
+    path.write_text(path.read_text().replace("num_images: 24", "num_images: 8"))
+    study, (plain, _) = read_study(path), trials(read_study(path), runs, tmp_path)
+    assert is_trained(plain) and not is_measured(study, plain)
+    # The folder by another name, and other words about the run, are no other run.
+    runs.rename(tmp_path / "moved")
+    path.write_text(path.read_text().replace("two words", "three words"))
+    (plain, coarse) = trials(read_study(path), tmp_path / "moved", tmp_path)
+    assert is_trained(plain) and is_trained(coarse)
+    (plain.folder / "final/config.json").unlink()  # written last: it was killed before
+    assert not is_trained(plain)
 
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(
@@ -220,9 +257,13 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
 ) -> None:
     path = tmp_path / "study.yaml"
     path.write_text(TINY.replace("train_scales: 2", "train_scales: 99"))
+    earlier = tmp_path / "runs/painting/coarse/3/evaluation.json"  # of a run with other options
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text('{"asked_images": 16, "seed": 2000}')
     assert main(["study", str(path), "--runs", str(tmp_path / "runs")]) == 2
     out = capfd.readouterr().out
     assert "painting/plain/3: done" in out
+    assert not earlier.exists()
     assert "painting/coarse/3: grpo.train_scales 99 is out of range" in out
     assert main(["study", str(path), "--experiment", "paint"]) == 2
     assert "unknown experiment 'paint'" in capfd.readouterr().err

@@ -1,6 +1,8 @@
 """Numbers formatted for people."""
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def count(num: int, noun: str) -> str:
@@ -38,3 +40,12 @@ def duration(seconds: float) -> str:
         return f"{number(seconds)} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def without_nan(value: Any) -> Any:
+    """Mappings, sequences and numbers, with None for what is not finite: JSON has no other word for it."""
+    if isinstance(value, Mapping):
+        return {name: without_nan(each) for name, each in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

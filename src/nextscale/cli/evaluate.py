@@ -180,6 +180,7 @@ def _measure_all(measuring: "Measuring", alphas: list[float], pipe: "VARPipeline
 
 def _tell(measuring: "Measuring", alphas: list[float], found: "list[Found]") -> None:
     """Print and write what was found."""
+    from nextscale.base.numbers import without_nan
     from nextscale.cli.measuring import as_json, kept_measures, knee_of, plot_strengths
     from nextscale.measured import notes, table_rows
     from nextscale.report.tables import as_table
@@ -188,7 +189,7 @@ def _tell(measuring: "Measuring", alphas: list[float], found: "list[Found]") -> 
     measured = [each for each, _ in found]
     kept = kept_measures(measured, held_out)
     marked = f"knee: {measured[knee_of(measured, kept)].name}" if alphas else ""
-    text = json.dumps(as_json(measured, marked), indent=2)
+    text = json.dumps(without_nan(as_json(measured, marked)), indent=2, allow_nan=False)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(text + "\n")
@@ -213,6 +214,8 @@ def settings_told(measured: "list[Measured]") -> dict[str, str]:
     """How the models were drawn from: what is the same for all once, anything else model by model."""
     told: dict[str, str] = {}
     for name in measured[0].settings:
+        if name == "asked_images":  # below the table is how many were drawn
+            continue
         values = {each.name: each.settings[name] for each in measured}
         if name == "sampling":
             values = {

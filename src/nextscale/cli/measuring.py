@@ -68,6 +68,7 @@ class Measuring:
             "sampling": sampling.told(),
             "mixed_precision": precision_on(pipe.device.type, _precision(args, source, recipe)),
             "seed": args.seed,
+            "asked_images": args.num_images,
         }
         batch_size = (recipe.run if recipe else RunConfig()).per_device_eval_batch_size
         what = dict(self.what) | {key: settings[key] for key in ("sampling", "mixed_precision", "seed")}

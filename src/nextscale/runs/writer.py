@@ -1,7 +1,6 @@
 """A run folder as its run writes it."""
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ from torch import Tensor
 from nextscale.base.errors import ConfigError
 from nextscale.base.files import replacing, write_text_aside
 from nextscale.base.images import to_pil
+from nextscale.base.numbers import without_nan
 from nextscale.runs.paths import PictureKind, RunPaths, by_step
 
 PATIENCE = 1.0  # seconds to wait for the lock: another process's `check` holds it for a moment
@@ -150,7 +150,7 @@ class RunFolder(RunPaths):
     def append_metrics(self, metrics: Mapping[str, float]) -> None:
         """Append a line to `metrics.jsonl`; a number that is not finite, which JSON has not, becomes null."""
         if self.is_main:
-            line = {name: each if math.isfinite(each) else None for name, each in metrics.items()}
+            line = without_nan(metrics)
             with self.metrics.open("a") as file:
                 file.write(json.dumps(line) + "\n")
                 file.flush()

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 from pydantic import Field
@@ -18,6 +18,9 @@ from nextscale.config.recipe import Recipe, load_recipe
 
 Overrides = dict[str, Any]
 """Dotted keys of a recipe to values, as on the command line."""
+
+OWN = {"run.seed", "run.output_dir", "run.overwrite", "run.report_to", "run.disable_tqdm", "run.resume"}
+"""Options of each run that a study sets itself, or leaves alone."""
 
 
 class Experiment(Record):
@@ -39,7 +42,7 @@ class Experiment(Record):
 class Study(Record):
     """Experiments, and how each run of them is measured."""
 
-    seeds: tuple[int, ...] = Field(min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
     """Seeds of the runs: others than those that settings were tuned on."""
     num_images: int = Field(default=512, ge=2)
     """Images of each run's evaluation."""
@@ -111,6 +114,7 @@ class Trial:
             "run.report_to": "none",
             "run.disable_tqdm": True,
         }
+        assert own.keys() <= OWN
         return {key: _text(value) for key, value in (needless | self.overrides | own).items()}
 
 
@@ -147,6 +151,11 @@ def trials(study: Study, folder: Path, beside: Path = Path()) -> list[Trial]:
     for name, experiment in study.experiments.items():
         for variant, overrides in experiment.variants.items():
             given = experiment.common | overrides
+            if own := sorted(OWN & given.keys()):
+                raise ConfigError(
+                    f"experiment '{name}', variant '{variant}': '{own[0]}' is the study's to say"
+                    + ("; give its seeds" if own[0] == "run.seed" else "")
+                )
             path = str(given.pop("recipe", experiment.recipe))
             if (beside / path).is_file():
                 path = str(beside / path)

@@ -12,6 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from nextscale.base.errors import ConfigError
+from nextscale.base.numbers import without_nan
 from nextscale.base.records import did_you_mean
 from nextscale.runs.reader import BASE_MODEL, images_of, read_run
 from nextscale.study.plan import Experiment, Study, Trial
@@ -74,13 +75,17 @@ def read_row(trial: Trial, aim: str = "reward") -> Row:
                     f"the run in '{trial.folder}' logged no metric '{aim}', the aim of experiment "
                     f"'{trial.experiment}'{did_you_mean(aim, known)}; what was run is kept"
                 )
-            kl = record.get("kl_per_image", math.nan) if run.kl_to == BASE_MODEL else math.nan
-            reached = math.nan if record[aim] is None else record[aim]
-            curve.append((images, seconds, reached, kl))
+            kl = record.get("kl_per_image") if run.kl_to == BASE_MODEL else None
+            curve.append((images, seconds, _or_nan(record[aim]), _or_nan(kl)))
     last = {"images": images, "seconds": seconds}
     if not math.isnan(kl := curve[-1][3]):
         last["kl"] = kl
     return Row(trial.experiment, trial.variant, trial.seed, measures | last, curve)
+
+
+def _or_nan(value: float | None) -> float:
+    """A logged number; None stands for one that was not finite."""
+    return math.nan if value is None else value
 
 
 def at_kl(row: Row, level: float) -> float | None:
@@ -109,6 +114,7 @@ def comparison(rows: Sequence[Row], experiment: Experiment) -> str:
     variants = list(experiment.variants)
     levels = [each for each in KL_LEVELS if any(at_kl(row, each) is not None for row in rows)]
     ends = [row.curve[-1][2] for row in rows if row.variant == variants[0]]
+    ends = [each for each in ends if not math.isnan(each)]
     end = statistics.fmean(ends) if ends else math.nan
     head = [f"{experiment.aim}, training", *(f"at {level:g} nats" for level in levels)]
     head += [f"images until {end:.3g}"] if ends else []
@@ -124,7 +130,7 @@ def comparison(rows: Sequence[Row], experiment: Experiment) -> str:
 
 def _of_those_that_did(rows: Sequence[Row], values: Sequence[float | None]) -> str:
     """Mean and interval of the runs that came there, and how many did if not all."""
-    found = [each for each in values if each is not None]
+    found = [each for each in values if each is not None and not math.isnan(each)]
     if not found:
         return "-"
     return _cell(found) + (f" ({len(found)} of {len(rows)})" if len(found) < len(rows) else "")
@@ -171,14 +177,14 @@ def write_results(study: Study, done: Sequence[Trial], folder: Path) -> list[Pat
     folder.mkdir(parents=True, exist_ok=True)
     data, page = folder / "results.json", folder / "results.md"
     content = {"study": study.model_dump(), "rows": [asdict(row) for row in rows]}
-    data.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    data.write_text(json.dumps(without_nan(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     paths, sections = [data, page], []
     for name, experiment in study.experiments.items():
         mine = [row for row in rows if row.experiment == name]
         if not mine:
             continue
         tables = table(mine, list(experiment.variants)) + "\n" + comparison(mine, experiment)
-        sections.append(f"## {name}\n\n{tables}\n![{name}]({name}.png)\n")
+        sections.append(f"## {name}\n\n{tables}\n![{name}](<{name}.png>)\n")
         paths.append(draw(mine, experiment, folder / f"{name}.png"))
     page.write_text("\n".join(sections), encoding="utf-8")
     return paths

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from nextscale.base.errors import ConfigError, NextscaleError, TrainingError
 from nextscale.config.build import resolve
 from nextscale.config.recipe import load_recipe, to_yaml
+from nextscale.models.folder import CONFIG as MODEL_CONFIG
 from nextscale.runs.reader import read_object
 from nextscale.study.plan import Study, Trial
 
@@ -48,7 +49,12 @@ def run_trial(study: Study, trial: Trial, jobs: int = 1) -> None:
     measure = ["evaluate", str(final), "--recipe", str(config), "--num-images", str(study.num_images)]
     measure += ["--seed", str(study.eval_seed), "--output", str(trial.evaluation)]
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
-    for words in [measure] if is_trained(trial) else [trial.words(), measure]:
+    if is_trained(trial):
+        todo = [measure]
+    else:
+        trial.evaluation.unlink(missing_ok=True)  # of another model: it must not be taken for this one's
+        todo = [trial.words(), measure]
+    for words in todo:
         command = [sys.executable, "-m", "nextscale", *words]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode:
@@ -57,23 +63,27 @@ def run_trial(study: Study, trial: Trial, jobs: int = 1) -> None:
 
 
 def is_trained(trial: Trial) -> bool:
-    """Whether its folder has the final model of a run with the options that it has now."""
-    if not (trial.folder / "final").is_dir():
+    """Whether its folder has the final model, whole, of a run with the options that it has now: where it lies
+    and what its recipe says of itself aside."""
+    if not (trial.folder / "final" / MODEL_CONFIG).is_file():  # written last
         return False
     try:
         ran, asked = load_recipe(trial.config), resolve(trial.load())
     except NextscaleError:  # then training will tell
         return False
-    lasting = asked.replace(run=asked.run.replace(resume=None, overwrite=False))
+    place = {"output_dir": ran.run.output_dir, "resume": None, "overwrite": False}
+    lasting = asked.replace(description=ran.description, run=asked.run.replace(**place))
     return to_yaml(ran) == to_yaml(lasting)
 
 
 def is_measured(study: Study, trial: Trial) -> bool:
-    """Whether it is trained, and measured on the images that the study asks for."""
+    """Whether it is trained, and measured on the images that the study asks for: no fewer, and no more, since
+    Fréchet distances compare with those of equally many alone."""
     if not trial.evaluation.is_file() or not is_trained(trial):
         return False
     try:
         measured = read_object(trial.evaluation)
     except ConfigError:  # it was cut off
         return False
-    return measured.get("num_images", 0) >= study.num_images and measured.get("seed") == study.eval_seed
+    asked = {"asked_images": study.num_images, "seed": study.eval_seed}
+    return asked.items() <= measured.items()
