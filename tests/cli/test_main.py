@@ -544,6 +544,11 @@ def test_a_failing_reward_in_a_process(folder, tmp_path):
         (["--run.ddp_timeout", "1000000000000000"], "run.ddp_timeout = 1000000000000000 cannot be used"),
         (["--optimizer.learning_rate", ".inf"], "optimizer.learning_rate = inf cannot be used"),
         (["--grpo.branch_temperature", ".inf"], "grpo.branch_temperature = inf cannot be used"),
+        (["--run.fsdp", "true"], "FSDP has nothing to spread over in one process"),
+        (
+            ["--grpo.sync_ref_model", "true", "--grpo.reference_dtype", "bfloat16"],
+            "grpo.reference_dtype bfloat16 rounds the moves of grpo.sync_ref_model away",
+        ),
         (["--run.report_to", "wandbb"], "tracker 'wandbb' is unknown, or its package is not installed"),
         (
             ["--run.save_best", "foo"],

@@ -105,7 +105,7 @@ def test_d16_costs_what_the_official_model_does():
 
 
 def test_memory_by_hand():
-    plan = small_plan(num_gpus=2)
+    plan = small_plan(num_gpus=2, eval_steps=0)
     parameters, images, tokens = plan.parameters["transformer"], 4, 21
     with torch.device("meta"):
         model = VAR(SMALL)
@@ -181,7 +181,24 @@ def test_more_gpus_share_the_images():
         small_plan(num_gpus=9)
 
 
+def test_an_evaluation_may_draw_more_at_once_than_a_step():
+    """It comes before the first step: a run that does not fit it ends there."""
+    drawn = {"eval_num_images": 8, "per_device_eval_batch_size": 8}
+    step, measured = small_plan(eval_steps=0), small_plan(**drawn)
+    assert measured.phases == step.phases  # as many as a step
+    shared, alone = (
+        small_plan(num_gpus=4, eval_steps=0),
+        small_plan(num_gpus=4, **drawn | {"eval_num_images": 32}),
+    )
+    assert alone.phases.pop("evaluation") == max(
+        step.phases[name] for name in ("rollout", "decode", "reward")
+    )
+    assert alone.phases == shared.phases and alone.flops == shared.flops
+
+
 def test_fsdp_spreads_the_memory():
+    with pytest.raises(ConfigError, match="FSDP has nothing to spread over in one process"):
+        small_plan(fsdp=True)
     two, sharded = small_plan(num_gpus=2), small_plan(num_gpus=2, fsdp=True)
     for part in ("weights", "gradients", "AdamW moments", "reference"):
         assert 2 * sharded.resident[part] == two.resident[part]

@@ -10,13 +10,14 @@ from nextscale.config.build import build_parts, check_fit, make_reward, options_
 from nextscale.config.recipe import Recipe
 from nextscale.config.resume import check_folder
 from nextscale.credit import check_compared, find_credit
+from nextscale.learner import check_reference
 from nextscale.models import hub, zoo
 from nextscale.models.folder import build_transformer
 from nextscale.models.vqvae import VQVAE
 from nextscale.pipeline import VARPipeline
 from nextscale.plan.gpus import find_gpu, gpu_at_hand, with_memory
 from nextscale.plan.planning import Plan, make_plan
-from nextscale.runs.launch import trackers_of
+from nextscale.runs.launch import asks_for_fsdp, check_shards, trackers_of
 from nextscale.runs.writer import RunFolder
 
 
@@ -33,6 +34,8 @@ def rehearse(recipe: Recipe, num_processes: int) -> list[str]:
         NextscaleError: something cannot be loaded, or does not fit together.
     """
     recipe.grpo.check_processes(num_processes)
+    check_shards(asks_for_fsdp(recipe.run), num_processes)
+    check_reference(recipe.grpo, recipe.run)
     trackers_of(recipe.run.report_to)
     _check_best(recipe)
     networks = [each for config in recipe.rewards.values() for each in config.networks]

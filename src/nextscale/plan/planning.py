@@ -5,7 +5,7 @@ model of their cost to maintain. docs/planning.md explains what is counted and w
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from nextscale.plan.phases import Phases, tuned_transformer
 from nextscale.policy import SamplingConfig
 from nextscale.reference import cast, reference_dtype
 from nextscale.runs.config import RunConfig
+from nextscale.runs.launch import check_shards
 from nextscale.tuning import TuningConfig
 
 UTILISATION = 0.3
@@ -33,7 +34,7 @@ USABLE_MEMORY = 0.9
 FLOAT32 = 4  # bytes
 OF_AN_IMAGE = ("rollout", "decode", "reward")
 """Phases that an evaluation has too."""
-WITHOUT_GRADIENTS = ("texts", *OF_AN_IMAGE, "credit", "reference")
+WITHOUT_GRADIENTS = ("texts", *OF_AN_IMAGE, "evaluation", "credit", "reference")
 """Phases in which the gradients do not exist: they are freed after each optimizer step, but for those that
 DistributedDataParallel reduces in place."""
 
@@ -137,13 +138,14 @@ def make_plan(
         tuning: what of the transformer is trained; by default all of it.
 
     Raises:
-        ConfigError: the GPU is unknown, there are more processes than images, or `tuning` does not fit the
-            model.
+        ConfigError: the GPU is unknown, there are more processes than images, FSDP has one GPU alone, or
+            `tuning` does not fit the model.
     """
     device = find_gpu(gpu) if isinstance(gpu, str) else gpu
     if run.mixed_precision == "auto":
         run = run.replace(mixed_precision="bf16" if (device.bfloat16 or 0) > device.float32 else "no")
     grpo.check_processes(num_gpus)
+    check_shards(run.fsdp, num_gpus)
     num_images, tuning = grpo.num_images, tuning or TuningConfig()
     tuned = tuned_transformer(transformer, tuning)
     weights, trained = _size(tuned), _size(tuned, is_trained=True)
@@ -174,7 +176,7 @@ def make_plan(
         flops["update"] += counts["divergence"].flops * num_images / share
 
     # What is there all the time.
-    is_sharded = bool(run.fsdp) and num_gpus > 1
+    is_sharded = bool(run.fsdp)
     shards = num_gpus if is_sharded else 1
     one_each = FLOAT32 * trained.parameters / shards
     reference = sizes["reference"].num_bytes if "reference" in sizes else 0
@@ -196,6 +198,11 @@ def make_plan(
 
     # What each phase needs besides.
     phases = {name: counts[name].peak for name in (*OF_AN_IMAGE, "credit") if name in counts}
+    evaluated_at_once = min(len(share_of(run.eval_num_images, 0, num_gpus)), run.per_device_eval_batch_size)
+    if run.eval_steps and evaluated_at_once > share:  # it draws more at once than a step of few images
+        drawing = replace(of, grpo=GRPOConfig(), num_images=evaluated_at_once)
+        drawn = drawing.rollout(), drawing.decode(), drawing.reward(list(networks.values()))
+        phases["evaluation"] = max(each.peak for each in drawn)
     if of_texts:
         at_work = of.texts(list(of_texts.values()))
         phases = {"texts": at_work + bytes_of_texts - resident["text encoder"], **phases}
@@ -203,7 +210,7 @@ def make_plan(
         phases["reference"] = waiting + counts["reference"].peak
     phases["update"] = counts["update"].peak + of.kept_bytes() - (one_each if is_alone else 0)
     if is_sharded:
-        for name in OF_AN_IMAGE:
+        for name in phases.keys() & {*OF_AN_IMAGE, "evaluation"}:
             phases[name] += FLOAT32 * weights.parameters  # gathered once for all scales and batches
         phases["update"] += FLOAT32 * _gathered(tuned)
 

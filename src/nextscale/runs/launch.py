@@ -87,11 +87,20 @@ def make_accelerator(run: RunConfig) -> Accelerator:
     if accelerator.distributed_type == DistributedType.FSDP:
         raise ConfigError("an Accelerator of your own has set up FSDP: make the trainer first")
     _check_connected(accelerator.num_processes)
-    if is_fsdp and accelerator.num_processes == 1:
+    check_shards(is_fsdp, accelerator.num_processes)
+    return accelerator
+
+
+def check_shards(is_fsdp: bool | None, num_processes: int) -> None:
+    """Check that there is something to spread a model over.
+
+    Raises:
+        ConfigError: there is one process alone.
+    """
+    if is_fsdp and num_processes == 1:
         raise ConfigError(
             "FSDP has nothing to spread over in one process: start several, or set run.fsdp false"
         )
-    return accelerator
 
 
 def join_processes(device: str | None) -> PartialState:
