@@ -215,7 +215,7 @@ class GRPOTrainer:
             self.folder.open(self.config_yaml, resume=bool(run.resume), overwrite=run.overwrite)
             self.folder.keep_sources(self.sources)
             told = process.device, self.command, process.num_processes, self.learner.precision
-            self.folder.write_environment(environment(*told))
+            self.folder.write_environment(environment(*told, self.pipe.source))
 
     def train(self) -> TrainResult:
         """Run all steps. The pipeline is then as one that was loaded with these weights: an adapter is

@@ -163,6 +163,19 @@ def test_a_file_named_as_vars_training_names_it_is_of_no_known_model(run, card):
     assert "var-clip" not in card()[1]
 
 
+def test_a_folder_that_is_called_like_a_repository_is_none(run, card):
+    """The run says which it was: the folder need not be seen from where the card is written."""
+    (run / "config.yaml").write_text(CONFIG.format(model="models/painter"))
+    (run / "environment.json").write_text('{"model_is_local": true}')
+    front, body = card()
+    assert "base_model" not in front and "huggingface.co/models" not in body
+
+
+def test_an_adapter_that_was_merged_is_named(tmp_path):
+    text = write_model_card(tmp_path, sampling=TRAINED, base="toy", adapter="/some/where/warm").read_text()
+    assert "model, from `toy`, with the LoRA adapter `warm` merged." in text
+
+
 def test_a_model_without_a_run(tmp_path):
     text = write_model_card(tmp_path, sampling=TRAINED, base="var-d20").read_text()
     front = yaml.safe_load(text.split("---\n")[1])

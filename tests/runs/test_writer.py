@@ -328,6 +328,12 @@ def test_a_run_from_python_records_prompts_roles_and_environment(tiny_pipeline: 
     assert "sesame" not in text
     told = json.loads(trainer.folder.environment.read_text())
     assert told["num_processes"] == 1 and told["command"] == ""
+    assert "model_is_local" not in told  # a model that was made is at no place
+    tiny_pipeline.source = str(tmp_path)
+    again = GRPOTrainer(tiny_pipeline, rewards, GRPOConfig(num_groups=1, num_generations=2), run=run)
+    again.open()
+    again.folder.close()
+    assert json.loads(again.folder.environment.read_text())["model_is_local"] is True
 
 
 # ---- what is not the run's

@@ -139,6 +139,23 @@ def test_prompts_are_drawn_in_place_of_classes(tmp_path):
 
 
 @needs_toy
+def test_an_emptied_field_is_told(tmp_path):
+    """Pages give None for it."""
+    models = Models(tmp_path)
+    draw = {"wanted": "star", "number": 1, "seed": 0, "own": False, "guidance": 0, "temperature": 1}
+    draw |= {"top_k": 0, "top_p": 1, "negative": None, "prompt": None, "clip": None}
+    for name in ("number", "guidance", "temperature", "top_p"):
+        with pytest.raises(ConfigError, match="must be a number"):
+            next(app._draw_both(models, "toy", "", 1.0, **draw | {name: None}))
+    assert list(app._draw_both(models, "toy", "", 1.0, **draw))[-1][2] == ""
+    for name in ("steps", "learning_rate"):
+        with pytest.raises(ConfigError, match="steps and the learning rate must be numbers"):
+            training.recipe_of(folder=tmp_path, **OPTIONS | {name: None})
+    with pytest.raises(ConfigError, match="write a prompt to tune towards"):
+        training.recipe_of(folder=tmp_path, **OPTIONS | {"prompt": None})
+
+
+@needs_toy
 def test_a_score_is_that_of_the_reward():
     pipe = VARPipeline.from_pretrained("toy")
     images = pipe(["star"], 2, seed=0).images

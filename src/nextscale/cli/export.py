@@ -71,6 +71,7 @@ def run(args: Namespace) -> int:
         sampling=pipe.sampling,
         base=pipe.source,
         repository=args.push_to_hub,
+        adapter=args.adapter,
         official=official_files(pipe.transformer) if is_official else None,
         is_prompted=not pipe.num_classes,
     )

@@ -72,7 +72,9 @@ def _named(runs: Sequence[Run]) -> dict[str, Run]:
 
 def _draws_alike(runs: Sequence[Run]) -> bool:
     """Whether the pictures of the runs are of the same conditions, from the same seeds."""
-    drawn = [(run.row_names(), (run.config.get("run") or {}).get("eval_seed")) for run in runs]
+    options = [run.config.get("run") for run in runs]
+    seeds = [each.get("eval_seed") if isinstance(each, dict) else None for each in options]
+    drawn = [(run.row_names(), seed) for run, seed in zip(runs, seeds, strict=True)]
     return all(each == drawn[0] for each in drawn)
 
 

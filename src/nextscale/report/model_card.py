@@ -11,9 +11,11 @@ import yaml
 from PIL import Image
 
 from nextscale.base.files import write_text_aside
+from nextscale.base.numbers import count
 from nextscale.base.roles import ROLES
 from nextscale.models import hub, zoo
 from nextscale.policy import SamplingConfig
+from nextscale.report.pictures import read_picture
 from nextscale.runs.reader import Run, read_run
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
@@ -32,6 +34,7 @@ def write_model_card(
     sampling: SamplingConfig,
     base: str | None = None,
     repository: str | None = None,
+    adapter: str | None = None,
     official: tuple[str, str] | None = None,
     is_prompted: bool = False,
 ) -> Path:
@@ -43,6 +46,7 @@ def write_model_card(
         sampling: how the model is sampled by default.
         base: the model that this is a copy of; a run itself names the model that it started from.
         repository: "owner/name", where the model is going to be pushed.
+        adapter: the LoRA adapter that was merged, where it is not the run's.
         official: names of the transformer's and the tokenizer's files, where the folder holds those of the
             official code and not nextscale's.
         is_prompted: whether it is a model of prompts and not of classes.
@@ -59,17 +63,20 @@ def write_model_card(
     if run:
         told = run.config.get("model")
         base = told if isinstance(told, str) else None
+    is_local = run.environment.get("model_is_local") if run else None
+    repository_of_base = _hub_base(base, is_local)
     data = ModelCardData(
         license=_licence(base),
         library_name="nextscale",
-        base_model=_hub_base(base),
+        base_model=repository_of_base,
         tags=[*TAGS, "text-to-image" if is_prompted else "class-conditional", *(GRPO_TAGS if run else [])],
     )
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         name=repository.split("/")[-1] if repository else run.name if run else folder.resolve().name,
-        base=_base_link(base) if base else None,
+        base=_base_link(base, repository_of_base) if base else None,
+        adapter=None if run or adapter is None else _public(adapter),
         licence=_licence(base),
         repository=repository,
         official=official,
@@ -111,15 +118,21 @@ def _licence(base: str | None) -> str | None:
     return "apache-2.0" if base in zoo.MODELS else None
 
 
-def _hub_base(base: str | None) -> str | None:
-    """The hub repository of the base model, where it is in one."""
+def _hub_base(base: str | None, is_local: bool | None) -> str | None:
+    """The hub repository of the base model, where it is in one.
+
+    Args:
+        is_local: whether it was a path where it was loaded; None if that is not known.
+    """
     if found := zoo.find_official(base):
         return zoo.OFFICIAL_MODELS[found].repository
-    return base if base and hub.is_repository(base) and not Path(base).exists() else None
+    if not base or not hub.is_repository(base):
+        return None
+    return None if (Path(base).exists() if is_local is None else is_local) else base
 
 
-def _base_link(base: str) -> str:
-    name, repository = zoo.find_official(base) or _public(base), _hub_base(base)
+def _base_link(base: str, repository: str | None) -> str:
+    name = zoo.find_official(base) or _public(base)
     return f"[{name}]({hub.url(repository)})" if repository else f"`{name}`"
 
 
@@ -129,7 +142,7 @@ def _draw_samples(run: Run, path: Path) -> str:
     if not found:
         return ""
     steps = list(dict.fromkeys((min(found), max(found))))
-    grids = [Image.open(found[step]).convert("RGB") for step in steps]
+    grids = [read_picture(found[step]) for step in steps]
     width = sum(grid.width for grid in grids) + GAP * (len(grids) - 1)
     both = Image.new("RGB", (width, max(grid.height for grid in grids)), "white")
     left = 0
@@ -139,13 +152,16 @@ def _draw_samples(run: Run, path: Path) -> str:
     if width > MAX_WIDTH:
         both = both.resize((MAX_WIDTH, round(both.height * MAX_WIDTH / width)))
     both.save(path)
-    return f"after {steps[0]} steps (left) and {steps[1]} steps (right)" if steps[1:] else "of this model"
+    if not steps[1:]:
+        return "of this model"
+    return f"after {count(steps[0], 'step')} (left) and {count(steps[1], 'step')} (right)"
 
 
 def _rewards(run: Run) -> list[tuple[str, str, str]]:
     """Each reward's name, options and role."""
     rewards, rows = run.config.get("rewards"), []
     for name, each in (rewards if isinstance(rewards, dict) else {}).items():
+        each = each if isinstance(each, dict) else {}
         told = {key: value for key, value in each.items() if key not in ROLES}
         rows.append((name, ", ".join(f"{key}: {_public(value)}" for key, value in told.items()), _role(each)))
     return rows

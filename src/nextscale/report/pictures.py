@@ -39,11 +39,11 @@ def ends_and_between(run: Run) -> tuple[list[Shown], list[Shown]]:
         if step and step == steps[-1] < run.num_steps:  # it was stopped, or goes on
             title += f", of {run.num_steps:,} done"
         alt = f"{title}: a grid of sampled images, a row for each class or prompt"
-        ends.append(_shown(_open(grids[step]), title, alt, columns, BYTES, grids[step]))
+        ends.append(_shown(read_picture(grids[step]), title, alt, columns, BYTES, grids[step]))
     chosen = np.linspace(0, len(between) - 1, min(MAX_STRIP, len(between))).round().astype(int)
     titles = {between[i]: f"Step {between[i]}" for i in chosen}
     strip = [
-        _shown(_open(grids[step]), title, title, columns, BYTES // 8, grids[step])
+        _shown(read_picture(grids[step]), title, title, columns, BYTES // 8, grids[step])
         for step, title in titles.items()
     ]
     return ends, strip
@@ -60,7 +60,7 @@ def class_panels(run: Run) -> list[Shown]:
             files, names, columns = kept, list(map(str, first["names"])), int(first.get("num_columns", 0))
     if len(files) < 2 or not names:
         return []
-    ends, panels = [_open(files[step]) for step in (min(files), max(files))], []
+    ends, panels = [read_picture(files[step]) for step in (min(files), max(files))], []
     for i, name in enumerate(names[:MAX_PANELS]):
         rows = [_row(each, i, len(names)) for each in ends]
         alt = f"{name}: images of the same seeds, before training above, after it below"
@@ -79,7 +79,7 @@ def film(run: Run) -> Shown | None:
     rows = min(len(names), FILM_ROWS)
     strips = []
     for step in steps:
-        grid = _open(grids[step])
+        grid = read_picture(grids[step])
         width, height = grid.width // columns, grid.height // len(names)
         strips.append(grid.crop((0, 0, width, height * rows)))
     whole = Image.new("RGB", (sum(each.width for each in strips), strips[0].height))
@@ -96,7 +96,7 @@ def scale_by_scale(run: Run) -> list[Shown]:
     found = []
     for step in _first_and_last(run, "scales-"):
         path = run.paths.pictures("scales", step)
-        picture, rows = _open(path), read_object(path.with_suffix(".json")).get("names")
+        picture, rows = read_picture(path), read_object(path.with_suffix(".json")).get("names")
         if not isinstance(rows, list) or not rows:
             continue
         num = round(picture.width / (picture.height / len(rows)))  # of square images
@@ -117,7 +117,7 @@ def by_reward(run: Run) -> list[Shown]:
         names = ("best", "middle", "worst")
         rows = [f"{name}: {number(row[0])}" for name, row in zip(names, rewards, strict=True)]
         alt = f"{_when(step)}: the images with the {', '.join(rows)} of the reward"
-        found.append(_shown(_open(path), _when(step), alt, len(rewards[0]), BYTES) | {"rows": rows})
+        found.append(_shown(read_picture(path), _when(step), alt, len(rewards[0]), BYTES) | {"rows": rows})
     return found
 
 
@@ -135,7 +135,12 @@ def _num_columns(run: Run) -> int:
     return found if isinstance(found, int) and found > 0 else 0
 
 
-def _open(path: Path) -> Image.Image:
+def read_picture(path: Path) -> Image.Image:
+    """A picture of a run.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
     try:
         with Image.open(path) as picture:
             return picture.convert("RGB")

@@ -5,12 +5,17 @@ import platform
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 
 import torch
 
 
 def environment(
-    device: torch.device, command: Sequence[str], num_processes: int = 1, precision: str | None = None
+    device: torch.device,
+    command: Sequence[str],
+    num_processes: int = 1,
+    precision: str | None = None,
+    model: str | None = None,
 ) -> dict[str, object]:
     """The content of a run's `environment.json`; no path of the machine is in it.
 
@@ -19,6 +24,8 @@ def environment(
         command: the words that started the run.
         num_processes: processes that share the run.
         precision: that networks run in, where one is set.
+        model: the name or path that the model was loaded by. Whether it is a path is told, since "a/b" may be
+            one, or a repository.
     """
     told: dict[str, object] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
@@ -32,6 +39,8 @@ def environment(
     }
     if precision is not None:
         told["mixed_precision"] = precision
+    if model is not None:
+        told["model_is_local"] = Path(model).exists()
     return told
 
 

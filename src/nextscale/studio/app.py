@@ -225,11 +225,16 @@ def _draw_both(
         )
     if seed is None:
         raise ConfigError("the seed must be a whole number")
+    needed = {"images of each": number, "strength": alpha}
+    needed |= {} if own else {"guidance": guidance, "temperature": temperature, "top-p": top_p}
+    for name, value in needed.items():
+        if value is None:  # an emptied field
+            raise ConfigError(f"{name} must be a number")
     options: dict[str, Any] = {"seed": int(seed)}
     if not own:
         options |= {"guidance_scale": guidance, "temperature": temperature}
         options |= {"top_k": int(top_k or 0), "top_p": top_p}
-    if negative.strip():
+    if negative and negative.strip():
         options |= {"negative_prompt": negative}
     pipes = [models.load(base), *([models.between(base, tuned, alpha)] if tuned else [])]
     pictures: list[Any] = [None, None]
@@ -237,7 +242,7 @@ def _draw_both(
     for i, pipe in enumerate(pipes):
         words = words_of(pipe, wanted)
         conditions = [each for each in conditions_of(pipe, words) for _ in range(int(number))]
-        scored_by = clip_for(models, pipe, clip) if prompt.strip() else None
+        scored_by = clip_for(models, pipe, clip) if prompt and prompt.strip() else None
         for found in draw(pipe, words, int(number), options):
             if isinstance(found, Frame):
                 pictures[i] = found.picture

@@ -69,7 +69,7 @@ class Models:
             ConfigError: it is neither the miniature's nor on the hub nor in a folder that the studio was
                 started with.
         """
-        name = name.strip()
+        name = (name or "").strip()  # an emptied field gives none
         is_on_hub = hub.is_repository(name) and ".." not in name and not os.path.exists(name)
         if name in CLIPS or is_on_hub or self._is_inside(name):
             return name
@@ -239,13 +239,13 @@ def grid_of(images: Tensor, num_rows: int) -> Image.Image:
     return grid.resize((grid.width * factor, grid.height * factor), Image.Resampling.NEAREST)
 
 
-def clip_for(models: Models, pipe: VARPipeline, clip: str) -> str:
+def clip_for(models: Models, pipe: VARPipeline, clip: str | None) -> str:
     """The CLIP to score with: as asked for, or the miniature's for its images.
 
     Raises:
         ConfigError: none is named, and the model is not of the miniature world; or it cannot be chosen.
     """
-    if clip.strip():
+    if clip and clip.strip():
         return models.clip(clip)
     if is_prompted_miniature(pipe):
         return "toy-text"

@@ -83,8 +83,10 @@ def recipe_of(
     Raises:
         ConfigError: an empty prompt, or a number that is out of range.
     """
-    if not prompt.strip():
+    if not prompt or not prompt.strip():
         raise ConfigError("write a prompt to tune towards, such as: a painting of a {label}")
+    if steps is None or learning_rate is None:  # an emptied field
+        raise ConfigError("steps and the learning rate must be numbers")
     if not 1 <= steps <= MAX_STEPS:
         raise ConfigError(f"steps must be between 1 and {MAX_STEPS}, got {steps}")
     if not 0 < learning_rate < 1:
@@ -141,7 +143,7 @@ def start(runs: Path, name: str, *, prompt: str, prompts: Sequence[str] = (), **
     Raises:
         ConfigError: a name that is none or taken, or an option that cannot be used.
     """
-    name = name.strip() or datetime.now().strftime("studio-%Y%m%d-%H%M%S")
+    name = (name or "").strip() or datetime.now().strftime("studio-%Y%m%d-%H%M%S")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         raise ConfigError(f"'{name}' is no name for a run: use letters, digits, dots and dashes")
     folder = runs / name
