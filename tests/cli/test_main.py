@@ -780,8 +780,9 @@ def test_evaluate_with_a_recipe(folder, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert json.loads(path.read_text()) == found
     measured = {f"rewards/python/{key}" for key in ("mean", "std", "sem")}
-    settings = {"model", "sampling", "mixed_precision", "seed"}
+    settings = {"model", "sampling", "mixed_precision", "seed", "asked_images"}
     assert set(found) == {"reward", "reward_std", "reward_sem", "num_images", *measured, *settings}
+    assert found["asked_images"] == 8
     mean, half = map(float, table["reward"].split(" ± "))
     assert mean == pytest.approx(found["reward"], abs=0.005)
     assert half == pytest.approx(1.96 * found["reward_sem"], rel=0.06)
