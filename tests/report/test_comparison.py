@@ -44,6 +44,17 @@ def test_numbers_curves_and_differing_settings(tmp_path):
     assert "All are from the same seeds" in page.text
 
 
+def test_a_section_that_is_none_ends_in_no_traceback(tmp_path):
+    """Of a configuration that was edited by hand."""
+    runs = [make_run(tmp_path / name, metrics(20), grids=(0, 20)) for name in ("first", "second")]
+    for run in runs:
+        text = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(
+            "\n".join("run: 3" if line.startswith("run:") else line for line in text.split("\n"))
+        )
+    assert "All are from the same seeds" in Page(write_comparison(runs, tmp_path / "both.html")).text
+
+
 def test_each_picture_has_its_own_runs_rows_and_time(tmp_path):
     names = [["star", "moon", "fish", "tree"], ["a red star", "a blue moon", "a fish", "a tree"]]
     folders = []

@@ -171,6 +171,16 @@ def test_a_folder_that_is_called_like_a_repository_is_none(run, card):
     assert "base_model" not in front and "huggingface.co/models" not in body
 
 
+def test_what_was_edited_by_hand_or_damaged_ends_in_no_traceback(run, card):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["rewards"]["bright"] = 3
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "bright" in card()[1]
+    (run / "samples" / "step-000000.png").write_bytes(b"\x89PNG")
+    with pytest.raises(ConfigError, match=r"step-000000\.png is no readable image; restore or delete it"):
+        card()
+
+
 def test_an_adapter_that_was_merged_is_named(tmp_path):
     text = write_model_card(tmp_path, sampling=TRAINED, base="toy", adapter="/some/where/warm").read_text()
     assert "model, from `toy`, with the LoRA adapter `warm` merged." in text
