@@ -416,9 +416,10 @@ def test_the_environment_holds_no_path(folder, trained):
     environment = json.loads((folder / "run" / "environment.json").read_text())
     assert set(environment) == {
         "device", "num_processes", "num_threads", "torch", "nextscale", "python", "started", "command",
-        "mixed_precision",
+        "mixed_precision", "model_is_local",
     }  # fmt: skip
     assert environment["command"] == "nextscale train recipe.yaml"
+    assert environment["model_is_local"] is True
     assert "/" not in json.dumps(environment)
 
 

@@ -169,11 +169,6 @@ def make_plan(
     is_alone = num_gpus == 1 and of.num_passes == 1  # the backward pass, before which there is no gradient
     scored_by = [networks[name] for name in backbones.values() if name in networks]
     counts = _counts(of, scored_by, is_alone=is_alone)
-    flops = {name: each.flops * num_images / share for name, each in counts.items() if name != "divergence"}
-    flops["update"] -= flops["reference"]  # which runs inside the loss, once a rollout
-    flops["update"] *= grpo.num_iterations
-    if "divergence" in counts:
-        flops["update"] += counts["divergence"].flops * num_images / share
 
     # What is there all the time.
     is_sharded = bool(run.fsdp)
@@ -198,11 +193,8 @@ def make_plan(
 
     # What each phase needs besides.
     phases = {name: counts[name].peak for name in (*OF_AN_IMAGE, "credit") if name in counts}
-    evaluated_at_once = min(len(share_of(run.eval_num_images, 0, num_gpus)), run.per_device_eval_batch_size)
-    if run.eval_steps and evaluated_at_once > share:  # it draws more at once than a step of few images
-        drawing = replace(of, grpo=GRPOConfig(), num_images=evaluated_at_once)
-        drawn = drawing.rollout(), drawing.decode(), drawing.reward(list(networks.values()))
-        phases["evaluation"] = max(each.peak for each in drawn)
+    if evaluation := _evaluation(of, list(networks.values()), num_gpus):
+        phases["evaluation"] = evaluation
     if of_texts:
         at_work = of.texts(list(of_texts.values()))
         phases = {"texts": at_work + bytes_of_texts - resident["text encoder"], **phases}
@@ -228,7 +220,7 @@ def make_plan(
         ),
         num_images=num_images,
         tokens_per_image=ScaleSchedule(transformer.scale_sizes).num_tokens,
-        flops=flops,
+        flops=_operations(counts, grpo.num_iterations, num_images, share),
         resident=resident,
         phases=phases,
         cache=of.cache_bytes(),
@@ -258,6 +250,35 @@ def _counts(of: Phases, scored_by: Sequence[Network], *, is_alone: bool) -> dict
     if of.grpo.kl_in_reward:
         counts["divergence"] = of.divergence()
     return counts
+
+
+def _operations(
+    counts: Mapping[str, Count], num_iterations: int, num_images: int, share: int
+) -> dict[str, float]:
+    """The operations of a step, of all processes together.
+
+    Args:
+        share: of the `num_images` of a step those that were counted.
+    """
+    flops = {name: each.flops * num_images / share for name, each in counts.items()}
+    divergence = flops.pop("divergence", 0.0)
+    flops["update"] -= flops["reference"]  # which runs inside the loss, once a rollout
+    flops["update"] = flops["update"] * num_iterations + divergence
+    return flops
+
+
+def _evaluation(of: Phases, networks: Sequence[Network], num_gpus: int) -> float:
+    """Most bytes that an evaluation takes, where it draws more at once than a step of few images. Elsewhere
+    it takes no more than a step does, and this is 0.
+
+    Args:
+        networks: of all rewards, also of those that are measured alone.
+    """
+    at_once = min(len(share_of(of.run.eval_num_images, 0, num_gpus)), of.run.per_device_eval_batch_size)
+    if not of.run.eval_steps or at_once <= of.num_images:
+        return 0.0
+    drawing = replace(of, grpo=GRPOConfig(), num_images=at_once)  # no branches
+    return max(each.peak for each in (drawing.rollout(), drawing.decode(), drawing.reward(networks)))
 
 
 def _gathered(tuned: Any) -> int:
