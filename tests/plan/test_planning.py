@@ -190,9 +190,8 @@ def test_an_evaluation_may_draw_more_at_once_than_a_step():
         small_plan(num_gpus=4, eval_steps=0),
         small_plan(num_gpus=4, **drawn | {"eval_num_images": 32}),
     )
-    assert alone.phases.pop("evaluation") == max(
-        step.phases[name] for name in ("rollout", "decode", "reward")
-    )
+    counted = max(step.phases[name] for name in ("rollout", "decode", "reward"))
+    assert counted <= alone.phases.pop("evaluation") < 1.05 * counted
     assert alone.phases == shared.phases and alone.flops == shared.flops
 
 

@@ -5,7 +5,7 @@ model of their cost to maintain. docs/planning.md explains what is counted and w
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -193,7 +193,7 @@ def make_plan(
 
     # What each phase needs besides.
     phases = {name: counts[name].peak for name in (*OF_AN_IMAGE, "credit") if name in counts}
-    if evaluation := _evaluation(of, list(networks.values()), num_gpus):
+    if evaluation := _evaluation(of, counts, num_gpus):
         phases["evaluation"] = evaluation
     if of_texts:
         at_work = of.texts(list(of_texts.values()))
@@ -267,18 +267,13 @@ def _operations(
     return flops
 
 
-def _evaluation(of: Phases, networks: Sequence[Network], num_gpus: int) -> float:
-    """Most bytes that an evaluation takes, where it draws more at once than a step of few images. Elsewhere
-    it takes no more than a step does, and this is 0.
-
-    Args:
-        networks: of all rewards, also of those that are measured alone.
-    """
+def _evaluation(of: Phases, counts: Mapping[str, Count], num_gpus: int) -> float:
+    """Most bytes that an evaluation takes where it draws more at once than a step of few images: in proportion
+    to what a step takes, which is some percent too much. Elsewhere it takes no more, and this is 0."""
     at_once = min(len(share_of(of.run.eval_num_images, 0, num_gpus)), of.run.per_device_eval_batch_size)
     if not of.run.eval_steps or at_once <= of.num_images:
         return 0.0
-    drawing = replace(of, grpo=GRPOConfig(), num_images=at_once)  # no branches
-    return max(each.peak for each in (drawing.rollout(), drawing.decode(), drawing.reward(networks)))
+    return max(counts["rollout"].peak, counts["reward"].peak, counts["decode"].peak) * at_once / of.num_images
 
 
 def _gathered(tuned: Any) -> int:
