@@ -268,7 +268,7 @@ def _operations(
 
 
 def _evaluation(of: Phases, counts: Mapping[str, Count], num_gpus: int) -> float:
-    """Most bytes that an evaluation takes where it draws more at once than a step of few images: in proportion
+    """Most bytes that an evaluation takes where it draws more at once than a step of few images: in ratio
     to what a step takes, which is some percent too much. Elsewhere it takes no more, and this is 0."""
     at_once = min(len(share_of(of.run.eval_num_images, 0, num_gpus)), of.run.per_device_eval_batch_size)
     if not of.run.eval_steps or at_once <= of.num_images:
