@@ -1,10 +1,12 @@
 """Tables of several models, and what stands in them."""
 
+import json
 import math
 
 import pytest
 import torch
 
+from nextscale.base.numbers import without_nan
 from nextscale.cli.measuring import kept_measures, knee_of
 from nextscale.measured import Measured, clip_distances, knee, mean_of, notes, paired_difference, table_rows
 from nextscale.report.tables import as_table
@@ -99,3 +101,10 @@ def test_clip_distances_by_hand():
     assert found["clip/cmmd"] == pytest.approx(expected, abs=2e-3)
     assert clip_distances(first, first)["clip/cmmd"] == 0
     assert clip_distances(first, first)["clip/frechet"] == pytest.approx(0, abs=1e-6)
+
+
+def test_json_has_null_for_what_is_not_finite():
+    """Strict readers refuse NaN: one group has no interval, so that its half is none."""
+    kept = without_nan({"half": NAN, "all": [1.0, (math.inf, "NaN"), 3], "none": None})
+    assert kept == {"half": None, "all": [1.0, [None, "NaN"], 3], "none": None}
+    assert json.loads(json.dumps(kept, allow_nan=False)) == kept

@@ -1,4 +1,4 @@
-"""Numbers formatted for people."""
+"""Numbers formatted for people, and fit for JSON."""
 
 import math
 from collections.abc import Mapping, Sequence

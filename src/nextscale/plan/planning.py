@@ -273,7 +273,8 @@ def _evaluation(of: Phases, counts: Mapping[str, Count], num_gpus: int) -> float
     at_once = min(len(share_of(of.run.eval_num_images, 0, num_gpus)), of.run.per_device_eval_batch_size)
     if not of.run.eval_steps or at_once <= of.num_images:
         return 0.0
-    return max(counts["rollout"].peak, counts["reward"].peak, counts["decode"].peak) * at_once / of.num_images
+    growing = ["rollout", "reward", *(["decode"] if of.as_on_gpu else [])]  # a CPU decodes a few at once
+    return max(counts[name].peak for name in growing) * at_once / of.num_images
 
 
 def _gathered(tuned: Any) -> int:
