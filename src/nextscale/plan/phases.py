@@ -95,9 +95,13 @@ class Phases:
     def reward(self, networks: Sequence[Network]) -> Count:
         """The networks of all rewards, one after the other."""
         total, batch = Count(), self._drawn_at_once
+        counted: dict[int, Count] = {}
         for network in networks:
-            with self._without_data(), torch.no_grad():
-                each = self._count(network.run(batch, self.tokenizer.image_size), batch)
+            if id(network) not in counted:  # rewards may share one, which runs for each of them
+                with self._without_data(), torch.no_grad():
+                    run = network.run(batch, self.tokenizer.image_size)
+                    counted[id(network)] = self._count(run, batch)
+            each = counted[id(network)]
             total = Count(total.flops + each.flops, forward_peak=max(total.peak, each.peak))
         return total
 
