@@ -40,7 +40,6 @@ from nextscale.options import Options
 from nextscale.pipeline import VARPipeline
 from nextscale.policy import SamplingConfig
 from nextscale.report.model_card import write_model_card
-from nextscale.report.page import write_report
 from nextscale.rewards.protocol import Reward
 from nextscale.rewards.reward_set import RewardSet
 from nextscale.runs.checkpoint import check_finite, find_checkpoint, tidy_checkpoints
@@ -312,6 +311,9 @@ class GRPOTrainer:
                 signal_number,
             )
         check_finite(self.pipe.transformer)
+        # Here, since Matplotlib takes half a second, which commands that train nothing would wait for too.
+        from nextscale.report.page import write_report
+
         with fail_together():
             is_main = self.accelerator.is_main_process
             self.learner.release(self.folder.final / "adapter" if is_main else None)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -164,6 +163,8 @@ def check_plot_file(path: Path) -> None:
     Raises:
         ConfigError: its extension is none of plots'.
     """
+    from matplotlib.figure import Figure
+
     kinds = Figure().canvas.get_supported_filetypes()
     if path.suffix.lower().removeprefix(".") not in kinds:
         raise ConfigError(
@@ -175,6 +176,8 @@ def plot_strengths(
     path: Path, alphas: Sequence[float], measured: Sequence[Measured], kept_names: Sequence[str]
 ) -> None:
     """What is kept against the reward, a panel for each, the knee marked."""
+    from matplotlib.figure import Figure
+
     names, best = kept_names or ["reward"], knee_of(measured, kept_names)
     figure = Figure(figsize=(4 * len(names), 3.4), layout="constrained")
     rewards = [each.metrics["reward"] for each in measured]
