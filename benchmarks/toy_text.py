@@ -2,6 +2,7 @@
 
     python benchmarks/toy_text.py
     python benchmarks/toy_text.py --style mosaic
+    python benchmarks/toy_text.py --model runs/demo-text/final --guidance 1.5
 
 Of held-out prompts. Diversity is measured as evaluations measure it: the mean distance between two pictures
 of one prompt. "Best of 16" is the image of 16 with the highest CLIP score of the recipe: a model that drew so
@@ -56,9 +57,12 @@ def row(name: str, images: Tensor, texts: list[str], chosen_P: Tensor | None = N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--style", default="photo")
-    style = parser.parse_args().style
+    parser.add_argument("--model", default="toy-text", help="a tuned one, to look at in place of the base")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.5, 3.0, 5.0])
+    given = parser.parse_args()
+    style = given.style
     torch.set_num_threads(1)
-    pipe, reward = VARPipeline.from_pretrained("toy-text"), ClipScore("{text}", clip="toy-text")
+    pipe, reward = VARPipeline.from_pretrained(given.model), ClipScore("{text}", clip="toy-text")
     print(f"| | {' | '.join(NAMES)} | diversity | of the right ones |")
     print("| --- |" + " --- |" * (len(NAMES) + 2))
     scenes = pictured(4000, torch.Generator().manual_seed(7), held_out=True, style=style)
@@ -69,11 +73,11 @@ def main() -> None:
     decoded = pipe.tokenizer.decode(pipe.tokenizer.encode(true))
     for name, images in (("true pictures", true), ("their reconstructions", decoded)):
         row(name, rearrange(images, "(P n) c h w -> P n c h w", n=NUM), texts)
-    for guidance in (1.5, 3.0, 5.0):
+    for guidance in given.guidance:
         drawn = pipe(prompts=texts, num_images_per_prompt=DRAWN, guidance_scale=guidance, seed=2).images
         scores = reward(drawn, [Condition(None, text) for text in texts for _ in range(DRAWN)])
         images = rearrange(drawn, "(P n) c h w -> P n c h w", n=DRAWN)
-        row(f"base, guidance {guidance:g}", images, texts)
+        row(f"{given.model}, guidance {guidance:g}", images, texts)
         row(f"best of {DRAWN} of these", images, texts, scores.view(len(texts), DRAWN).argmax(1))
 
 

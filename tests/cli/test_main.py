@@ -751,6 +751,7 @@ def test_an_adapter_is_trained_drawn_from_evaluated_and_exported(folder, fails, 
         (["--top-p", "2"], "top_p = 2.0 cannot be used"),
         (["--output", "samples.xyz"], "has no image file extension"),
         (["--device", "abacus"], "device 'abacus' cannot be used"),
+        (["--device", "meta"], "device 'meta' cannot be used: it holds no weights"),
     ],
 )
 def test_what_cannot_be_sampled(folder, fails, words, says, tmp_path, monkeypatch):

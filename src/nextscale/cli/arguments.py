@@ -78,11 +78,20 @@ def add_drawing_options(parser: Parser, otherwise: str) -> None:
 
 
 def load_model(args: argparse.Namespace) -> "VARPipeline":
+    """The model that was asked for, on its device.
+
+    Raises:
+        NextscaleError: it cannot be loaded, or not there.
+    """
     import torch
 
     from nextscale.config.build import load_pipeline
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.partition(":")[0] == "meta":  # torch's device of tensors without numbers
+        raise ConfigError(
+            f"device '{device}' cannot be used: it holds no weights; use one such as cpu or cuda"
+        )
     return load_pipeline(args.model, args.vae, device=device, adapter=args.adapter)
 
 
