@@ -128,8 +128,8 @@ def _randomise(model: nn.Module) -> None:
 @pytest.fixture
 def without_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs end without report and model card, half of a small run's time: for many that nobody looks at."""
-    for name in ("write_report", "write_model_card"):
-        monkeypatch.setattr(f"nextscale.trainer.{name}", lambda *given, **options: None)
+    for name in ("nextscale.report.page.write_report", "nextscale.trainer.write_model_card"):
+        monkeypatch.setattr(name, lambda *given, **options: None)
 
 
 @pytest.fixture(scope="session")

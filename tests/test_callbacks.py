@@ -236,6 +236,11 @@ def test_a_checkpoint_calls_callbacks_by_their_class() -> None:
     assert second.best is None  # it was the best by another metric
 
 
+def test_classes_of_one_name_are_told_apart() -> None:
+    one, two = (type("Mine", (ns.Callback,), {})() for _ in range(2))
+    assert named([one, two]) == {"Mine": one, "Mine-1": two}
+
+
 def test_a_best_model_that_could_not_be_written_is_written_on_resuming(
     make_pipeline: MakePipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,6 +299,21 @@ def test_the_best_may_be_by_what_another_callback_adds(make_pipeline: MakePipeli
     grpo = ns.GRPOConfig(num_groups=2, num_generations=2)
     trainer = ns.GRPOTrainer(make_pipeline(), redness, grpo, run=run, callbacks=[Adds()])
     assert trainer.train().best_step == 0
+
+
+def test_a_run_that_goes_back_claims_no_model_of_steps_that_it_has_undone(
+    make_pipeline: MakePipeline, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"eval_steps": 1, "eval_num_images": 8, "save_best": "eval_mine"}
+    options |= {"max_steps": 4, "save_steps": 1, "save_total_limit": 4}
+    run = tmp_path / "run"
+    first = scored(make_trainer(make_pipeline(), run, **options), 0.0, 1.0, 2.0, 1.0, 5.0)
+    assert first.train().best_step == 4
+    back = str(run / "checkpoints" / "step-000002")
+    again = scored(make_trainer(make_pipeline(), run, resume=back, **options), 1.0, 0.0)
+    assert again.train().best_step == 3  # that of step 2 was replaced by that of step 4
+    assert json.loads((run / "best" / "step.json").read_text()) == {"step": 3}
+    VARPipeline.from_pretrained(run / "best")
 
 
 def test_the_best_of_another_folder_is_not_claimed(make_pipeline: MakePipeline, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from nextscale.base.errors import CheckpointError, ConfigError, RewardError, Tra
 from nextscale.base.interrupt import Interrupted, StopOnSignal
 from nextscale.callbacks import Callback
 from nextscale.credit import Scored
+from nextscale.grpo import GRPOConfig
 from nextscale.losses import LOSSES, LossOutput, grpo_loss
 from nextscale.pipeline import VARPipeline
 from nextscale.rewards.reward_set import RewardSet
@@ -251,6 +252,17 @@ def test_tensorboard_has_each_step_once_after_a_resume(make_pipeline: MakePipeli
     events = EventAccumulator(str(folder))
     events.Reload()
     assert [each.step for each in events.Scalars("reward")] == [1, 2, 3, 4]
+
+
+def test_a_constant_reward_beside_a_constraint_that_is_missed_warns_of_nothing(
+    tiny_pipeline: VARPipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewards = {"same": lambda images, _: [1.0] * len(images), "bright": brightness}
+    bounded = RewardSet(rewards, constraints={"bright": AtLeast(0.9)})
+    trainer = make_trainer(tiny_pipeline, tmp_path / "run", bounded, max_steps=1, constraint_start=1.0)
+    trainer.train()
+    assert metrics_of(tmp_path / "run")[0]["grad_norm"] > 0
+    assert "nothing to learn" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("max_resamplings", [0, 1])
@@ -656,6 +668,42 @@ def test_a_run_goes_on_with_its_rewards(
     make_trainer(make_pipeline(), tmp_path / "run", {"red": redness}, max_steps=1, **options).train()
     with pytest.raises(ConfigError, match=says):
         make_trainer(make_pipeline(), tmp_path / "run", rewards, resume="auto", **options)
+
+
+def test_a_run_goes_on_with_the_model_that_it_began_with(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    """Its reference is a copy of that, which no checkpoint holds."""
+    options: dict[str, Any] = {"learning_rate": 1e-2, "beta": 0.1}
+    straight = make_trainer(make_pipeline(), tmp_path / "straight", max_steps=2, **options)
+    straight.train()
+    pipe = make_pipeline()
+    make_trainer(pipe, tmp_path / "run", max_steps=1, **options).train()
+    trainer = make_trainer(pipe, tmp_path / "run", max_steps=2, resume="auto", **options)
+    with pytest.raises(CheckpointError, match=r"began with other weights .*: load the model .* anew"):
+        trainer.train()
+    make_trainer(make_pipeline(), tmp_path / "run", max_steps=2, resume="auto", **options).train()
+    logged = [metrics_of(tmp_path / name)[-1]["kl_per_image"] for name in ("straight", "run")]
+    assert logged[0] == logged[1] > 0
+
+    # Without a reference the checkpoint has all that counts.
+    options = {"beta": 0.0, "measure_kl": False}
+    make_trainer(pipe, tmp_path / "free", max_steps=1, **options).train()
+    make_trainer(pipe, tmp_path / "free", max_steps=2, resume="auto", **options).train()
+
+
+def test_a_run_goes_on_with_its_classes(make_pipeline: MakePipeline, tmp_path: Path) -> None:
+    def trainer_of(*labels: int, resume: str | None = None) -> GRPOTrainer:
+        pipe = make_pipeline()
+        run = RunConfig(output_dir=str(tmp_path), max_steps=1, eval_steps=0, resume=resume, report_to="none")
+        grpo = GRPOConfig(num_groups=2, num_generations=2)
+        return GRPOTrainer(
+            pipe, redness, grpo, conditions=pipe.conditions(labels) if labels else None, run=run
+        )
+
+    trainer_of(0, 1).train()
+    for others in ((3,), ()):
+        with pytest.raises(ConfigError, match=r"classes is '\d classes .*was written with '2 classes"):
+            trainer_of(*others, resume="auto")
+    trainer_of(0, 1, resume="auto").train()
 
 
 def test_a_run_goes_on_with_its_prompts(make_pipeline: MakePipeline, tmp_path: Path) -> None:

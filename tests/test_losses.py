@@ -51,7 +51,9 @@ def test_an_error_names_the_weights_that_do_not_fit() -> None:
             loss_weights((1, 4), GRPOConfig(**{option: (1.0, 2.0, 3.0)}))
 
 
-@pytest.mark.parametrize("weighting", [(1.0,), (1.0, -1.0), (0.0, 0.0), (1.0, math.nan), math.nan, -math.inf])
+@pytest.mark.parametrize(
+    "weighting", [(1.0,), (1.0, -1.0), (0.0, 0.0), (1.0, math.nan), math.nan, -math.inf, -600.0]
+)
 def test_impossible_weights_are_refused(weighting: float | tuple[float, ...]) -> None:
     with pytest.raises(ConfigError, match="one a trained scale"):
         token_weights((1, 4), weighting)

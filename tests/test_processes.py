@@ -72,6 +72,7 @@ def test_any_number_of_processes_equals_one(make_pipeline: Callable[[], VARPipel
         torch.testing.assert_close(log_probs, one["log_probs"], rtol=0, atol=1e-5)
         for each in several:
             assert each["evaluation"] == one["evaluation"]
+            assert each["eval_time"] == several[0]["eval_time"]
             assert {"eval_diversity", "eval_spread"} <= one["evaluation"].keys()
             torch.testing.assert_close(each["coefficients"], one["coefficients"], rtol=0, atol=1e-6)
             for name, expected in one["gradient"].items():

@@ -105,6 +105,13 @@ def test_groups_with_nothing_to_learn_from_are_drawn_anew(
     still = [n for n, each in zip(idle, conditions, strict=True) if each.label in (0, 1)]
     assert metrics == {"resampled_groups": len(idle), "idle_groups": len(still)}
 
+    # Idle is a group in which nothing that is trained differs.
+    options = {"num_groups": 5, "max_resamplings": 1, "train_scales": 2}
+    coarse = make_trainer(make_pipeline(), tmp_path / "coarse", red_of_some, **options)
+    by_scale = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(20, 4)
+    redrawn = coarse.collector.refilled(first, scores, 1, lambda _: by_scale)[2]
+    assert redrawn == {"resampled_groups": 5, "idle_groups": 5}
+
     # In the end none is left, and what is logged of the reward is of the first draw, as without it.
     found, untouched = often.step(1), plain.step(1)
     assert found["idle_groups"] == 0 and found["resampled_groups"] >= len(idle)

@@ -62,7 +62,7 @@ def named(callbacks: Sequence[Callback]) -> dict[str, Callback]:
     found: dict[str, Callback] = {}
     for each in callbacks:
         kind = type(each).__name__
-        number = sum(type(other) is type(each) for other in found.values())
+        number = sum(type(other).__name__ == kind for other in found.values())
         found[f"{kind}-{number}" if number else kind] = each
     return found
 
@@ -142,9 +142,10 @@ class Warnings(Callback):
             )
 
     def on_step_end(self, trainer: "GRPOTrainer", metrics: Mapping[str, float]) -> None:
-        # Of groups that were drawn anew until they differed, the rewards are logged as they first were.
+        # Of groups that were drawn anew until they differed, the rewards are logged as they first were. Where
+        # rewards are constrained, images may differ in those alone.
         idle_groups = metrics.get("idle_groups", metrics["frac_reward_zero_std"] * trainer.grpo.num_groups)
-        is_idle = idle_groups == trainer.grpo.num_groups
+        is_idle = idle_groups == trainer.grpo.num_groups and not trainer.rewards.constraints
         if is_idle and not self.was_idle:
             trainer.say(
                 "Warning: all images of each group have the same reward, so there is nothing to learn"

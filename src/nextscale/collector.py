@@ -71,14 +71,18 @@ class Collector:
         it, and what is logged of that.
 
         Args:
-            advantages: of the images of all groups by their scores: idle are groups in which all are 0.
+            advantages: of the images of all groups by their scores: idle are groups in which all that are
+                trained are 0.
         """
         limit, num_groups, seed = self.grpo.max_resamplings, self.grpo.num_groups, self.run.seed
         if not limit:
             return rollout, scores, {}
 
         def idle_groups(scores: dict[str, Tensor]) -> list[int]:
-            by_group = advantages(scores).unflatten(0, (num_groups, -1)).flatten(1)
+            trained = advantages(scores)
+            if trained.dim() > 1:  # of scales, where rollouts branch
+                trained = trained[:, : self.grpo.train_scales]
+            by_group = trained.unflatten(0, (num_groups, -1)).flatten(1)
             return (by_group == 0).all(1).nonzero().flatten().tolist()
 
         def draw(groups: Sequence[int], attempt: int, share: range) -> Rollout | None:

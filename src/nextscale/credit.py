@@ -97,7 +97,8 @@ def by_gradient(scored: Scored) -> Tensor:
 
 def by_contribution(scored: Scored) -> Tensor:
     """(B, L) advantages of tokens: what each contributed to the rewards, in place of its image's advantage.
-    A reward without a gradient counts by the image's advantage, as ever.
+    A reward without a gradient counts by how far its image is from its group's mean, in units of the
+    spread within all groups.
 
     Raises:
         RewardError: no reward has a gradient.

@@ -123,7 +123,8 @@ class GRPOConfig(Record):
     the rewards would change most, by their gradient; or path/to/file.py:function, which maps images and
     conditions to (B, height, width) weights of places. With "contribution" each token's advantage is its own:
     how much it raised the rewards, by their slope in its code, against what was to be expected in its place.
-    Rewards need a gradient with respect to the image; others count by the image's advantage, as ever."""
+    Rewards need a gradient with respect to the image; others count by how far
+    their image is from its group's mean, in units of the spread within all groups."""
     advantage_baseline: Baseline = "mean"
     """What an image's reward is compared with: its group's mean, or the mean of the others in its group
     (leave_one_out). The latter makes advantages G / (G - 1) times as large."""

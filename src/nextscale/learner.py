@@ -29,7 +29,7 @@ from nextscale.runs.checkpoint import load_checkpoint, save_checkpoint
 from nextscale.runs.config import RunConfig
 from nextscale.runs.launch import asks_for_fsdp, check_trainable, reshards_after_forward
 from nextscale.runs.sharding import Sharded, whole_of
-from nextscale.tuning import check_tuning, frozen_fingerprint, tune, untune
+from nextscale.tuning import base_fingerprint, check_tuning, frozen_fingerprint, tune, untune
 
 
 class Learner:
@@ -66,6 +66,10 @@ class Learner:
             transformer.keeping_inputs = partial(save_on_cpu, pin_memory=accelerator.device.type == "cuda")
         if run.torch_compile:
             pipe.compile()
+        # The reference is not in checkpoints, unless it moves: a run goes on from the model that it began
+        # with. An adapter's base is frozen, and known again by that.
+        keeps_base = grpo.needs_reference and not grpo.sync_ref_model and not tuning.use_peft
+        self.base = base_fingerprint(transformer) if keeps_base else None
         tune(transformer, tuning, run.seed)
         self.frozen = frozen_fingerprint(transformer)
 
@@ -218,6 +222,7 @@ class Learner:
         return {
             "average": self.average,
             "frozen": self.frozen,
+            "base": self.base,
             "reference": None if reference is None else reference.model,
         }
 

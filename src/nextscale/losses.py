@@ -203,7 +203,10 @@ def token_weights(
     """
     alpha = {"token": 0.0, "scale": 1.0}.get(weighting) if isinstance(weighting, str) else weighting
     if isinstance(alpha, int | float):
-        totals = [length ** (1.0 - alpha) for length in lengths]
+        try:
+            totals = [length ** (1.0 - alpha) for length in lengths]
+        except OverflowError:
+            totals = [math.inf]
     else:
         assert isinstance(weighting, tuple)
         totals = [float(total) for total in weighting]

@@ -86,9 +86,11 @@ class Options:
         if self.optimizer.depends_on_the_end:
             fixed["run.max_steps"] = self.run.max_steps
         prompts = [[each.text, repr(each.data)] for each in conditions if each.label is None]
-        if prompts:  # of classes, the options say it
-            digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:12]
-            fixed["prompts"] = f"{len(prompts)} prompts with the checksum {digest}"
+        if prompts:
+            fixed["prompts"] = f"{len(prompts)} prompts with the checksum {_checksum(prompts)}"
+        elif self.grpo.class_labels is None:
+            labels = [each.label for each in conditions]
+            fixed["classes"] = f"{len(labels)} classes with the checksum {_checksum(labels)}"
         return fixed | {f"rewards.{name}": dict(role) for name, role in roles.items()}
 
     def check_fit(
@@ -171,3 +173,7 @@ class Options:
                 f"the run in '{folder.path}' is finished and kept no checkpoint: train its "
                 f"model, '{folder.final}', in another folder, or replace it with run.overwrite"
             )
+
+
+def _checksum(values: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:12]

@@ -3,6 +3,7 @@
 Shapes: N groups · G images of one group · B = N G images · K rewards
 """
 
+import json
 import math
 import sys
 import time
@@ -12,14 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from tqdm.auto import tqdm
 
 from nextscale.base.checks import as_number, check_kind, check_list, found
 from nextscale.base.clock import Clock
 from nextscale.base.conditions import Condition
 from nextscale.base.errors import ConfigError, NextscaleError, RewardError, TrainingError, in_words
-from nextscale.base.files import replacing_folder
+from nextscale.base.files import replacing_folder, write_text_aside
 from nextscale.base.interrupt import Interrupted, StopOnSignal
 from nextscale.base.metrics import Means
 from nextscale.base.processes import fail_together
@@ -307,7 +308,7 @@ class GRPOTrainer:
         if signal_number and self.step_done < self.run.max_steps:
             raise Interrupted(
                 f"stopped after step {self.step_done}; continue with --run.resume auto, or in Python with "
-                'RunConfig(resume="auto", ...)',
+                'RunConfig(resume="auto", ...) and the pipeline loaded anew',
                 signal_number,
             )
         check_finite(self.pipe.transformer)
@@ -405,8 +406,9 @@ class GRPOTrainer:
         for controller in self.after_update if not num_skipped else ():
             controller_metrics |= controller.update(loss_metrics)
 
-        elapsed = time.perf_counter() - begin
-        seconds = rollout.seconds | clock.seconds
+        # By the clock of the main process: callbacks of all are told the same, and may act on it.
+        told = time.perf_counter() - begin, rollout.seconds | clock.seconds
+        elapsed, seconds = broadcast_object_list([told])[0]
         num_groups = self.grpo.num_groups + refill_metrics.get("resampled_groups", 0.0)
         num_images = num_groups * self.grpo.num_generations
         num_tokens = num_images * self.pipe.transformer.schedule.num_tokens
@@ -464,7 +466,8 @@ class GRPOTrainer:
         warning_metrics = self.watch.update(metrics)
         for warning in self.watch.warnings.values():
             self.warn(warning)
-        metrics |= warning_metrics | {"eval_time": time.perf_counter() - begin}
+        elapsed = broadcast_object_list([time.perf_counter() - begin])[0]  # as in `step`
+        metrics |= warning_metrics | {"eval_time": elapsed}
         if self.step_done == 0:
             self.progress.first_evaluation = dict(metrics)
         self.tell("on_evaluate", metrics)
@@ -510,12 +513,13 @@ class GRPOTrainer:
             CheckpointError: a file of it is missing or broken, or was written by an earlier version.
         """
         self.saver.load(path)
-        if self.best and not self.folder.owns(path):
-            self.best.forget()  # it is in the other folder
+        is_ahead = any(gather_object([self.folder.drop_best_after(self.step_done)]))
+        if self.best and (is_ahead or not self.folder.owns(path)):
+            self.best.forget()  # it is in the other folder, or a later one has replaced it
 
     def export(self, folder: Path) -> None:
-        """Write the model as evaluations measure it, to a folder that it can be loaded from. All processes
-        call it."""
+        """Write the model as evaluations measure it, to a folder that it can be loaded from, and after which
+        step it is. All processes call it."""
         with self.learner.as_evaluated():
             model = self.learner.whole_model()
             with fail_together():
@@ -523,3 +527,5 @@ class GRPOTrainer:
                     parts = merged(model), self.pipe.tokenizer, self.pipe.class_names, self.sampling
                     with replacing_folder(folder) as aside:
                         write_folder(aside, *parts)
+                        step = {"step": self.step_done}
+                        write_text_aside(aside / self.folder.best_step.name, json.dumps(step) + "\n")

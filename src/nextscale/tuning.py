@@ -150,6 +150,11 @@ def frozen_fingerprint(model: nn.Module) -> str | None:
     return fingerprint(frozen) if frozen else None
 
 
+def base_fingerprint(model: nn.Module) -> str:
+    """What tells the model that a run begins with from others: of all its parameters, before `tune`."""
+    return fingerprint(dict(model.named_parameters()))
+
+
 def _trainable(model: nn.Module) -> list[str]:
     return [name for name, each in model.named_parameters() if each.requires_grad]
 

@@ -344,7 +344,10 @@ def test_a_folder_with_what_no_run_has_written_is_refused(tmp_path: Path, name: 
     (tmp_path / name).mkdir()
     with pytest.raises(ConfigError, match=rf"'.*{name}' was written by no run"):
         RunFolder(tmp_path).check(resume=False, overwrite=True)
+    with pytest.raises(ConfigError, match=rf"'.*{name}' was written by no run"):
+        RunFolder(tmp_path).check(resume=True, overwrite=False)
     assert [each.name for each in tmp_path.iterdir()] == [name]
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     RunFolder(tmp_path).check(resume=True, overwrite=False)  # checkpoints brought along alone
 
 

@@ -64,6 +64,7 @@ def save_checkpoint(
     *,
     average: Average | None = None,
     frozen: str | None = None,
+    base: str | None = None,
     reference: nn.Module | None = None,
 ) -> Path:
     """Write a checkpoint aside and rename it when it is whole; then remove all but the newest `limit`.
@@ -75,6 +76,7 @@ def save_checkpoint(
         state: the trainer's own state; must be JSON.
         average: of what is trained, if one is kept.
         frozen: fingerprint of the parameters that are not trained, if there are any: they are not written.
+        base: fingerprint of the model that the run began with, if its reference is a copy of that.
         reference: the reference, if it moves; the same in all processes.
 
     Returns:
@@ -114,6 +116,7 @@ def save_checkpoint(
                 "format_version": FORMAT_VERSION,
                 "step": step,
                 "frozen": frozen,
+                "base": base,
                 "optimizer": moments.get("param_groups", []),
             }
             write_text_aside(aside / STATE_FILE, json.dumps(content, indent=2) + "\n")
@@ -131,16 +134,17 @@ def load_checkpoint(
     *,
     average: Average | None = None,
     frozen: str | None = None,
+    base: str | None = None,
     reference: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Restore the model, the optimizer and the random states; returns the trainer's own state.
 
     Args:
-        average, frozen, reference: as in `save_checkpoint`.
+        average, frozen, base, reference: as in `save_checkpoint`.
 
     Raises:
         CheckpointError: a file of the checkpoint is missing or broken, or was written by an earlier version;
-        or the parameters that are not trained are not those of its run.
+        or the parameters that are not trained, or the reference, are not those of its run.
     """
     if (path / "optimizer.bin").exists():
         raise CheckpointError(
@@ -157,6 +161,11 @@ def load_checkpoint(
             raise CheckpointError(
                 f"checkpoint '{path}' holds only what its run trained, and the rest of this model is not "
                 "that run's: go on with the model that it began with, and the same options of tuning"
+            )
+        if base is not None and state.get("base") not in (None, base):  # None: of an earlier version
+            raise CheckpointError(
+                f"checkpoint '{path}' is of a run that began with other weights than this model's, and "
+                "measures its KL to them: load the model that it began with anew, and go on with that"
             )
         if average is not None:
             _load_weights(model, path / AVERAGE_FILE)
@@ -284,7 +293,10 @@ def check_options(resume: str, folder: Path, options: Mapping[str, Any]) -> None
         return  # damaged, which loading it says
     if not isinstance(earlier, Mapping):
         return  # of an earlier version
-    if changed := changed_value(earlier, json.loads(json.dumps(options))):
+    present = json.loads(json.dumps(options))
+    if "classes" not in earlier and "prompts" not in earlier:  # an earlier version did not say it of classes
+        present.pop("classes", None)
+    if changed := changed_value(earlier, present):
         key, was, now = changed
         raise ConfigError(
             f"{key} is {now!r}, but checkpoint '{path}' was written with {was!r}: resume it with that value, "

@@ -21,6 +21,7 @@ class RunPaths:
         self.checkpoints = path / "checkpoints"
         self.final = path / "final"  # the trained model
         self.best = path / "best"  # the best model by a metric, where one is kept
+        self.best_step = path / "best" / "step.json"  # after which step it was
         self.tensorboard = path / "tensorboard"
         self.report = path / "report.html"
         self.lock_file = path / ".lock"

@@ -54,7 +54,7 @@ class RunFolder(RunPaths):
             self.lock()
             self.close()
         self._check_content(resume, overwrite)
-        if not resume:
+        if not resume or not by_step(self.checkpoints):  # else there is a run to go on with
             self._check_owner()
         for path in needed if overwrite and not resume else ():
             if path.resolve().is_relative_to(self.path.resolve()):
@@ -155,6 +155,16 @@ class RunFolder(RunPaths):
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 os.fsync(file.fileno())  # before a checkpoint that counts on it
+
+    def drop_best_after(self, step: int) -> bool:
+        """Remove the best model if it was found after a later step than this one; returns whether it was."""
+        try:
+            is_later = json.loads(self.best_step.read_text())["step"] > step
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return False  # there is none, or an earlier version wrote it
+        if is_later and self.is_main:
+            shutil.rmtree(self.best, ignore_errors=True)
+        return is_later
 
     def save_grid(self, step: int, images: Tensor, row_names: list[str]) -> None:
         """Write the samples of an evaluation as one picture, and the names of its rows.
