@@ -143,9 +143,10 @@ class Warnings(Callback):
 
     def on_step_end(self, trainer: "GRPOTrainer", metrics: Mapping[str, float]) -> None:
         # Of groups that were drawn anew until they differed, the rewards are logged as they first were. Where
-        # rewards are constrained, images may differ in those alone.
+        # a constraint is missed, images may differ in that alone.
         idle_groups = metrics.get("idle_groups", metrics["frac_reward_zero_std"] * trainer.grpo.num_groups)
-        is_idle = idle_groups == trainer.grpo.num_groups and not trainer.rewards.constraints
+        is_constrained = any(trainer.constraints.coefficients.values())
+        is_idle = idle_groups == trainer.grpo.num_groups and not is_constrained
         if is_idle and not self.was_idle:
             trainer.say(
                 "Warning: all images of each group have the same reward, so there is nothing to learn"

@@ -90,7 +90,8 @@ class GRPOConfig(Record):
     """Upper clipping bound: ratios are clipped at 1 + epsilon_high; by default the same as epsilon. For cispo
     it is the largest weight itself, by default 5."""
     delta: float | None = Field(default=None, gt=1, allow_inf_nan=True)
-    """Largest ratio where the advantage is negative; by default unbounded."""
+    """Largest ratio where the advantage is negative; by default unbounded. Below 1 + epsilon_high it bounds
+    all, as in TRL."""
     importance_sampling_level: RatioLevel = "token"
     """What a ratio is of: a token, a scale or an image ("sequence" is the same), as geometric means."""
     importance_sampling_correction: bool = False
@@ -123,8 +124,8 @@ class GRPOConfig(Record):
     the rewards would change most, by their gradient; or path/to/file.py:function, which maps images and
     conditions to (B, height, width) weights of places. With "contribution" each token's advantage is its own:
     how much it raised the rewards, by their slope in its code, against what was to be expected in its place.
-    Rewards need a gradient with respect to the image; others count by how far
-    their image is from its group's mean, in units of the spread within all groups."""
+    Rewards need a gradient with respect to the image; others count by how far their image is from its group's
+    mean, in units of the spread within all groups."""
     advantage_baseline: Baseline = "mean"
     """What an image's reward is compared with: its group's mean, or the mean of the others in its group
     (leave_one_out). The latter makes advantages G / (G - 1) times as large."""

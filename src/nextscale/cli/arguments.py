@@ -81,7 +81,7 @@ def load_model(args: argparse.Namespace) -> "VARPipeline":
     """The model that was asked for, on its device.
 
     Raises:
-        NextscaleError: it cannot be loaded, or not there.
+        NextscaleError: it cannot be loaded, or the device cannot be used.
     """
     import torch
 
