@@ -5,7 +5,7 @@ model of their cost to maintain. docs/planning.md explains what is counted and w
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -193,7 +193,7 @@ def make_plan(
 
     # What each phase needs besides.
     phases = {name: counts[name].peak for name in (*OF_AN_IMAGE, "credit") if name in counts}
-    if evaluation := _evaluation(of, counts, num_gpus):
+    if evaluation := _evaluation(of, counts, list(networks.values()), num_gpus):
         phases["evaluation"] = evaluation
     if of_texts:
         at_work = of.texts(list(of_texts.values()))
@@ -267,14 +267,24 @@ def _operations(
     return flops
 
 
-def _evaluation(of: Phases, counts: Mapping[str, Count], num_gpus: int) -> float:
-    """Most bytes that an evaluation takes where it draws more at once than a step of few images: in ratio
-    to what a step takes, which is some percent too much. Elsewhere it takes no more, and this is 0."""
+def _evaluation(of: Phases, counts: Mapping[str, Count], networks: Sequence[Network], num_gpus: int) -> float:
+    """Most bytes that an evaluation takes, where it draws more at once than a step of few images and may take
+    more than an update. Elsewhere a step takes as much, and this is 0.
+
+    Args:
+        counts: of a step.
+        networks: of all rewards, also of those that are measured alone.
+    """
     at_once = min(len(share_of(of.run.eval_num_images, 0, num_gpus)), of.run.per_device_eval_batch_size)
     if not of.run.eval_steps or at_once <= of.num_images:
         return 0.0
-    growing = ["rollout", "reward", *(["decode"] if of.as_on_gpu else [])]  # a CPU decodes a few at once
-    return max(counts[name].peak for name in growing) * at_once / of.num_images
+    drawing = replace(of, grpo=GRPOConfig(), num_images=at_once)  # no branches
+    reward = drawing.reward(networks).peak
+    # Bytes grow by no more than images do: what is then less than an update's needs no count.
+    most = at_once / of.num_images * max(counts["rollout"].peak, counts["decode"].peak)
+    if not of.run.fsdp and max(most, reward) <= counts["update"].peak:
+        return 0.0
+    return max(drawing.rollout().peak, drawing.decode().peak, reward)
 
 
 def _gathered(tuned: Any) -> int:
